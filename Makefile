@@ -1,0 +1,52 @@
+# Everything runs in .venv, made on the first call from requirements.txt; PYTHON=python3.12 picks another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.requirements
+DEMO := runs/demo
+
+.PHONY: venv demo test test-slow lint format bench notebooks results clean
+
+venv: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "dynjax needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt --editable .
+	@touch $(STAMP)
+
+# Train, evaluate, predict: minutes on two cores.
+demo: venv
+	$(BIN)/python -m experiments.train digits_unet_tiles --workdir $(DEMO)
+	$(BIN)/python -m experiments.predict --workdir $(DEMO) --out $(DEMO)/predictions --budget 0.5 $(DEMO)/examples/*.png
+	$(BIN)/python -m experiments.evaluate --workdir $(DEMO)
+
+test: venv
+	$(BIN)/python -m pytest -n 2
+
+test-slow: venv
+	$(BIN)/python -m pytest -n 2 -m slow
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: venv
+	$(BIN)/python -m benchmarks.executors
+	$(BIN)/python -m benchmarks.training
+
+# Runs every notebook's text form from start to end and writes the .ipynb with its outputs.
+notebooks: venv
+	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
+
+results: venv
+	$(BIN)/python -m experiments.results render
+
+clean:
+	rm -rf $(DEMO) .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,19 @@
+"""Strictness for the whole suite: warnings are errors (pyproject.toml), no silent rank promotion, 8 simulated devices, shapes checked."""
+
+import os
+import pathlib
+
+CACHE = pathlib.Path.home() / ".cache" / "dynjax" / "xla"
+
+# In the environment, so that commands that tests start share the cache of compiled programs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax  # noqa: E402
+
+# Not through XLA_FLAGS: commands that tests start should see the machine as it is.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
