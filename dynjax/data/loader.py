@@ -1,0 +1,108 @@
+"""Batches from a source, by grain: shuffled, augmented, shared between processes, resumable to the exact batch.
+
+B is the number of examples in this process's part of a batch; H, W are height and width in pixels.
+"""
+
+import dataclasses
+from typing import Any
+
+import grain
+import numpy as np
+
+from dynjax.config import AugmentConfig, UserError
+from dynjax.data.augment import Augment, check_augment
+
+IGNORED = -1  # every ignored pixel of a batch, whatever the source calls it
+
+# Two threads and a short queue: grain's own defaults (16 and 500) start slowly and hold much memory.
+_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+
+
+def make_loader(
+    source: Any,
+    batch_size: int,
+    *,
+    seed: int,
+    augment: AugmentConfig | None,
+    shuffle: bool = True,
+    repeat: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset:
+    """Elements {"image": uint8 (B, H, W, 3), "mask": int32 (B, H, W)} in which every ignored pixel of the mask is -1.
+
+    `batch_size` is that of all processes together: process p gets every process_count-th of its examples, from p on, so the
+    batches are the same whatever their number. With `repeat` the stream never ends, passes follow each other without a gap
+    and each has its own order and noise. Without it the last batch is filled up with blank examples (mask -1 throughout) and
+    every element has "valid": bool (B,).
+    The iterator's get_state and set_state resume at the exact batch. Pictures of digits are never mirrored. Raises UserError.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: a batch has at least 1 example")
+    if batch_size % process_count:
+        raise UserError(f"batch_size={batch_size} cannot be shared equally by {process_count} processes")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} is not below process_count={process_count}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} is outside [0, 2**32)")
+    if augment is not None:
+        check_augment(augment)
+        augment = dataclasses.replace(augment, flip=augment.flip and not getattr(source, "handed", False))
+
+    count = len(source)
+    total = count if repeat else -(-count // batch_size) * batch_size
+    data = grain.MapDataset.range(count).seed(seed)
+    if shuffle:
+        data = data.shuffle()
+    if repeat:
+        data = data.repeat()
+    else:
+        data = _fill_up(data, total)
+    data = data.map(_Fetch(source, with_valid=not repeat))
+    if augment is not None:
+        data = data.random_map(Augment(augment))
+    return (
+        data[process_index::process_count]
+        .to_iter_dataset(_READ)
+        .batch(batch_size // process_count, drop_remainder=True)
+    )
+
+
+def calibration_batches(source: Any, batch_size: int, count: int) -> list[np.ndarray]:
+    """`count` batches of pictures, uint8 (batch_size, H, W, 3), spread evenly over the source; a short source is used again."""
+    if len(source) == 0 or batch_size < 1 or count < 1:
+        raise UserError(
+            f"calibration needs examples: {len(source)} in the source, {count} batches of {batch_size} wanted"
+        )
+    wanted = batch_size * count
+    # Every batch takes from all over the source: neighbours (frames of a film) are alike.
+    indices = np.arange(wanted) * max(1.0, len(source) / wanted)
+    indices = (indices.astype(int) % len(source)).reshape(batch_size, count).T
+    return [np.stack([source[int(index)]["image"] for index in batch]) for batch in indices]
+
+
+def _fill_up(data: grain.MapDataset, total: int) -> grain.MapDataset:
+    """Adds indices past the source's end, which `_Fetch` turns into blank examples, up to `total`."""
+    count = len(data)
+    return grain.MapDataset.concatenate([data, grain.MapDataset.range(count, total)]) if total > count else data
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fetch:
+    """Example of an index, ignored pixels marked alike for every source; blank past the source's end."""
+
+    source: Any
+    with_valid: bool
+
+    def __call__(self, index: int) -> dict[str, np.ndarray]:
+        valid = index < len(self.source)
+        if valid:
+            example = self.source[index]
+            image, mask = example["image"], example["mask"]
+        else:
+            height, width = self.source.size
+            image, mask = np.zeros((height, width, 3), np.uint8), np.full((height, width), IGNORED, np.int32)
+        if self.source.ignore_label is not None:
+            mask = np.where(mask == self.source.ignore_label, np.int32(IGNORED), mask)
+        found = {"image": image, "mask": mask}
+        return {**found, "valid": np.bool_(valid)} if self.with_valid else found

@@ -1,0 +1,238 @@
+"""Pairs of a picture and its mask, from whatever a set is stored in: all checked once at start-up, then kept in memory or read again.
+
+H, W are a picture's height and width in pixels.
+"""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Shaped, UInt8
+from PIL import Image
+
+from dynjax.config import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # lossless only: a JPEG blurs class ids
+KEEP_BYTES = 2 << 30  # a split that needs no more than this, resized, stays in memory
+SHOWN = 5  # broken files that an error names; of the rest it gives the number
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+class BadFile(Exception):
+    """One picture or mask that cannot be used. The text names the file and what is wrong with it."""
+
+
+def read_image(file: Path) -> UInt8[np.ndarray, "H W 3"]:
+    """A picture as RGB. Raises BadFile."""
+    return _decode(file, _rgb, "image")
+
+
+def read_mask(file: Path) -> Shaped[np.ndarray, "H W"]:
+    """A picture of class ids: grey or palette. Raises BadFile."""
+    if file.suffix.lower() not in MASK_SUFFIXES:
+        raise BadFile(f"{file}: a mask must be lossless, one of {' '.join(MASK_SUFFIXES)}")
+    return _decode(file, _class_ids, "mask")
+
+
+def _decode(file: Path, convert: Callable[[Image.Image], np.ndarray], what: str) -> np.ndarray:
+    try:
+        with Image.open(file) as picture:
+            return convert(picture)
+    except FileNotFoundError:
+        raise BadFile(f"{file}: {what} is missing") from None
+    except BadFile as error:
+        raise BadFile(f"{file}: {error}") from None
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error and more
+        reason = "no picture that can be read" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise BadFile(f"{file}: {reason}") from None
+
+
+def _rgb(picture: Image.Image) -> np.ndarray:
+    if picture.mode.startswith(("I", "F")):
+        raise BadFile(f"pixels of mode {picture.mode}, convert to 8 bits a channel")
+    return np.asarray(picture.convert("RGB"))
+
+
+def _class_ids(picture: Image.Image) -> np.ndarray:
+    if picture.mode not in ("1", "L", "P", "I", "I;16"):
+        raise BadFile(f"mask has pixels of mode {picture.mode}, class ids need one channel (grey or palette)")
+    return np.asarray(picture).astype(np.int32)
+
+
+def resize_image(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """Bilinear, averaging over the source's pixels when it shrinks."""
+    if image.shape[:2] == tuple(size):
+        return image
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+def resize_mask(mask: Shaped[np.ndarray, "H W"], size: tuple[int, int]) -> Shaped[np.ndarray, "h w"]:
+    """Nearest pixel: no class is invented between two others."""
+    return mask[np.ix_(*(((np.arange(n) + 0.5) * (m / n)).astype(int) for n, m in zip(size, mask.shape, strict=True)))]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSource:
+    """Checked pairs of one split, resized to `size`."""
+
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    ignore_label: int | None
+    size: tuple[int, int]
+    skipped: int
+    read: Callable[[int], Pair] = dataclasses.field(repr=False, compare=False)
+    """Pair of an index into the set as it was found, in its own size."""
+    kept: tuple[int, ...] = dataclasses.field(repr=False)
+    """The indices that passed the checks."""
+    memory: tuple[np.ndarray, np.ndarray] | None = dataclasses.field(repr=False, compare=False)
+    """All pictures and all masks, or None for a split too large for that."""
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self.kept):
+            raise IndexError(f"example {index} of {len(self.kept)}")
+        if self.memory is not None:
+            image, mask = self.memory[0][index], self.memory[1][index]
+        else:
+            image, mask = self.read(self.kept[index])
+            image, mask = resize_image(image, self.size), resize_mask(mask, self.size)
+        return {"image": image, "mask": mask.astype(np.int32)}
+
+    def describe(self) -> str:
+        height, width = self.size
+        skipped = f", {self.skipped} skipped" if self.skipped else ""
+        return f"{self.name} {self.split}: {len(self)} pictures {height}x{width}, {len(self.classes)} classes{skipped}"
+
+
+def check_pairs(
+    read: Callable[[int], Pair],
+    count: int,
+    *,
+    name: str,
+    split: str,
+    classes: Sequence[str],
+    ignore_label: int | None,
+    size: tuple[int, int] | None,
+    on_error: Literal["raise", "skip"],
+    broken: Sequence[str] = (),
+    label: Callable[[int], str] = "example {}".format,
+) -> PairSource:
+    """Reads every pair once and returns those that are right.
+
+    `read(i)` gives pair i or raises BadFile; `label(i)` names it; `broken` are problems found before (a mask without a picture).
+    Raises one UserError that names what is wrong; with on_error="skip" only when nothing is left or the pictures' sizes differ.
+    """
+    if size is not None and min(size) < 1:
+        raise UserError(f"data.size={size}: height and width must be positive")
+
+    def check(index: int) -> tuple[Any, str]:
+        try:
+            image, mask = read(index)
+            if image.shape[:2] != mask.shape:
+                shapes = [f"{w}x{h}" for h, w in (image.shape[:2], mask.shape)]
+                raise BadFile(f"{label(index)}: the image is {shapes[0]} and the mask {shapes[1]} (width x height)")
+            wrong = np.setdiff1d(
+                np.unique(mask), [*range(len(classes)), *([] if ignore_label is None else [ignore_label])]
+            )
+            if wrong.size:
+                ignored = "" if ignore_label is None else f" and {ignore_label} for ignored pixels"
+                raise BadFile(
+                    f"{label(index)}: label {wrong[-1]} in the mask, allowed are 0 to {len(classes) - 1}{ignored}"
+                )
+            own = mask.shape
+            target = size or own
+            return (own, resize_image(image, target), resize_mask(mask, target).astype(np.uint8)), ""
+        except BadFile as error:
+            return None, str(error)
+
+    problems, kept, sizes = list(broken), [], collections.Counter()
+    memory: tuple[np.ndarray, np.ndarray] | None = None
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, count, 64):  # by parts: results of a large set do not pile up
+            indices = range(start, min(count, start + 64))
+            for index, (pair, problem) in zip(indices, pool.map(check, indices), strict=True):
+                if pair is None:
+                    problems.append(problem)
+                    continue
+                own, image, mask = pair
+                if not kept:
+                    shape = image.shape[:2]
+                    if count * 4 * shape[0] * shape[1] <= KEEP_BYTES:
+                        memory = np.empty((count, *shape, 3), np.uint8), np.empty((count, *shape), np.uint8)
+                if memory is not None and image.shape[:2] == memory[1].shape[1:]:
+                    memory[0][len(kept)], memory[1][len(kept)] = image, mask
+                kept.append(index)
+                sizes[own] += 1
+    where = f"data.name={name}, {split}"
+    if problems and on_error == "raise":
+        raise UserError(f"{where}: {_few(problems)}; mend these, or leave them out with --data.on-error skip")
+    if not kept:
+        raise UserError(f"{where}: no example can be used" + (f": {_few(problems)}" if problems else ""))
+    if size is None and len(sizes) > 1:
+        found = ", ".join(f"{w}x{h} ({n})" for (h, w), n in sizes.most_common(3))
+        raise UserError(
+            f"{where}: pictures of {len(sizes)} sizes (width x height): {found}; give --data.size HEIGHT WIDTH"
+        )
+    if memory is not None:
+        memory = memory[0][: len(kept)], memory[1][: len(kept)]
+    return PairSource(
+        name=name,
+        split=split,
+        classes=tuple(classes),
+        ignore_label=ignore_label,
+        size=tuple(size or next(iter(sizes))),
+        skipped=len(problems),
+        read=read,
+        kept=tuple(kept),
+        memory=memory,
+    )
+
+
+def _few(problems: Sequence[str]) -> str:
+    more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    number = f"{len(problems)} bad files: " if len(problems) > 1 else ""
+    return number + "; ".join(problems[:SHOWN]) + more
+
+
+def match_stems(images: Path, masks: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """Pairs pictures and masks of two folders by name, sorted, and says what has no partner."""
+    problems = []
+
+    def by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for file in sorted(folder.iterdir()):
+            if file.name.startswith(".") or file.is_dir():
+                continue
+            if file.suffix.lower() not in suffixes:
+                problems.append(f"{file}: not one of {' '.join(suffixes)}")
+            elif file.stem in found:
+                problems.append(f"{file}: a second file named {file.stem} beside {found[file.stem].name}")
+            else:
+                found[file.stem] = file
+        return found
+
+    left, right = by_stem(images, IMAGE_SUFFIXES), by_stem(masks, IMAGE_SUFFIXES)
+    problems += [f"{left[stem]}: no mask of that name in {masks}" for stem in left.keys() - right.keys()]
+    problems += [f"{right[stem]}: no image of that name in {images}" for stem in right.keys() - left.keys()]
+    pairs = [(left[stem], right[stem]) for stem in sorted(left.keys() & right.keys())]
+    return pairs, sorted(problems)
+
+
+def files_reader(pairs: Sequence[tuple[Path, Path]]) -> Callable[[int], Pair]:
+    """`read` for `check_pairs` from files."""
+
+    def read(index: int) -> Pair:
+        image, mask = pairs[index]
+        return read_image(image), read_mask(mask)
+
+    return read
