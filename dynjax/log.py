@@ -1,0 +1,120 @@
+"""What a run says while it runs: one JSON line a step, TensorBoard, a progress bar. Only process 0 writes."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from dynjax.config import UserError
+
+
+def read_metrics(workdir: str | Path) -> list[dict]:
+    """The records of `workdir`/metrics.jsonl, oldest first; a last line that a killed run left half-written is dropped."""
+    path = Path(workdir) / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+class Log:
+    """Writes metrics.jsonl and tensorboard/ under `workdir` (None: nothing is written) and shows progress on stderr.
+
+    A record is {"step": n, "time": seconds since 1970, ...}; training metrics carry plain names, evaluation ones "val/...".
+    Records after step `start` are of steps that a resumed run takes again: they are dropped.
+    """
+
+    def __init__(
+        self, workdir: str | Path | None, *, start: int, steps: int, images_per_step: int, quiet: bool = False
+    ):
+        self.images_per_step = images_per_step
+        self.file = self.board = self.bar = None
+        self.shown: dict[str, str] = {}
+        self.clock = time.perf_counter()
+        self.seconds_per_step: float | None = None
+        if jax.process_index() != 0:
+            return
+        if workdir is not None:
+            self._open(Path(workdir), start)
+        if not quiet:
+            from tqdm.auto import tqdm
+
+            interval = 0.5 if sys.stderr.isatty() else 30.0
+            self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=interval, dynamic_ncols=True)
+
+    def _open(self, workdir: Path, start: int) -> None:
+        try:
+            kept = [record for record in read_metrics(workdir) if record["step"] <= start]
+            part = workdir / "metrics.jsonl.part"
+            part.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(part, workdir / "metrics.jsonl")
+            self.file = open(workdir / "metrics.jsonl", "a", buffering=1)
+            from tensorboardX import SummaryWriter
+
+            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1, flush_secs=30)
+        except OSError as error:
+            raise UserError(f"cannot write the log in {workdir}: {error.strerror or error}") from None
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of step `step` (counted from 1) and move the bar there."""
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        # The first step compiles: it is no measure of speed. After it, a running mean over about twenty steps.
+        if self.seconds_per_step is None:
+            self.seconds_per_step = math.inf
+        elif math.isinf(self.seconds_per_step):
+            self.seconds_per_step = seconds
+        else:
+            self.seconds_per_step += 0.05 * (seconds - self.seconds_per_step)
+        rate = self.images_per_step / self.seconds_per_step
+        self._write(step, {**metrics, "images_per_second": rate})
+        self.shown |= {"loss": f"{metrics['loss']:.3f}"}
+        if "macs_fraction" in metrics:
+            self.shown |= {"MACs": f"{metrics['macs_fraction']:.0%}"}
+        self.shown |= {"images/s": f"{rate:.1f}"}
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        """Record the scores of an evaluation after `step` steps; its time does not count as training time."""
+        self._write(step, {f"val/{name}": value for name, value in scores.items()})
+        if "miou" in scores:
+            self.shown = {"mIoU": f"{scores['miou']:.3f}"} | self.shown
+        self.clock = time.perf_counter()
+
+    def pause(self) -> None:
+        """Leave the time since the last record out of the images per second (a checkpoint was written)."""
+        self.clock = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """One line for the person at the terminal, without breaking the bar."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+
+    def _write(self, step: int, record: Mapping[str, float]) -> None:
+        if self.file is None:
+            return
+        try:
+            self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **record}) + "\n")
+            for name, value in record.items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        except OSError as error:
+            raise UserError(f"cannot write {self.file.name}: {error.strerror or error}") from None
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.board is not None:
+            self.board.close()
+        if self.file is not None:
+            self.file.close()

@@ -1,0 +1,97 @@
+"""Devices: one axis, `data`, over all of them; a batch is split along it and everything else is replicated.
+
+Several hosts: start the same command once per host with
+    JAX_COORDINATOR_ADDRESS=HOST:PORT JAX_NUM_PROCESSES=N JAX_PROCESS_ID=I
+or, under Slurm, MPI, Kubernetes or on a TPU pod, with DYNJAX_DISTRIBUTED=1 and let JAX find these three by itself.
+"""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dynjax.config import UserError
+
+AXIS = "data"
+
+
+def initialize() -> bool:
+    """Join the other processes when the environment asks for it (see the top of this file); call it before anything else of JAX.
+
+    Returns whether this run is distributed. Raises UserError when the variables are incomplete or no number.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if not given and os.environ.get("DYNJAX_DISTRIBUTED", "0") in ("", "0"):
+        return False
+    if jax.distributed.is_initialized():
+        return True
+    if not given:
+        jax.distributed.initialize()
+        return True
+    if missing := [name for name in names if name not in given]:
+        raise UserError(
+            f"{' and '.join(given)} set without {' and '.join(missing)}: set all of {', '.join(names)}, or none"
+        )
+    try:
+        count, index = int(given["JAX_NUM_PROCESSES"]), int(given["JAX_PROCESS_ID"])
+    except ValueError as error:
+        raise UserError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers: {error}") from None
+    if not 0 <= index < count:
+        raise UserError(f"JAX_PROCESS_ID is {index}: it must be from 0 to JAX_NUM_PROCESSES - 1, which is {count - 1}")
+    jax.distributed.initialize(given["JAX_COORDINATOR_ADDRESS"], count, index)
+    return True
+
+
+def make_mesh(devices: int | None = None) -> Mesh:
+    """A mesh of the first `devices` devices (None: all, of every process) along `data`.
+
+    Axis type Auto on purpose: Explicit refuses x[idx], argsort, top_k, scatter and cumsum over a sharded batch.
+    """
+    return jax.make_mesh((devices or jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: its first axis over the devices."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Put every array of `tree`, the same on all processes, on all devices as a fresh copy (safe to donate)."""
+    sharding = replicated(mesh)
+
+    def put(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        return jax.make_array_from_process_local_data(sharding, np.array(x))
+
+    return jax.tree.map(put, tree)
+
+
+def share(mesh: Mesh, batch: Any) -> Any:
+    """Put a batch on the devices: every process gives its own part, its first axis is split over `data`.
+
+    The global batch is the parts of process 0, 1, ... one after the other.
+    """
+    sharding = split(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def processes() -> dict[str, int]:
+    """Which share of the data this process reads, as arguments of a loader."""
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is set on any process; all processes must ask together."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))

@@ -1,0 +1,1 @@
+"""The commands, and the rows: configurations that reproduce a result."""

@@ -1,0 +1,122 @@
+"""Adaptive U-Nets on CamVid (SegNet's split: train 367, val 101, test 233; 11 classes, void ignored; no pre-training).
+
+python -m experiments.train ROW --workdir runs/ROW --data.path data/camvid
+python -m experiments.train camvid_small_tiles --workdir runs/tiles --data.path data/camvid --init-from runs/camvid_small_static
+python -m experiments.evaluate --workdir runs/ROW
+
+camvid_small_* is 180x240 and sized for two CPU cores; camvid_unet_* is the protocol's 360x480 and wants a GPU.
+"""
+
+import dataclasses
+
+from dynjax.config import BudgetConfig, Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
+
+
+def _dynamic(row: Config, name: str, dynamics: str, **model: object) -> Config:
+    return dataclasses.replace(
+        row,
+        row=name,
+        model=dataclasses.replace(row.model, dynamics=dynamics, **model),
+        budget=BudgetConfig(target=0.35),
+    )
+
+
+def camvid_small_static() -> Config:
+    """Static twin: the U-Net without dynamics, CamVid 180x240.
+
+    Protocol: 1600 steps of 8; flip, crop, colour; cross-entropy weighted by 1/sqrt(frequency). Choose on val, report test.
+    """
+    return Config(
+        row="camvid_small_static",
+        data=DataConfig(name="camvid", path="data/camvid", size=(180, 240)),
+        model=ModelConfig(widths=(24, 48, 72, 120), blocks=(1, 1, 1, 1), stem_stride=2, dynamics="static", tile=8),
+        loss=LossConfig(class_weights="sqrt"),
+        optimizer=OptimizerConfig(learning_rate=2e-3),
+        steps=1600,
+        batch_size=8,
+        checkpoint_every=200,
+        evaluate_every=400,
+    )
+
+
+def camvid_small_tiles() -> Config:
+    """Tiles: blocks run only where their gate keeps a tile, CamVid 180x240.
+
+    Protocol: as camvid_small_static; budget drawn from [0.35, 1] at every step.
+    """
+    return _dynamic(camvid_small_static(), "camvid_small_tiles", "tiles")
+
+
+def camvid_small_skip() -> Config:
+    """Skip: whole blocks run or not, per picture, CamVid 180x240.
+
+    Protocol: as camvid_small_tiles.
+    """
+    return _dynamic(camvid_small_static(), "camvid_small_skip", "skip")
+
+
+def camvid_small_random() -> Config:
+    """Control: camvid_small_tiles with gates that keep tiles at random, CamVid 180x240.
+
+    Protocol: as camvid_small_tiles.
+    """
+    return _dynamic(camvid_small_static(), "camvid_small_random", "tiles", gate="random")
+
+
+def camvid_small_equal() -> Config:
+    """Control: a static net of about half the MACs of camvid_small_static, CamVid 180x240.
+
+    Protocol: as camvid_small_static. Every width times about 0.7.
+    """
+    row = camvid_small_static()
+    return dataclasses.replace(
+        row, row="camvid_small_equal", model=dataclasses.replace(row.model, widths=(16, 34, 51, 85))
+    )
+
+
+def camvid_unet_static() -> Config:
+    """Static twin: the U-Net without dynamics, CamVid 360x480 (GPU).
+
+    Protocol: as camvid_small_static at the full protocol size, wider, 20000 steps of 16.
+    """
+    row = camvid_small_static()
+    return dataclasses.replace(
+        row,
+        row="camvid_unet_static",
+        data=dataclasses.replace(row.data, size=(360, 480)),
+        model=dataclasses.replace(row.model, widths=(48, 96, 192, 256), blocks=(1, 2, 2, 2)),
+        optimizer=dataclasses.replace(row.optimizer, ema=0.999),
+        steps=20_000,
+        batch_size=16,
+        checkpoint_every=500,
+        evaluate_every=1000,
+        precision="bfloat16",
+    )
+
+
+def camvid_unet_tiles() -> Config:
+    """Tiles: blocks run only where their gate keeps a tile, CamVid 360x480 (GPU).
+
+    Protocol: as camvid_unet_static; budget drawn from [0.35, 1] at every step.
+    """
+    return _dynamic(camvid_unet_static(), "camvid_unet_tiles", "tiles")
+
+
+def camvid_unet_skip() -> Config:
+    """Skip: whole blocks run or not, per picture, CamVid 360x480 (GPU).
+
+    Protocol: as camvid_unet_tiles.
+    """
+    return _dynamic(camvid_unet_static(), "camvid_unet_skip", "skip")
+
+
+ROWS = (
+    camvid_small_static,
+    camvid_small_tiles,
+    camvid_small_skip,
+    camvid_small_random,
+    camvid_small_equal,
+    camvid_unet_static,
+    camvid_unet_tiles,
+    camvid_unet_skip,
+)

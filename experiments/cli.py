@@ -1,0 +1,73 @@
+"""What every command shares: arguments as dataclasses, bad input as one line on stderr with exit status 2."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from dynjax.config import UserError
+
+T = TypeVar("T")
+
+BAD_INPUT, STOPPED = 2, 130
+
+
+def parse(kind: type[T], arguments: Sequence[str], *, command: str, default: T | None = None) -> T:
+    """An instance of the dataclass `kind` from command line arguments (tyro). --help prints and exits; raises UserError in one line."""
+    import tyro
+
+    said = io.StringIO()
+    given = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=list(arguments), prog=command, **given)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(f"{_one_line(said.getvalue())} (python -m {command} --help lists the options)") from None
+
+
+def _one_line(box: str) -> str:
+    """The message in tyro's box, and the options that it suggests."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines() if line and line[0] not in "╭╰"]
+    breaks = [i for i, line in enumerate(lines) if line.startswith("───")] + [len(lines)]
+    message = " ".join(" ".join(lines[: breaks[0]]).replace("[bold]", "").replace("[/bold]", "").split())
+    message = re.sub(r"^Missing from [^:]*:", "missing", message).replace("(required)", "").strip()
+    near = []
+    for line in lines[breaks[0] :]:
+        if line.startswith("--") and "Perhaps you meant:" in lines:
+            near.append(line.split()[0])
+    return message + (f"; perhaps you meant {' or '.join(near)}" if near else "")
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/dynjax/xla. A folder that cannot be made is done without."""
+    import jax
+
+    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "dynjax" / "xla")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def run(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Run a command and exit with the status that it returns (None: 0), 2 after one line for a UserError, 130 after Ctrl-C.
+
+    Any other exception is a bug and keeps its traceback.
+    """
+    try:
+        use_compilation_cache()
+        status = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        status = STOPPED
+    sys.exit(status or 0)

@@ -1,0 +1,34 @@
+"""Every row by its name. A row is a function without arguments that returns a Config; its docstring is the lab book."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+
+from dynjax.config import Config, UserError
+from experiments import camvid_unet, digits_unet
+
+ROWS: dict[str, Callable[[], Config]] = {
+    row.__name__: row for module in (digits_unet, camvid_unet) for row in module.ROWS
+}
+
+
+def get_row(name: str) -> Config:
+    """The configuration of row `name`. Raises UserError with near matches."""
+    if name not in ROWS:
+        near = difflib.get_close_matches(name, ROWS, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"the rows are {', '.join(ROWS)}"
+        raise UserError(f"unknown row {name!r}: {hint}")
+    return ROWS[name]()
+
+
+def tiny(config: Config) -> Config:
+    """The same row in a size that trains two steps in seconds: what is chosen stays, how much of it shrinks. For tests."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, size=(32, 32), examples=8),
+        model=dataclasses.replace(config.model, widths=(8, 12), blocks=(1, 1), tile=min(config.model.tile, 4)),
+        steps=2,
+        batch_size=2,
+        checkpoint_every=2,
+        evaluate_every=0,
+    )
