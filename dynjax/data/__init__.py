@@ -9,15 +9,15 @@ from dynjax.config import DataConfig, UserError
 
 __all__ = ["calibration_batches", "make_loader", "make_source"]
 
-NAMES = ("digits", "camvid")
+NAMES = ("digits", "camvid", "folder", "tfds:NAME")
 SPLITS = ("train", "val", "test")
 
 
 def make_source(config: DataConfig, split: str, seed: int = 0) -> Any:
     """The source that `config.name` says, checked: `source[i]` is {"image": uint8 (H, W, 3), "mask": int32 (H, W)}.
 
-    Every source has `len`, `classes`, `ignore_label` (what ignored pixels carry in its masks, or None), `size` (H, W), `name` and
-    `describe()`. `seed` is for digits alone. Raises UserError, one for all that is wrong with the files.
+    Every source has `len`, `classes`, `ignore_label` (what ignored pixels carry in its masks, or None), `size` (H, W),
+    `name` and `describe()`. `seed` is for digits alone. Raises UserError, one for all that is wrong with the files.
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r}: there are {', '.join(SPLITS)}")
@@ -29,6 +29,15 @@ def make_source(config: DataConfig, split: str, seed: int = 0) -> Any:
         from dynjax.data.camvid import make_camvid
 
         return make_camvid(config.path, split, size=config.size, on_error=config.on_error)
+    if config.name == "folder":
+        from dynjax.data.folder import make_folder
+
+        return make_folder(config.path, split, classes=config.classes, size=config.size, on_error=config.on_error)
+    if config.name.startswith("tfds:"):
+        from dynjax.data.tfds import make_tfds
+
+        name = config.name.removeprefix("tfds:")
+        return make_tfds(name, config.path, split, classes=config.classes, size=config.size, on_error=config.on_error)
     near = difflib.get_close_matches(config.name, NAMES, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"data.name={config.name!r} is not known: {', '.join(NAMES)}{hint}")

@@ -1,4 +1,4 @@
-"""Random changes of a training picture and its mask: flip, crop, colour. Pure functions of the example and a generator."""
+"""Random changes of a training picture and its mask: flip, crop, colour. Pure functions of both and a generator."""
 
 import dataclasses
 

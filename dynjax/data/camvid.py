@@ -1,7 +1,8 @@
 """`camvid`: street scenes in the folder layout of the SegNet tutorial.
 
-PATH/{train,val,test}/ hold the pictures, PATH/{train,val,test}annot/ PNGs of class ids 0 to 10, 11 is void. Where PATH/{split}.txt exists
-it says, a line each, which picture belongs to which mask. Brostow et al. 2008; protocol of Badrinarayanan et al. 2017.
+PATH/{train,val,test}/ hold the pictures, PATH/{train,val,test}annot/ PNGs of class ids 0 to 10, 11 is void. Where
+PATH/{split}.txt exists it says, a line each, which picture belongs to which mask.
+Brostow et al. 2008; protocol of Badrinarayanan et al. 2017.
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ VOID = 11
 def make_camvid(
     path: str, split: str, *, size: tuple[int, int] | None = None, on_error: Literal["raise", "skip"] = "raise"
 ) -> PairSource:
-    """CamVid's 367 train, 101 val or 233 test pictures, or any set in that layout with those classes. Raises UserError."""
+    """CamVid's 367 train, 101 val or 233 test pictures, or any set in that layout and classes. Raises UserError."""
     pairs, problems = find_pairs(path, split)
     return check_pairs(
         files_reader(pairs),
@@ -41,7 +42,7 @@ def find_pairs(path: str, split: str) -> tuple[list[tuple[Path, Path]], list[str
     for folder in (root, root / split, root / f"{split}annot"):
         if not folder.is_dir():
             raise UserError(
-                f"data.path={path}: no folder {folder}; camvid is laid out as PATH/train, PATH/trainannot, PATH/val, ..."
+                f"data.path={path}: no folder {folder}; camvid is laid out as PATH/train, PATH/trainannot, ..."
             )
     listing = root / f"{split}.txt"
     if listing.is_file():

@@ -1,8 +1,8 @@
-"""`digits`: handwritten digits on photographs, rendered here from what scikit-learn and scikit-image install; nothing to download.
+"""`digits`: handwritten digits on photographs, rendered from what scikit-learn and scikit-image install; no download.
 
-Classes 0 to 9 are the digits, class 10 is the background. Scene i of a split is a pure function of (seed, split, i, difficulty, size).
-Train, val and test use different digits and different parts of the photographs; which ones does not depend on the seed,
-so a model trained with one seed has never seen the test digits of another.
+Classes 0 to 9 are the digits, class 10 is the background. Scene i is a pure function of (seed, split, i, difficulty,
+size). Train, val and test use different digits and different parts of the photographs; which ones does not depend on
+the seed, so a model trained with one seed has never seen the test digits of another.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from dynjax.config import UserError
 
-CLASSES = tuple("0123456789") + ("background",)
+CLASSES = (*"0123456789", "background")
 BACKGROUND = 10
 SPLITS = ("train", "val", "test")
 
@@ -56,7 +56,7 @@ def _photos() -> tuple[Image.Image, ...]:
 
 
 def _photo_part(photo: Image.Image, split: str) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of what a split may see: train the left 60%, val and test the upper and lower half of the rest."""
+    """Left, top, right, bottom of what a split may see: train the left 60%, val and test a half each of the rest."""
     width, height = photo.size
     middle = int(0.6 * width)
     return {
@@ -95,7 +95,7 @@ def _glyph(index: int) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class _Look:
-    """What one number, the difficulty, means for a scene. Lengths in pixels of a 96-pixel scene, lightness in [0, 1]."""
+    """What one number, the difficulty, means for a scene. Lengths in pixels of 96, lightness in [0, 1]."""
 
     contrast: float  # least difference in lightness between a stroke and what is around it
     stroke: float  # ink above this level is stroke: the lower, the thicker
@@ -134,7 +134,7 @@ def render(
     crowd = rng.uniform()  # 0: nearly empty, 1: crowded; many digits are smaller digits
     for _ in range(1 + int(6.99 * crowd)):
         index = rng.choice(split_digits(split)[rng.integers(10)])
-        for attempt in range(_TRIES):
+        for _attempt in range(_TRIES):
             small, large = look.sizes
             tall = (rng.uniform(small, large) * (1 - crowd) + rng.uniform(small, 0.75 * large) * crowd) * unit
             radius = 0.5 * tall
@@ -263,7 +263,8 @@ class DigitsSource:
 
     def describe(self) -> str:
         height, width = self.size
-        return f"digits {self.split}: {self.examples} scenes {height}x{width}, difficulty {self.difficulty:g}, seed {self.seed}"
+        look = f"difficulty {self.difficulty:g}, seed {self.seed}"
+        return f"digits {self.split}: {self.examples} scenes {height}x{width}, {look}"
 
 
 def make_digits(

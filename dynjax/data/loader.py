@@ -31,11 +31,11 @@ def make_loader(
 ) -> grain.IterDataset:
     """Elements {"image": uint8 (B, H, W, 3), "mask": int32 (B, H, W)} in which every ignored pixel of the mask is -1.
 
-    `batch_size` is that of all processes together: process p gets every process_count-th of its examples, from p on, so the
-    batches are the same whatever their number. With `repeat` the stream never ends, passes follow each other without a gap
-    and each has its own order and noise. Without it the last batch is filled up with blank examples (mask -1 throughout) and
-    every element has "valid": bool (B,).
-    The iterator's get_state and set_state resume at the exact batch. Pictures of digits are never mirrored. Raises UserError.
+    `batch_size` is that of all processes together: process p gets every process_count-th of its examples, from p on, so
+    batches are the same whatever the number of processes. With `repeat` the stream never ends, passes follow each other
+    without a gap, and each has its own order and noise. Without it the last batch is filled up with blank examples
+    (mask -1 throughout) and every element has "valid": bool (B,). The iterator's get_state and set_state resume at the
+    exact batch. Scenes of digits are never mirrored. Raises UserError.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: a batch has at least 1 example")
@@ -69,7 +69,7 @@ def make_loader(
 
 
 def calibration_batches(source: Any, batch_size: int, count: int) -> list[np.ndarray]:
-    """`count` batches of pictures, uint8 (batch_size, H, W, 3), spread evenly over the source; a short source is used again."""
+    """`count` batches of pictures, uint8 (B, H, W, 3), spread evenly over the source; a short one is used again."""
     if len(source) == 0 or batch_size < 1 or count < 1:
         raise UserError(
             f"calibration needs examples: {len(source)} in the source, {count} batches of {batch_size} wanted"

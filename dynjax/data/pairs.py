@@ -1,4 +1,4 @@
-"""Pairs of a picture and its mask, from whatever a set is stored in: all checked once at start-up, then kept in memory or read again.
+"""Pairs of a picture and its mask: all checked once at start-up, then kept in memory or read again.
 
 H, W are a picture's height and width in pixels.
 """
@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
@@ -19,6 +19,7 @@ from dynjax.config import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # lossless only: a JPEG blurs class ids
+IGNORE_255 = 255  # what marks ignored pixels in folders and TFDS sets
 KEEP_BYTES = 2 << 30  # a split that needs no more than this, resized, stays in memory
 SHOWN = 5  # broken files that an error names; of the rest it gives the number
 
@@ -29,29 +30,48 @@ class BadFile(Exception):
     """One picture or mask that cannot be used. The text names the file and what is wrong with it."""
 
 
-def read_image(file: Path) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture as RGB. Raises BadFile."""
-    return _decode(file, _rgb, "image")
+def workers() -> int:
+    """Threads that decode: more than a few only wait for each other."""
+    return min(8, os.cpu_count() or 1)
 
 
-def read_mask(file: Path) -> Shaped[np.ndarray, "H W"]:
-    """A picture of class ids: grey or palette. Raises BadFile."""
-    if file.suffix.lower() not in MASK_SUFFIXES:
+def class_names(count: int) -> tuple[str, ...]:
+    """Names of classes of which nothing but the number is known. Raises UserError."""
+    if not 1 <= count <= IGNORE_255:
+        raise UserError(
+            f"data.classes={count}: there can be 1 to {IGNORE_255} classes; {IGNORE_255} marks ignored pixels"
+        )
+    return tuple(f"class {index}" for index in range(count))
+
+
+def largest_label(mask: Shaped[np.ndarray, "H W"]) -> int:
+    """The largest class id in a mask that marks ignored pixels with 255; -1 where all are."""
+    return int(mask.max(initial=-1, where=mask != IGNORE_255))
+
+
+def read_image(file: Path | BinaryIO, name: str = "") -> UInt8[np.ndarray, "H W 3"]:
+    """A picture as RGB. Raises BadFile, which calls an open file by `name`."""
+    return _decode(file, name or str(file), _rgb)
+
+
+def read_mask(file: Path | BinaryIO, name: str = "") -> Shaped[np.ndarray, "H W"]:
+    """A picture of class ids: grey or palette. Raises BadFile, which calls an open file by `name`."""
+    if isinstance(file, Path) and file.suffix.lower() not in MASK_SUFFIXES:
         raise BadFile(f"{file}: a mask must be lossless, one of {' '.join(MASK_SUFFIXES)}")
-    return _decode(file, _class_ids, "mask")
+    return _decode(file, name or str(file), _class_ids)
 
 
-def _decode(file: Path, convert: Callable[[Image.Image], np.ndarray], what: str) -> np.ndarray:
+def _decode(file: Path | BinaryIO, name: str, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     try:
         with Image.open(file) as picture:
             return convert(picture)
     except FileNotFoundError:
-        raise BadFile(f"{file}: {what} is missing") from None
-    except BadFile as error:
-        raise BadFile(f"{file}: {error}") from None
-    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error and more
-        reason = "no picture that can be read" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise BadFile(f"{file}: {reason}") from None
+        reason = "there is no such file"
+    except Image.UnidentifiedImageError:
+        reason = "not a picture that can be read"
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error and more; BadFile too
+        reason = str(error) or type(error).__name__
+    raise BadFile(f"{name}: {reason}")
 
 
 def _rgb(picture: Image.Image) -> np.ndarray:
@@ -63,7 +83,8 @@ def _rgb(picture: Image.Image) -> np.ndarray:
 def _class_ids(picture: Image.Image) -> np.ndarray:
     if picture.mode not in ("1", "L", "P", "I", "I;16"):
         raise BadFile(f"mask has pixels of mode {picture.mode}, class ids need one channel (grey or palette)")
-    return np.asarray(picture).astype(np.int32)
+    ids = np.asarray(picture)
+    return ids.astype(np.uint8) if ids.dtype == bool else ids
 
 
 def resize_image(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
@@ -129,8 +150,9 @@ def check_pairs(
 ) -> PairSource:
     """Reads every pair once and returns those that are right.
 
-    `read(i)` gives pair i or raises BadFile; `label(i)` names it; `broken` are problems found before (a mask without a picture).
-    Raises one UserError that names what is wrong; with on_error="skip" only when nothing is left or the pictures' sizes differ.
+    `read(i)` gives pair i or raises BadFile; `label(i)` names it; `broken` are problems found before, such as a mask
+    without a picture. Raises one UserError that names what is wrong; with on_error="skip" only where nothing is left
+    or, without `size`, the pictures' sizes differ.
     """
     if size is not None and min(size) < 1:
         raise UserError(f"data.size={size}: height and width must be positive")
@@ -141,14 +163,12 @@ def check_pairs(
             if image.shape[:2] != mask.shape:
                 shapes = [f"{w}x{h}" for h, w in (image.shape[:2], mask.shape)]
                 raise BadFile(f"{label(index)}: the image is {shapes[0]} and the mask {shapes[1]} (width x height)")
-            wrong = np.setdiff1d(
-                np.unique(mask), [*range(len(classes)), *([] if ignore_label is None else [ignore_label])]
-            )
+            wrong = mask[(mask < 0) | (mask >= len(classes))]
+            wrong = wrong if ignore_label is None else wrong[wrong != ignore_label]
             if wrong.size:
                 ignored = "" if ignore_label is None else f" and {ignore_label} for ignored pixels"
-                raise BadFile(
-                    f"{label(index)}: label {wrong[-1]} in the mask, allowed are 0 to {len(classes) - 1}{ignored}"
-                )
+                allowed = f"0 to {len(classes) - 1}{ignored}"
+                raise BadFile(f"{label(index)}: label {wrong.max()} in the mask, allowed are {allowed}")
             own = mask.shape
             target = size or own
             return (own, resize_image(image, target), resize_mask(mask, target).astype(np.uint8)), ""
@@ -157,7 +177,7 @@ def check_pairs(
 
     problems, kept, sizes = list(broken), [], collections.Counter()
     memory: tuple[np.ndarray, np.ndarray] | None = None
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(workers()) as pool:
         for start in range(0, count, 64):  # by parts: results of a large set do not pile up
             indices = range(start, min(count, start + 64))
             for index, (pair, problem) in zip(indices, pool.map(check, indices), strict=True):

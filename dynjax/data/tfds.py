@@ -1,0 +1,233 @@
+"""`tfds:NAME`: any prepared TensorFlow Datasets set of pictures and masks, read without TensorFlow; no download.
+
+The prepared folder is looked for first: asking TFDS for a set that is not there may wait minutes for the network.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dynjax.config import UserError
+from dynjax.data.pairs import (
+    IGNORE_255,
+    BadFile,
+    Pair,
+    PairSource,
+    check_pairs,
+    class_names,
+    largest_label,
+    read_image,
+    read_mask,
+    workers,
+)
+
+IMAGE_KEYS = ("image", "image_left")  # tried in this order, then the only feature that fits
+MASK_KEYS = ("segmentation_mask", "segmentation_label", "mask", "annotation", "annotations", "label")
+
+
+def make_tfds(
+    name: str,
+    path: str,
+    split: str,
+    *,
+    classes: int = 0,
+    size: tuple[int, int] | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> PairSource:
+    """A split of the set NAME[/CONFIG][:VERSION] prepared under `path` (empty: TFDS's own folder). Raises UserError.
+
+    255 marks ignored pixels. `classes` 0 takes the number from the set's features or, where these do not say, from its
+    masks. A set without val or test splits gives parts of what it has; see `splits_of`.
+    """
+    folder = find_prepared(name, path)
+    builder = _builder(name, folder)
+    image_key, mask_key = _keys(name, builder.info.features)
+    parts = splits_of({key for key, info in builder.info.splits.items() if info.num_examples})
+    reader = _Reader(_open(builder, parts[split]), f"tfds:{name} {split}", image_key, mask_key)
+    names = _names(builder.info.features[mask_key], classes)
+    if names is None:
+        others = [_Reader(_open(builder, part), "", image_key, mask_key) for part in parts.values()]
+        names = class_names(_count_classes(others))
+    return check_pairs(
+        reader,
+        len(reader.records),
+        name=f"tfds:{name}",
+        split=split,
+        classes=names,
+        ignore_label=IGNORE_255,
+        size=size,
+        on_error=on_error,
+        label=reader.label,
+    )
+
+
+def find_prepared(name: str, path: str) -> Path:
+    """Folder of the newest prepared version of a set. Raises UserError that says how to prepare it."""
+    match = re.fullmatch(r"(\w+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?", name)
+    if not match:
+        raise UserError(f"data.name=tfds:{name}: write tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:VERSION")
+    base, config, version = match.groups()
+    root = Path(path or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    inner = f"{base}/{config}" if config else base
+    folders = [file.parent for depth in ("*", "*/*") for file in root.glob(f"{inner}/{depth}/features.json")]
+    if (root / "features.json").is_file() and base in root.parts:  # the path of the version itself
+        folders.append(root)
+    found = {tuple(map(int, f.name.split("."))): f for f in folders if re.fullmatch(r"\d+\.\d+\.\d+", f.name)}
+    if version:
+        found = {key: folder for key, folder in found.items() if folder.name == version}
+    if not found:
+        raise UserError(f"data.name=tfds:{name}: no prepared set in {root / inner}; {_how_to_prepare(name, root)}")
+    folder = found[max(found)]
+    try:
+        about = json.loads((folder / "dataset_info.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.name=tfds:{name}: {folder / 'dataset_info.json'} cannot be read: {error}") from None
+    formats = {about.get("fileFormat", "tfrecord"), *about.get("alternativeFileFormats", [])}
+    if "array_record" not in formats:
+        raise UserError(
+            f"data.name=tfds:{name}: {folder} is stored as {', '.join(sorted(formats))}, which has no random access; "
+            + _how_to_prepare(name, root)
+        )
+    return folder
+
+
+def _how_to_prepare(name: str, root: Path) -> str:
+    if name.split("/")[0].split(":")[0] == "camvid":
+        return f"prepare it with: python -m dynjax.data.camvid_tfds CAMVID_FOLDER {root}"
+    return (
+        f'prepare it once, with tensorflow-cpu installed and a network: python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', data_dir='{root}', file_format='array_record').download_and_prepare()\""
+    )
+
+
+def splits_of(available: Iterable[str]) -> dict[str, str]:
+    """TFDS's name for the parts that serve as train, val and test; never does one picture serve as two of them.
+
+    A set without test lends its validation split to test; what is then missing is a tenth each off the end of train.
+    """
+    available = set(available)
+    validation = next((name for name in ("validation", "val") if name in available), None)
+    test = "test" if "test" in available else validation
+    val = None if test == validation else validation
+    if "train" not in available:
+        raise UserError(
+            f"a set with the splits {', '.join(sorted(available)) or 'none'} cannot be used: it has no train"
+        )
+    cuts = [key for key, part in (("val", val), ("test", test)) if part is None]
+    parts = {"train": "train", "val": val, "test": test}
+    for position, key in enumerate(cuts):
+        end = 100 - 10 * (len(cuts) - 1 - position)
+        parts[key] = f"train[{end - 10}%:{end}%]"
+    if cuts:
+        parts["train"] = f"train[:{100 - 10 * len(cuts)}%]"
+    return parts
+
+
+def _builder(name: str, folder: Path) -> Any:
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(
+            f"data.name=tfds:{name} needs tensorflow-datasets: pip install dynjax[tfds] ({error})"
+        ) from None
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:  # whatever a damaged folder makes TFDS raise
+        raise UserError(f"data.name=tfds:{name}: {folder} cannot be read: {_one_line(error)}") from None
+
+
+def _keys(name: str, features: Any) -> tuple[str, str]:
+    import tensorflow_datasets as tfds
+
+    pictures = {key: feature for key, feature in features.items() if isinstance(feature, tfds.features.Image)}
+    images = [key for key, feature in pictures.items() if feature.shape[-1] == 3]
+    masks = [key for key, feature in pictures.items() if feature.shape[-1] == 1]
+
+    def choose(fitting, preferred):
+        known = [key for key in preferred if key in fitting]
+        return known[0] if known else fitting[0] if len(fitting) == 1 else None
+
+    image, mask = choose(images, IMAGE_KEYS), choose(masks, MASK_KEYS)
+    if image is None or mask is None:
+        raise UserError(
+            f"data.name=tfds:{name}: not a segmentation set: of its features {', '.join(features)} "
+            f"{'none is clearly the picture' if image is None else 'none is clearly the mask'}"
+        )
+    return image, mask
+
+
+def _names(feature: Any, classes: int) -> tuple[str, ...] | None:
+    known = getattr(feature, "num_classes", None)
+    if known and classes in (0, known):
+        try:
+            return tuple(feature.names)
+        except ValueError:  # TFDS knows the number alone
+            return class_names(known)
+    return class_names(classes) if classes else None
+
+
+def _open(builder: Any, part: str) -> Any:
+    """The records of a part, pictures still encoded: `_Reader` decodes the two that matter and says what is wrong."""
+    import tensorflow_datasets as tfds
+
+    pictures = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
+    try:
+        return builder.as_data_source(part, decoders={key: tfds.decode.SkipDecoding() for key in pictures})
+    except Exception as error:  # missing or damaged shards
+        raise UserError(
+            f"data.name=tfds:{builder.name}: {part} of {builder.data_dir} cannot be read: {_one_line(error)}"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """`read` of `check_pairs`."""
+
+    records: Any
+    name: str
+    image_key: str
+    mask_key: str
+
+    def label(self, index: int) -> str:
+        return f"{self.name} example {index}"
+
+    def record(self, index: int) -> dict[str, Any]:
+        try:
+            return self.records[index]
+        except Exception as error:  # a damaged shard
+            raise BadFile(f"{self.label(index)}: {_one_line(error)}") from None
+
+    def mask(self, record: dict[str, Any], index: int) -> np.ndarray:
+        return read_mask(io.BytesIO(record[self.mask_key]), f"{self.label(index)}, {self.mask_key}")
+
+    def __call__(self, index: int) -> Pair:
+        record = self.record(index)
+        image = read_image(io.BytesIO(record[self.image_key]), f"{self.label(index)}, {self.image_key}")
+        return image, self.mask(record, index)
+
+
+def _count_classes(readers: Iterable[_Reader]) -> int:
+    def largest(reader: _Reader, index: int) -> int:
+        try:
+            return largest_label(reader.mask(reader.record(index), index))
+        except BadFile:
+            return -1
+
+    found = [-1]
+    with ThreadPoolExecutor(workers()) as pool:
+        for reader in readers:
+            indices = range(len(reader.records))
+            found += pool.map(largest, [reader] * len(indices), indices)
+    return 1 + max(found)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
