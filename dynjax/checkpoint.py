@@ -4,7 +4,8 @@
     checkpoints/STEP/      orbax: every array of the training state; a JSON file per process: data position, checksums
     unreadable/            checkpoints that could not be read, moved aside
 
-A checkpoint appears under its name only when it is complete (orbax writes elsewhere and renames); checksums catch one that was cut or changed later.
+A checkpoint appears under its name only when it is complete (orbax writes elsewhere and renames); checksums catch one
+that was cut or changed later.
 """
 
 import dataclasses
@@ -78,14 +79,13 @@ def read_config(workdir: str | Path) -> tuple[Config, tuple[str, ...]]:
 
 
 def check_workdir(workdir: str | Path, config: Config) -> None:
-    """Make the folder when it is missing. Raises UserError when it was made by another configuration or cannot be written."""
+    """Make the folder if need be. Raises UserError when another configuration made it or it cannot be written."""
     workdir = Path(workdir)
     if (workdir / "config.json").exists():
         made_by, _ = read_config(workdir)
         if made_by.row != config.row:
-            raise UserError(
-                f"workdir {workdir} was made by row {made_by.row}, this is row {config.row}: give another --workdir"
-            )
+            made = f"was made by row {made_by.row}, this is row {config.row}"
+            raise UserError(f"workdir {workdir} {made}: give another --workdir")
         then, now = _flat(config_to_dict(made_by)), _flat(config_to_dict(config))
         changed = [name for name in now if then.get(name) != now[name] and name not in FREE_TO_CHANGE]
         if changed:
@@ -125,7 +125,10 @@ def named_arrays(tree: Any) -> dict[str, jax.Array]:
 
 
 def fill(template: Any, arrays: dict[str, jax.Array], prefix: str = "") -> Any:
-    """`template` with its arrays replaced by those called `prefix` + their path. Raises ValueError naming the first that does not fit."""
+    """`template` with its arrays replaced by those called `prefix` + their path.
+
+    Raises ValueError naming the first that is missing or has another shape or type.
+    """
 
     def one(path: Any, leaf: Any) -> Any:
         name = prefix + jax.tree_util.keystr(path, simple=True, separator=".")
@@ -133,9 +136,8 @@ def fill(template: Any, arrays: dict[str, jax.Array], prefix: str = "") -> Any:
             raise ValueError(f"{name} is missing")
         array, wanted = arrays[name], _key_data(leaf)
         if array.shape != wanted.shape or array.dtype != wanted.dtype:
-            raise ValueError(
-                f"{name} is {array.dtype}{list(array.shape)}, the model wants {wanted.dtype}{list(wanted.shape)}"
-            )
+            is_, should_be = (f"{x.dtype}{list(x.shape)}" for x in (array, wanted))
+            raise ValueError(f"{name} is {is_}, the model wants {should_be}")
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
 
     return jax.tree_util.tree_map_with_path(one, template)
@@ -230,7 +232,7 @@ def _disk_trouble(error: BaseException) -> str | None:
 
 
 def read(workdir: str | Path, step: int, sharding: Any = None) -> tuple[dict[str, jax.Array], Any]:
-    """The arrays by name and the position of checkpoint `step`. Raises ValueError when anything in it is missing or changed."""
+    """Arrays by name and position of checkpoint `step`. Raises ValueError when anything is missing or changed."""
     from orbax.checkpoint import v1 as ocp
 
     folder = Path(workdir).resolve() / "checkpoints" / str(step)
@@ -260,7 +262,8 @@ def read_newest(
 ) -> tuple[int, dict[str, jax.Array], Any] | None:
     """Step, arrays and position of the newest checkpoint that can be read; None when there is no checkpoint at all.
 
-    `say` is told (None: stderr) of every one that had to be passed over. Raises UserError when there are checkpoints and none can be read.
+    `say` is told (None: stderr) of every one that had to be passed over. Raises UserError when none of the checkpoints can
+    be read.
     """
     say = say or (lambda text: print(text, file=sys.stderr))
     found = steps(workdir)
@@ -272,14 +275,13 @@ def read_newest(
             say(f"checkpoint {step} of {workdir} cannot be read ({error}); {before}")
             reason = error
     if found:
-        raise UserError(
-            f"no checkpoint of {workdir} can be read (steps {found}; the oldest: {reason}): remove the workdir to start again"
-        )
+        which = f"steps {found}; the oldest: {reason}"
+        raise UserError(f"no checkpoint of {workdir} can be read ({which}): remove the workdir to start again")
     return None
 
 
 def tidy(workdir: str | Path, newest: int | None) -> None:
-    """Before training goes on from checkpoint `newest`: drop half-written checkpoints, move unreadable later ones to unreadable/."""
+    """Before training goes on from checkpoint `newest`: drop half-written ones, move unreadable later ones aside."""
     folder = Path(workdir) / "checkpoints"
     if jax.process_index() != 0 or not folder.exists():
         return
@@ -309,7 +311,7 @@ def build(config: Config, classes: int, twin: nnx.State | None = None) -> nnx.Mo
 
 
 def load(workdir: str | Path) -> tuple[Config, nnx.Module, int]:
-    """Configuration, model (averaged parameters, evaluation view) and step of the newest readable checkpoint of `workdir`.
+    """Configuration, model (averaged parameters, evaluation view) and step of the newest readable checkpoint.
 
     Raises UserError when there is none.
     """

@@ -14,7 +14,7 @@ from dynjax.config import UserError
 
 
 def read_metrics(workdir: str | Path) -> list[dict]:
-    """The records of `workdir`/metrics.jsonl, oldest first; a last line that a killed run left half-written is dropped."""
+    """The records of `workdir`/metrics.jsonl, oldest first, without a line that a killed run left half-written."""
     path = Path(workdir) / "metrics.jsonl"
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -28,7 +28,7 @@ def read_metrics(workdir: str | Path) -> list[dict]:
 class Log:
     """Writes metrics.jsonl and tensorboard/ under `workdir` (None: nothing is written) and shows progress on stderr.
 
-    A record is {"step": n, "time": seconds since 1970, ...}; training metrics carry plain names, evaluation ones "val/...".
+    A record is {"step": n, "time": seconds since 1970, ...}; metrics of training carry plain names, scores "val/...".
     Records after step `start` are of steps that a resumed run takes again: they are dropped.
     """
 

@@ -18,9 +18,9 @@ AXIS = "data"
 
 
 def initialize() -> bool:
-    """Join the other processes when the environment asks for it (see the top of this file); call it before anything else of JAX.
+    """Join the other processes when the environment asks for it (see the top of this file). Returns whether it did.
 
-    Returns whether this run is distributed. Raises UserError when the variables are incomplete or no number.
+    To be called before anything else of JAX. Raises UserError when the variables are incomplete or no number.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = {name: os.environ[name] for name in names if os.environ.get(name)}
@@ -32,9 +32,8 @@ def initialize() -> bool:
         jax.distributed.initialize()
         return True
     if missing := [name for name in names if name not in given]:
-        raise UserError(
-            f"{' and '.join(given)} set without {' and '.join(missing)}: set all of {', '.join(names)}, or none"
-        )
+        there, all_of = " and ".join(given), ", ".join(names)
+        raise UserError(f"{there} set without {' and '.join(missing)}: set all of {all_of}, or none")
     try:
         count, index = int(given["JAX_NUM_PROCESSES"]), int(given["JAX_PROCESS_ID"])
     except ValueError as error:

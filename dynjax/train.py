@@ -1,15 +1,16 @@
 """One training loop for every task.
 
-`fit` takes any nnx model, task and iterable of batches; `train` builds these for a segmentation row. Axes: B batch, A parts of an accumulated batch.
+`fit` takes any nnx model, task and iterable of batches; `train` builds these for a segmentation row.
 
-A task has `loss(model, batch, key, progress) -> (scalar, metrics)`, called with the model in its training view, a batch (dict of
-arrays with leading axis B), a random key of this step and the share of the training that is over.
+A task has `loss(model, batch, key, progress) -> (scalar, metrics)`, called with the model in its training view, a batch
+(dict of arrays whose first axis is the batch), a random key of this step and the share of the training that is over.
 """
 
 import contextlib
 import dataclasses
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from dynjax import budget, checkpoint
@@ -31,20 +31,6 @@ class Interrupted(Exception):
     """Training was asked to stop (Ctrl-C, SIGTERM) and did, with everything saved. Commands exit with status 130."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """All that changes while training; with the position in the data it is what a checkpoint holds."""
-
-    step: jax.Array
-    params: nnx.State
-    rest: nnx.State
-    """Everything of the model that is no parameter: batch statistics, thresholds, the gates' random streams."""
-    optimizer: optax.OptState
-    ema: nnx.State | None
-    key: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
 class Fitted:
     model: nnx.Module
@@ -52,10 +38,6 @@ class Fitted:
     scores: dict[str, Any]
     """Of the last evaluation; empty without one."""
     step: int
-
-
-def training_view(model: nnx.Module) -> nnx.Module:
-    return nnx.view(model, deterministic=False, use_running_average=False, execution="masked", raise_if_not_found=False)
 
 
 def check(config: Config) -> None:
@@ -82,103 +64,10 @@ def check(config: Config) -> None:
     for name, value, good, wanted in rules:
         if not good:  # also for nan
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {wanted}")
-    if config.batch_size % (o.accumulate * devices):
-        what = f"{devices} devices" + (f" times --optimizer.accumulate {o.accumulate}" if o.accumulate > 1 else "")
-        raise UserError(
-            f"--batch-size {config.batch_size} does not divide into {what}: make it a multiple of {o.accumulate * devices}"
-        )
-
-
-# The step
-
-
-def schedule(config: Config) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate by step: a linear rise over the share `warmup` of the steps, then a cosine to 0."""
-    rise = round(config.optimizer.warmup * config.steps)
-
-    def rate(step: jax.Array) -> jax.Array:
-        fall = (step - rise) / max(config.steps - rise, 1)
-        share = jnp.where(step < rise, (step + 1) / max(rise, 1), 0.5 * (1 + jnp.cos(jnp.pi * fall)))
-        return config.optimizer.learning_rate * share
-
-    return rate
-
-
-def make_optimizer(config: Config, params: nnx.State, gates: nnx.filterlib.Filter) -> optax.GradientTransformation:
-    """AdamW under a clip of the whole gradient. Biases, norms and gates do not decay; gates have their own rate."""
-    o = config.optimizer
-    is_gate = nnx.filterlib.to_predicate(gates)
-    rates = nnx.map_state(lambda path, p: p.replace(o.gate_learning_rate if is_gate(path, p) else 1.0), params)
-    decays = nnx.map_state(
-        lambda path, p: p.replace(o.weight_decay * (p[...].ndim > 1 and not is_gate(path, p))), params
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(o.clip),
-        optax.scale_by_adam(),
-        optax.stateless(lambda updates, params: jax.tree.map(lambda u, p, d: u + d * p, updates, params, decays)),
-        optax.stateless(lambda updates, params: jax.tree.map(lambda u, r: u * r, updates, rates)),
-        optax.scale_by_learning_rate(schedule(config)),
-    )
-
-
-def _to_bfloat16(tree: Any) -> Any:
-    """Floats and uint8 pictures (0 to 255 are exact) as bfloat16; labels stay as they are."""
-    return jax.tree.map(
-        lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == jnp.uint8 else x, tree
-    )
-
-
-def _parts(batch: Any, count: int) -> Any:
-    """(B, ...) to (A, B / A, ...), every part with examples of every device, so that nothing moves between devices."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
-
-
-def make_step(graphdef: nnx.GraphDef, task: Any, optimizer: optax.GradientTransformation, config: Config) -> Callable:
-    """The pure step (state, batch) -> (state, metrics).
-
-    With accumulation, gradients and metrics are the plain mean over the parts (each normalised within itself),
-    and batch statistics move once per part.
-    """
-    half = config.precision == "bfloat16"
-
-    def loss_fn(params: nnx.State, rest: nnx.State, part: Any, key: jax.Array, progress: jax.Array) -> tuple:
-        if half:
-            params, part = _to_bfloat16(params), _to_bfloat16(part)
-        model = training_view(nnx.merge(graphdef, params, rest, copy=True))
-        loss, metrics = task.loss(model, part, key, progress)
-        return loss.astype(jnp.float32), (nnx.state(model, nnx.Not(nnx.Param)), {**metrics, "loss": loss})
-
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
-
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = jax.random.fold_in(state.key, state.step)
-        progress = state.step / config.steps
-        count = config.optimizer.accumulate
-        if count == 1:
-            (_, (rest, metrics)), grads = gradient(state.params, state.rest, batch, key, progress)
-        else:
-
-            def one(carry: tuple, inputs: tuple) -> tuple:
-                rest, total = carry
-                (_, (rest, metrics)), grads = gradient(state.params, rest, *inputs, progress)
-                return (rest, jax.tree.map(jnp.add, total, grads)), metrics
-
-            zeros = jax.tree.map(jnp.zeros_like, state.params)
-            inputs = (_parts(batch, count), jax.random.split(key, count))
-            (rest, total), metrics = jax.lax.scan(one, (state.rest, zeros), inputs)
-            grads = jax.tree.map(lambda g: g / count, total)
-            metrics = jax.tree.map(lambda m: m.mean(0), metrics)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema is not None:
-            # Short runs: a long average would still hold the initial values (the decay rises as in TensorFlow's moving averages).
-            decay = jnp.minimum(config.optimizer.ema, (1 + state.step) / (10 + state.step))
-            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
-        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(config)(state.step)}
-        return TrainState(state.step + 1, params, rest, optimizer_state, ema, state.key), metrics
-
-    return step
+    parts = o.accumulate * devices
+    if config.batch_size % parts:
+        what = f"{devices} device(s) times --optimizer.accumulate {o.accumulate}"
+        raise UserError(f"--batch-size {config.batch_size} is not a multiple of {parts}, which is {what}")
 
 
 # The loop
@@ -235,33 +124,33 @@ def fit(
 ) -> Fitted:
     """Train `model` (left as it is) on the batches of `loader` for `config.steps` steps in all, on all devices.
 
-    `loader`: an iterable of dicts of NumPy arrays, this process' share of the batch; where its iterator has get_state and set_state
-    (grain), a run resumes at the exact batch through them, otherwise by reading past the batches it has had.
-    `evaluate(model) -> scores` is called with the averaged parameters. With a `workdir` the run is logged, saved and resumed there.
-    Raises UserError (bad configuration, other run's workdir, full disk, a loss or gradient that is not finite), Interrupted.
+    `loader`: an iterable of dicts of NumPy arrays, this process' share of the batch; where its iterator has get_state
+    and set_state (grain), a run resumes at the exact batch through them, otherwise by reading past the batches it has had.
+    `evaluate(model) -> scores` is called with the averaged parameters. `gates` is the nnx filter of the parameters that
+    learn as gates. With a `workdir` the run is logged, saved and resumed there.
+    Raises UserError (bad configuration, workdir of another run, full disk, a loss or gradient that is not finite) and
+    Interrupted.
     """
     check(config)
     if workdir is not None:
         checkpoint.check_workdir(workdir, config)
         checkpoint.write_config(workdir, config, classes)
     mesh = meshes.make_mesh()
+    everywhere = meshes.replicated(mesh)
     with jax.set_mesh(mesh), _stop_signals() as stop:
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         optimizer = make_optimizer(config, params, gates)
         ema = params if config.optimizer.ema else None
         state = TrainState(jnp.int32(0), params, rest, optimizer.init(params), ema, jax.random.key(config.seed))
         state, batches, start = meshes.replicate(mesh, state), iter(loader), 0
-        say = _say
-        if workdir is not None and (newest := checkpoint.read_newest(workdir, meshes.replicated(mesh), say)):
-            start, arrays, position = newest
-            state = checkpoint.fill(state, arrays)
-            _go_to(batches, position)
-            say(f"{workdir}: going on from step {start} of {config.steps}")
         if workdir is not None:
+            if newest := checkpoint.read_newest(workdir, everywhere, _say):
+                start, arrays, position = newest
+                state = checkpoint.fill(state, arrays)
+                _go_to(batches, position)
+                _say(f"{workdir}: going on from step {start} of {config.steps}")
             checkpoint.tidy(workdir, start)
-        step_fn = jax.jit(
-            make_step(graphdef, task, optimizer, config), donate_argnums=0, out_shardings=meshes.replicated(mesh)
-        )
+        step_fn = jax.jit(make_step(graphdef, task, optimizer, config), donate_argnums=0, out_shardings=everywhere)
 
         def averaged() -> nnx.Module:
             params = state.params if state.ema is None else state.ema
@@ -284,31 +173,22 @@ def fit(
                     log.pause()
                 if last or stopping:
                     break
-                try:
-                    batch = meshes.share(mesh, next(batches))
-                except StopIteration:
-                    raise UserError(
-                        f"the loader ended after {step} batches, --steps is {config.steps}: it must repeat"
-                    ) from None
+                if (batch := next(batches, None)) is None:
+                    raise UserError(f"the data ended after {step} of {config.steps} batches: the loader must repeat")
+                batch = meshes.share(mesh, batch)
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
                 _report(log, pending, workdir)
                 pending = (step + 1, metrics)
             _report(log, pending, workdir)
         if not last:
-            where = (
-                "nothing was saved (no workdir)"
-                if workdir is None
-                else f"{workdir} is saved: the same command goes on from there"
-            )
-            raise Interrupted(f"stopped after step {step} of {config.steps}; {where}")
+            how = "the same command goes on from there" if workdir else "nothing was saved: there is no workdir"
+            raise Interrupted(f"{workdir or 'training'}: stopped after step {step} of {config.steps}; {how}")
         return Fitted(averaged(), scores, step)
 
 
 def _say(text: str) -> None:
     if jax.process_index() == 0:
-        import sys
-
         print(text, file=sys.stderr)
 
 
@@ -322,9 +202,8 @@ def _report(log: Log, pending: tuple[int, dict] | None, workdir: str | Path | No
         if not math.isfinite(metrics[name]):
             kept = checkpoint.steps(workdir) if workdir is not None else []
             last = f"the last good checkpoint is step {kept[-1]} of {workdir}" if kept else "there is no checkpoint yet"
-            raise UserError(
-                f"{name} is {metrics[name]} at step {step}: training stopped, {last}; a lower --optimizer.learning-rate may help"
-            )
+            what = f"{name} is {metrics[name]} at step {step}: training stopped, {last}"
+            raise UserError(f"{what}; a lower --optimizer.learning-rate may help")
     log.train(step, metrics)
 
 
@@ -336,9 +215,8 @@ def _twin(config: Config, classes: int) -> nnx.State:
     other, model, _ = checkpoint.load(config.init_from)
     _, names = checkpoint.read_config(config.init_from)
     if other.model.dynamics != "static":
-        raise UserError(
-            f"--init-from {config.init_from}: row {other.row} is {other.model.dynamics}, it must be a static twin"
-        )
+        what = f"row {other.row} is {other.model.dynamics}"
+        raise UserError(f"--init-from {config.init_from}: {what}, it must be a static twin")
     for name in ("widths", "blocks", "stem_stride"):
         theirs, ours = getattr(other.model, name), getattr(config.model, name)
         if theirs != ours:
@@ -349,7 +227,7 @@ def _twin(config: Config, classes: int) -> nnx.State:
 
 
 def validator(task: Any, source: Any, config: Config) -> Callable[[nnx.Module], dict]:
-    """`evaluate` for `fit`: scores of `task` on all of `source`, at the thresholds that training used for the target budget."""
+    """`evaluate` for `fit`: scores of `task` on all of `source`, with the gates' thresholds of the target budget."""
     import dynjax as dj
     from dynjax.data import make_loader
 

@@ -1,7 +1,7 @@
 """Adaptive U-Nets on CamVid (SegNet's split: train 367, val 101, test 233; 11 classes, void ignored; no pre-training).
 
 python -m experiments.train ROW --workdir runs/ROW --data.path data/camvid
-python -m experiments.train camvid_small_tiles --workdir runs/tiles --data.path data/camvid --init-from runs/camvid_small_static
+python -m experiments.train camvid_small_tiles --workdir W --data.path data/camvid --init-from runs/camvid_small_static
 python -m experiments.evaluate --workdir runs/ROW
 
 camvid_small_* is 180x240 and sized for two CPU cores; camvid_unet_* is the protocol's 360x480 and wants a GPU.
@@ -24,7 +24,7 @@ def _dynamic(row: Config, name: str, dynamics: str, **model: object) -> Config:
 def camvid_small_static() -> Config:
     """Static twin: the U-Net without dynamics, CamVid 180x240.
 
-    Protocol: 1600 steps of 8; flip, crop, colour; cross-entropy weighted by 1/sqrt(frequency). Choose on val, report test.
+    Protocol: 1600 steps of 8; flip, crop, colour; cross-entropy weighted by 1/sqrt(frequency). Chosen on val.
     """
     return Config(
         row="camvid_small_static",
@@ -69,9 +69,8 @@ def camvid_small_equal() -> Config:
     Protocol: as camvid_small_static. Every width times about 0.7.
     """
     row = camvid_small_static()
-    return dataclasses.replace(
-        row, row="camvid_small_equal", model=dataclasses.replace(row.model, widths=(16, 34, 51, 85))
-    )
+    model = dataclasses.replace(row.model, widths=(16, 34, 51, 85))
+    return dataclasses.replace(row, row="camvid_small_equal", model=model)
 
 
 def camvid_unet_static() -> Config:

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ BAD_INPUT, STOPPED = 2, 130
 
 
 def parse(kind: type[T], arguments: Sequence[str], *, command: str, default: T | None = None) -> T:
-    """An instance of the dataclass `kind` from command line arguments (tyro). --help prints and exits; raises UserError in one line."""
+    """The dataclass `kind` from arguments (tyro). --help prints and exits; raises UserError in one line."""
     import tyro
 
     said = io.StringIO()
@@ -35,17 +34,15 @@ def _one_line(box: str) -> str:
     """The message in tyro's box, and the options that it suggests."""
     lines = [line.strip("│ ").strip() for line in box.splitlines() if line and line[0] not in "╭╰"]
     breaks = [i for i, line in enumerate(lines) if line.startswith("───")] + [len(lines)]
-    message = " ".join(" ".join(lines[: breaks[0]]).replace("[bold]", "").replace("[/bold]", "").split())
-    message = re.sub(r"^Missing from [^:]*:", "missing", message).replace("(required)", "").strip()
-    near = []
-    for line in lines[breaks[0] :]:
-        if line.startswith("--") and "Perhaps you meant:" in lines:
-            near.append(line.split()[0])
+    message = " ".join(" ".join(lines[: breaks[0]]).split()).partition(" Got errors:")[0]
+    if message.startswith("Missing from"):
+        message = "missing: " + ", ".join(line.split()[0] for line in lines if line.startswith("--"))
+    near = [line.split()[0] for line in lines[breaks[0] :] if line.startswith("--") and "Perhaps you meant:" in lines]
     return message + (f"; perhaps you meant {' or '.join(near)}" if near else "")
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/dynjax/xla. A folder that cannot be made is done without."""
+    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/dynjax/xla, if that can be made."""
     import jax
 
     folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "dynjax" / "xla")
@@ -57,7 +54,7 @@ def use_compilation_cache() -> None:
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Run a command and exit with the status that it returns (None: 0), 2 after one line for a UserError, 130 after Ctrl-C.
+    """Run a command and exit with the status it returns (None: 0), 2 after one line for a UserError, 130 after Ctrl-C.
 
     Any other exception is a bug and keeps its traceback.
     """

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from dynjax.config import Config, UserError
 from experiments import camvid_unet, digits_unet
 
-ROWS: dict[str, Callable[[], Config]] = {
-    row.__name__: row for module in (digits_unet, camvid_unet) for row in module.ROWS
-}
+ROWS: dict[str, Callable[[], Config]] = {row.__name__: row for row in digits_unet.ROWS + camvid_unet.ROWS}
 
 
 def get_row(name: str) -> Config:
@@ -22,7 +20,7 @@ def get_row(name: str) -> Config:
 
 
 def tiny(config: Config) -> Config:
-    """The same row in a size that trains two steps in seconds: what is chosen stays, how much of it shrinks. For tests."""
+    """The same row in a size that trains two steps in seconds: what is done stays, how much shrinks. For tests."""
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, size=(32, 32), examples=8),

@@ -1,6 +1,6 @@
 """Train a row: python -m experiments.train ROW --workdir W [any field of the row]; --list names the rows.
 
-The same command goes on where it stopped: after Ctrl-C, SIGTERM, SIGKILL or a power cut it ends with the same parameters, bit for bit.
+The same command goes on where it stopped: after Ctrl-C or SIGKILL it ends with the same parameters, bit for bit.
 """
 
 import dataclasses
@@ -41,9 +41,7 @@ def main(arguments: list[str]) -> int | None:
             print(f"{name} - {row.__doc__.strip().splitlines()[0]}")
         return None
     if arguments in (["--help"], ["-h"]):
-        print(
-            f"{__doc__.strip()}\n\nrows: {' '.join(rows.ROWS)}\npython -m {COMMAND} ROW --help lists the fields of a row."
-        )
+        print(f"{__doc__.strip()}\n\nrows: {' '.join(rows.ROWS)}\npython -m {COMMAND} ROW --help lists its fields.")
         return None
     config, workdir = parse(arguments)
     from dynjax import mesh, train
