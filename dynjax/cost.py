@@ -1,4 +1,4 @@
-"""Multiply-accumulates (MACs) of any function or module, read from its jaxpr: nothing is run and no layer needs a formula."""
+"""Multiply-accumulates (MACs) of any function or module, read from its jaxpr: nothing runs, and no formulas."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ class Cost:
 def macs(
     fn: Callable[..., Any], *args: Any, while_trips: int | None = None, padding: bool = False, **kwargs: Any
 ) -> float:
-    """MACs of `fn(*args, **kwargs)`, all examples together; see `count`. Raises ValueError where the jaxpr does not tell.
+    """MACs of `fn(*args, **kwargs)`, all examples together; see `count`. Raises ValueError where they are unknown.
 
     `while_trips` answers for the loops of unknown length: so many trips each (1: the body once; a bound gives a bound).
     """
@@ -39,27 +39,27 @@ def count(
 ) -> Cost:
     """MACs of `fn(*args, **kwargs)`, all examples together, with the loops of unknown length named.
 
-    `fn` is a function, an `nnx.Module` or a method of one; arguments are arrays, `jax.ShapeDtypeStruct`s, `nnx.Module`s, trees
-    of these, or anything else (passed on as it is). Modules are copied: BatchNorm statistics and random counts stay as they
-    are. A module that `fn` closes over is not seen: pass it as an argument.
+    `fn` is a function, an `nnx.Module` or a method of one; arguments are arrays, `jax.ShapeDtypeStruct`s,
+    `nnx.Module`s, trees of these, or anything else (passed on as it is). Modules are copied: BatchNorm statistics and
+    random counts stay as they are. A module that `fn` closes over is not seen: pass it as an argument.
 
-    Counted: convolutions (strided, dilated, transposed, grouped), `dot_general` (so matrix products, einsum, attention, and
-    the resizing of `jax.image`, which is a product with a matrix), `ragged_dot`. `scan` counts times its length, a `while`
-    times its trips where its bounds are constants (else see `while_trips`), `cond` and `switch` as their dearest branch,
-    `shard_map` times its devices, a Pallas kernel times its grid; nested jit, remat and custom derivatives as what they hold.
-    Not counted: elementwise work, reductions, pooling, normalisation, gathers and scatters, sorting, FFT, and the
-    decompositions and solvers of `lax.linalg`. A result that nobody uses is counted.
+    Counted: convolutions (strided, dilated, transposed, grouped), `dot_general` (so matrix products, einsum, attention,
+    and the resizing of `jax.image`, which is a product with a matrix), `ragged_dot`. `scan` counts times its length, a
+    `while` times its trips where its bounds are constants (else see `while_trips`), `cond` and `switch` as their
+    dearest branch, `shard_map` times its devices, a Pallas kernel times its grid; nested jit, remat and custom
+    derivatives as what they hold. Not counted: elementwise work, reductions, pooling, normalisation, gathers and
+    scatters, sorting, FFT, and the decompositions and solvers of `lax.linalg`. A result that nobody uses is counted.
 
     Kernel taps that fall on the padding or on the holes of a transposed convolution are not counted, as in XLA's
-    `cost_analysis`, to which the tests hold these figures; `padding=True` counts the taps on the padding (still not the holes),
-    as the tables of most papers do.
+    `cost_analysis`, to which the tests hold these figures; `padding=True` counts the taps on the padding (still not the
+    holes), as the tables of most papers do.
     """
     rule = _Rule(while_trips, padding)
     return rule.jaxpr(trace_abstractly(fn, *args, **kwargs), known={}, path="")
 
 
 def trace_abstractly(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The closed jaxpr of `fn(*args, **kwargs)` from shapes alone, on copies of the modules among `fn` and the arguments."""
+    """The closed jaxpr of `fn(*args, **kwargs)` from shapes alone, on copies of the modules among them."""
     if isinstance(getattr(fn, "__self__", None), nnx.Module):  # a method: its module has to be copied as well
         fn, args = fn.__func__, (fn.__self__, *args)
 
@@ -73,7 +73,9 @@ def trace_abstractly(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     def call(arrays: dict[int, jax.Array]) -> list[jax.Array]:
         state, others = value_tree.unflatten([arrays.get(i, value) for i, value in enumerate(values)])
         copies = iter(nnx.merge(graphdef, state, copy=True))
-        filled = [next(copies) if isinstance(leaf, nnx.Module) else other for leaf, other in zip(leaves, others)]
+        filled = [
+            next(copies) if isinstance(leaf, nnx.Module) else other for leaf, other in zip(leaves, others, strict=True)
+        ]
         fn, args, kwargs = tree.unflatten(filled)
         return [leaf for leaf in jax.tree.leaves(fn(*args, **kwargs)) if _is_array(leaf)]
 
@@ -91,15 +93,15 @@ def _abstract(value: Any) -> jax.ShapeDtypeStruct:
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """How to count; the jaxpr's equations are told apart by name and parameters, which are the same over JAX versions."""
+    """How to count; the jaxpr's equations are told apart by name and parameters, alike in all JAX versions."""
 
     while_trips: int | None
     padding: bool
 
     def jaxpr(self, jaxpr: Any, known: dict[Any, int], path: str) -> Cost:
         """Sum over the equations. `known` maps variables to whole numbers that are constants of the program."""
-        consts = dict(zip(_open(jaxpr).constvars, getattr(jaxpr, "consts", ())))
-        known = known | {var: int(value) for var, value in consts.items() if _is_whole_number(value)}
+        consts = zip(_open(jaxpr).constvars, getattr(jaxpr, "consts", ()), strict=False)
+        known = known | {var: int(value) for var, value in consts if _is_whole_number(value)}
         costs = [self.equation(eqn, known, path) for eqn in _open(jaxpr).eqns]
         return Cost(float(sum(cost.macs for cost in costs)), sum((cost.unknown for cost in costs), ()))
 
@@ -119,7 +121,7 @@ class _Rule:
         inner = [self.jaxpr(sub, _passed_on(sub, eqn, known), f"{path}{_label(eqn)}/") for sub in _jaxprs_in(params)]
         if not inner:
             return Cost(0.0)
-        body = Cost(sum(cost.macs for cost in inner), sum((cost.unknown for cost in inner), ()))
+        body = Cost(float(sum(cost.macs for cost in inner)), sum((cost.unknown for cost in inner), ()))
         if name == "cond":
             return Cost(max(cost.macs for cost in inner), body.unknown)
         if name == "while":
@@ -158,12 +160,12 @@ def _jaxprs_in(params: Mapping[str, Any]) -> Iterator[Any]:
                 yield item
 
 
-def _dot_macs(eqn: Any, dims_not_free: tuple[int, ...]) -> int:
+def _dot_macs(eqn: Any, dims_not_free: tuple[int, ...]) -> float:
     left, right = (var.aval.shape for var in eqn.invars[:2])
-    return math.prod(left) * math.prod(side for dim, side in enumerate(right) if dim not in dims_not_free)
+    return float(math.prod(left)) * math.prod(side for dim, side in enumerate(right) if dim not in dims_not_free)
 
 
-def _conv_macs(eqn: Any, padding: bool) -> int:
+def _conv_macs(eqn: Any, padding: bool) -> float:
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
     image, kernel = (var.aval.shape for var in eqn.invars)
     output = eqn.outvars[0].aval.shape
@@ -177,15 +179,16 @@ def _conv_macs(eqn: Any, padding: bool) -> int:
             (low for low, _ in params["padding"]),
             params["lhs_dilation"],
             params["rhs_dilation"],
+            strict=True,
         )
     )
     # The kernel's input side is already one group wide, and batch groups split the examples over the output channels.
     examples = image[numbers.lhs_spec[0]] // params["batch_group_count"]
-    return examples * taps * kernel[numbers.rhs_spec[0]] * kernel[numbers.rhs_spec[1]]
+    return float(examples) * taps * kernel[numbers.rhs_spec[0]] * kernel[numbers.rhs_spec[1]]
 
 
 def _taps(image: int, kernel: int, output: int, stride: int, low: int, holes: int, dilation: int, padding: bool) -> int:
-    """Pairs (output, tap) along one axis whose tap reads an element of the image, or of its padding where that counts."""
+    """Pairs (output, tap) along one axis whose tap reads an element of the image, or of the padding if that counts."""
     end = (image - 1) * holes  # where the last element lies, the holes between elements included
     places = (o * stride - low + k * dilation for o in range(output) for k in range(kernel))
     return sum(place % holes == 0 and (padding or 0 <= place <= end) for place in places)
@@ -206,12 +209,12 @@ def _passed_on(jaxpr: Any, eqn: Any, known: Mapping[Any, int]) -> dict[Any, int]
     """What is known inside a call whose operands are those of the equation, one by one."""
     if eqn.primitive.name in ("scan", "while", "cond", "pallas_call") or len(_open(jaxpr).invars) != len(eqn.invars):
         return {}
-    values = ((var, _value(atom, known)) for var, atom in zip(_open(jaxpr).invars, eqn.invars))
+    values = ((var, _value(atom, known)) for var, atom in zip(_open(jaxpr).invars, eqn.invars, strict=True))
     return {var: value for var, value in values if value is not None}
 
 
 def _trips(eqn: Any, known: Mapping[Any, int]) -> int | None:
-    """Trips of `while i < n: i += step` where start, n and step are constants (a `fori_loop` of known bounds), else None."""
+    """Trips of `while i < n: i += step` for constant start, n and step (a `fori_loop` of known bounds), else None."""
     condition, body = (_open(eqn.params[key]) for key in ("cond_jaxpr", "body_jaxpr"))
     skip, body_skip = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     if [test.primitive.name for test in condition.eqns] != ["lt"] or condition.outvars != condition.eqns[0].outvars:
