@@ -262,8 +262,8 @@ def read_newest(
 ) -> tuple[int, dict[str, jax.Array], Any] | None:
     """Step, arrays and position of the newest checkpoint that can be read; None when there is no checkpoint at all.
 
-    `say` is told (None: stderr) of every one that had to be passed over. Raises UserError when none of the checkpoints can
-    be read.
+    `say` is told (None: stderr) of every one that had to be passed over. Raises UserError when there are some and none
+    can be read.
     """
     say = say or (lambda text: print(text, file=sys.stderr))
     found = steps(workdir)

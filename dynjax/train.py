@@ -25,6 +25,7 @@ from dynjax import budget, checkpoint
 from dynjax import mesh as meshes
 from dynjax.config import Config, UserError
 from dynjax.log import Log
+from dynjax.step import TrainState, make_optimizer, make_step
 
 
 class Interrupted(Exception):
@@ -125,7 +126,7 @@ def fit(
     """Train `model` (left as it is) on the batches of `loader` for `config.steps` steps in all, on all devices.
 
     `loader`: an iterable of dicts of NumPy arrays, this process' share of the batch; where its iterator has get_state
-    and set_state (grain), a run resumes at the exact batch through them, otherwise by reading past the batches it has had.
+    and set_state (grain), a run resumes at the exact batch through them, otherwise by reading past those it has had.
     `evaluate(model) -> scores` is called with the averaged parameters. `gates` is the nnx filter of the parameters that
     learn as gates. With a `workdir` the run is logged, saved and resumed there.
     Raises UserError (bad configuration, workdir of another run, full disk, a loss or gradient that is not finite) and
