@@ -1,0 +1,127 @@
+"""Budgets steer: losses on the MACs spent while training, and one threshold for all gates once trained.
+
+A budget is a share of the model's `full_macs`, in (0, 1].
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dynjax.gates import GateParam, Threshold
+from dynjax.trace import Trace
+
+gate_filter = nnx.OfType(GateParam)
+"""Selects the parameters of gates: `nnx.split(model, gate_filter, ...)`."""
+
+
+def check(budget: float, name: str = "budget") -> float:
+    """`budget` if it is a share in (0, 1], else ValueError."""
+    if not 0 < budget <= 1:
+        raise ValueError(f"{name}={budget} must be in (0, 1]: it is the share of the full MACs that may be spent")
+    return budget
+
+
+def budget_loss(
+    trace: Trace, target: Float[Array, ""] | float, released: Float[Array, ""] | float = 1.0
+) -> Float[Array, ""]:
+    """Squared distance of the MACs really spent from `target`, and of each gate's share from bounds that open with `released`.
+
+    After DynConv (Verelst & Tuytelaars 2020, section 3.3): (spent / full - target)^2 plus the mean over gates of the squared violation
+    of [lower, upper]. With `released` = 0 the bounds close on the target, with 1 they allow everything, so that no gate dies or saturates
+    before its layer is trained. Deviation: the target for the gates is what is left of it after the static part, which no gate can save.
+    """
+    if isinstance(target, int | float):
+        check(target, "target")
+    network = (trace.macs().mean() / trace.full_macs - target) ** 2
+    if not trace.decisions:
+        return network
+    dynamic = sum(d.full_macs for d in trace.decisions.values())
+    own = jnp.clip((target * trace.full_macs - trace.static_macs) / dynamic, 0.0, 1.0)
+    lower, upper = (1 - released) * own, own + released * (1 - own)
+    shares = jnp.stack([d.macs().mean() / d.full_macs for d in trace.decisions.values()])
+    violation = jax.nn.relu(lower - shares) ** 2 + jax.nn.relu(shares - upper) ** 2
+    return network + violation.mean()
+
+
+def release(progress: Float[Array, ""] | float, until: float = 1 / 3) -> Float[Array, ""]:
+    """How far the bounds are open at `progress` of the training: 0 at its start, 1 from `until` on, a squared cosine between."""
+    return 1 - jnp.cos(jnp.pi / 2 * jnp.clip(jnp.asarray(progress) / until, 0.0, 1.0)) ** 2
+
+
+def load_balance(trace: Trace) -> Float[Array, ""]:
+    """Mean over branch decisions of K * sum_k f_k p_k, 1 when all K branches are used alike (Fedus et al. 2022, arXiv:2101.03961, eq. 4).
+
+    f_k is the share of units that took branch k, p_k the mean probability; 0 where there are no branches.
+    """
+    losses = []
+    for d in trace.decisions.values():
+        if "branch" in d.granularity:
+            taken = jax.lax.stop_gradient(d.keep).reshape(-1, d.keep.shape[-1]).mean(0)
+            probable = d.probability.reshape(-1, d.probability.shape[-1]).mean(0)
+            losses.append(d.keep.shape[-1] * (taken * probable).sum())
+    return jnp.stack(losses).mean() if losses else jnp.zeros(())
+
+
+def statistics(trace: Trace) -> dict[str, Float[Array, ""]]:
+    """What to watch while gates train: `gate_entropy` in bits (0: the gates no longer explore), `dead` and `always`, the shares of
+    gates that keep fewer than 1% and more than 99% of their units in this batch, and the realised `macs_fraction`."""
+    result = {"macs_fraction": trace.fraction().mean()}
+    if not trace.decisions:
+        return result
+    entropies, kept = [], jnp.stack([d.kept() for d in trace.decisions.values()])
+    for d in trace.decisions.values():
+        p = jnp.clip(d.probability, 1e-7, 1 - 1e-7)
+        binary = -(p * jnp.log2(p) + (1 - p) * jnp.log2(1 - p))
+        entropies.append((-p * jnp.log2(p)).sum(-1).mean() if "branch" in d.granularity else binary.mean())
+    return result | {
+        "gate_entropy": jnp.stack(entropies).mean(),
+        "dead": (kept < 0.01).mean(),
+        "always": (kept > 0.99).mean(),
+    }
+
+
+# Thresholds: one number moves every gate of a model
+
+
+def set_threshold(model: nnx.Module, value: Float[Array, ""] | float) -> None:
+    """Set the threshold of all gates, a logit: higher keeps less. `value` may be traced."""
+    for _, threshold in nnx.iter_graph(model):
+        if isinstance(threshold, Threshold):
+            threshold[...] = jnp.asarray(value, jnp.float32)
+
+
+def sampled_threshold(target: Float[Array, ""] | float) -> Float[Array, ""]:
+    """The threshold under which gates that know nothing keep a share `target`: its logit, negated.
+
+    Training under a target drawn anew at every step, with the threshold moved to match, leaves gates whose logits order the units for
+    every budget at once.
+    """
+    target = jnp.clip(jnp.asarray(target, jnp.float32), 0.02, 0.98)
+    return jnp.log1p(-target) - jnp.log(target)
+
+
+LOWEST, HIGHEST = -30.0, 30.0
+
+
+def solve_threshold(spent: Callable[[float], float], budget: float, *, tolerance: float = 0.005, trials: int = 16) -> float:
+    """The lowest threshold found under which `spent(threshold)`, the mean share of the full MACs, is at most `budget`.
+
+    Bisection: spending falls as the threshold rises, up to what earlier decisions change for later ones. Stops when spending is within
+    `tolerance` below the budget. Where even the highest threshold spends more, that one is returned: see the report of `deploy`.
+    """
+    check(budget)
+    if spent(LOWEST) <= budget:
+        return LOWEST
+    low, high = -8.0, 8.0
+    if spent(high) > budget:
+        return HIGHEST
+    for _ in range(trials):
+        middle = (low + high) / 2
+        share = spent(middle)
+        low, high = (middle, high) if share > budget else (low, middle)
+        if budget - tolerance <= share <= budget:
+            break
+    return high

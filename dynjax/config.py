@@ -1,0 +1,118 @@
+"""Configuration: frozen dataclasses. A row is a function that returns one `Config`; the command line overrides any field of it."""
+
+import dataclasses
+from typing import Literal
+
+
+class UserError(Exception):
+    """Bad input from outside (an argument, a file, a row). Commands print it as one line and exit with status 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """What happens to a training picture. All off: the picture as it is."""
+
+    flip: bool = True
+    """Mirror left and right, half of the time."""
+    crop: float = 0.5
+    """Smallest side of the random crop, as a share of the picture, resized back; 1 turns cropping off."""
+    colour: float = 0.25
+    """Largest relative change of brightness, contrast and saturation; 0 turns it off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where pictures and masks come from."""
+
+    name: str = "digits"
+    """digits (embedded) | camvid | folder | tfds:NAME."""
+    path: str = ""
+    """Folder of the data set; not used by digits."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels that pictures are resized to; None keeps the pictures' own size, which must then be one."""
+    classes: int = 0
+    """Number of classes of a folder or TFDS set; 0 reads it from the data."""
+    examples: int = 2000
+    """Training scenes of digits; val and test have a tenth of it each."""
+    difficulty: float = 0.5
+    """0 to 1, digits only: less contrast, more clutter and overlap."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with files that cannot be read: stop and name them all, or leave them out and say how many."""
+    augment: AugmentConfig = AugmentConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A residual U-Net and the dynamics put into it."""
+
+    widths: tuple[int, ...] = (32, 48, 64, 96)
+    """Channels of each level, finest first."""
+    blocks: tuple[int, ...] = (1, 1, 1, 1)
+    """Residual blocks of each level, in the encoder and again in the decoder."""
+    stem_stride: int = 2
+    """The finest level works at 1/stem_stride of the picture."""
+    dynamics: Literal["static", "tiles", "skip", "select"] = "static"
+    gate: Literal["learned", "random"] = "learned"
+    tile: int = 8
+    """Side of a tile, in pixels of the map at its level."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetConfig:
+    """How much compute the model may spend, as a share of the MACs of its static twin."""
+
+    target: float = 0.5
+    """Share of the MACs, in (0, 1], that training steers to."""
+    sampled: bool = True
+    """Draw a new target from [target, 1] at every step, so that one checkpoint serves every budget from target up."""
+    weight: float = 10.0
+    """Weight of the budget loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    cross_entropy: float = 1.0
+    dice: float = 0.0
+    """Weight of the soft Dice loss."""
+    class_weights: Literal["none", "sqrt", "inverse"] = "none"
+    """Weight each class by nothing, by 1/sqrt(frequency) or by 1/frequency, measured on the training masks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = 2e-3
+    warmup: float = 0.05
+    """Share of the steps in which the rate rises; then it falls by a cosine to 0."""
+    weight_decay: float = 1e-4
+    """AdamW; not on biases, norms or gates."""
+    gate_learning_rate: float = 0.5
+    """Learning rate of the gates as a multiple of the others'."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient."""
+    ema: float = 0.99
+    """Decay of the averaged parameters that are evaluated and deployed; 0 turns it off."""
+    accumulate: int = 1
+    """Gradient accumulation: the batch is cut into this many parts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One row: everything that a training run depends on."""
+
+    row: str
+    """Name of the row; set by the row, not by hand."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    budget: BudgetConfig = BudgetConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    steps: int = 1000
+    batch_size: int = 8
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 computes in bfloat16 and keeps parameters in float32."""
+    checkpoint_every: int = 200
+    evaluate_every: int = 200
+    """Steps between evaluations on val; 0 evaluates only at the end."""
+    init_from: str = ""
+    """Workdir of a trained static twin whose weights go under the wrappers (two-stage training)."""

@@ -1,0 +1,82 @@
+"""A decision is data: what a gate chose for one input, and what one unit of the choice costs.
+
+Letters: B examples, h w tiles, K branches, N any of the granularities (B,), (B, h, w), (B, K), (B, h, w, K).
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+Granularity = Literal["sample", "tile", "branch", "tile branch", "exit", "tile exit", "channel"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What was kept, how probable that was, and what it costs.
+
+    `keep` is exactly 0 or 1; when training its gradient is that of the relaxed choice (straight through).
+    `probability` is the relaxed choice in [0, 1], differentiable, without noise. Branches are one-hot over the last axis; exits say for
+    each stage, on the last axis, whether it is run.
+
+    A gate fills the two arrays and `granularity`; the wrapper that executes the decision adds the costs, in MACs per example, one value or
+    one per branch, stage or group: `unit_macs` for one kept unit, the border that a tile's window needs included, and `whole_macs` for the
+    whole input, which is the most that an executor spends and what the masked execution always computes.
+    """
+
+    keep: Float[Array, "..."]
+    probability: Float[Array, "..."]
+    granularity: Granularity = dataclasses.field(metadata=dict(static=True))
+    unit_macs: tuple[float, ...] = dataclasses.field(default=(0.0,), metadata=dict(static=True))
+    whole_macs: tuple[float, ...] = dataclasses.field(default=(0.0,), metadata=dict(static=True))
+
+    @property
+    def masked_macs(self) -> float:
+        """MACs per example that the masked execution computes, whatever is kept."""
+        return sum(self.whole_macs)
+
+    @property
+    def full_macs(self) -> float:
+        """MACs per example with everything kept; of branches, the dearest."""
+        return max(self.whole_macs) if "branch" in self.granularity else sum(self.whole_macs)
+
+    def macs(self) -> Float[Array, "B"]:
+        """MACs spent per example; the gradient reaches the gate through `keep`."""
+        return self._macs(self.keep)
+
+    def expected_macs(self) -> Float[Array, "B"]:
+        """Expected MACs per example under `probability`."""
+        return self._macs(self.probability)
+
+    def unit_keep(self) -> Float[Array, "B units kinds"]:
+        """`keep` with every place of one example on one axis and the branches, stages or groups (or 1) on the last."""
+        return self._units(self.keep)
+
+    def _units(self, chosen: jax.Array) -> jax.Array:
+        kinds = chosen.shape[-1] if self.granularity not in ("sample", "tile") else 1
+        return chosen.astype(jnp.float32).reshape(chosen.shape[0], -1, kinds)
+
+    def _macs(self, chosen: jax.Array) -> jax.Array:
+        spent = self._units(chosen).sum(1) * jnp.asarray([self.unit_macs], jnp.float32)
+        # The executor takes the whole input rather than spend more; open gates must still feel a pull, so the cap has no gradient.
+        capped = jnp.minimum(spent, jnp.asarray([self.whole_macs], jnp.float32))
+        return (spent + jax.lax.stop_gradient(capped - spent)).sum(1)
+
+    def kept(self) -> Float[Array, ""]:
+        """Share of the units kept; of branches, the share that did not take the first."""
+        keep = self.unit_keep()
+        return 1 - keep[..., 0].mean() if "branch" in self.granularity else keep.mean()
+
+
+class Decisions(nnx.Variable):
+    """The nnx collection in which wrappers sow their decisions; `traced` captures it."""
+
+
+def record(module: nnx.Module, decision: Decision) -> None:
+    """Sow `decision` under `module`'s path; does nothing unless a trace is being taken."""
+    if hasattr(module, "__captures__"):
+        module.sow(Decisions, "decision", decision)

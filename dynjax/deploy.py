@@ -1,0 +1,114 @@
+"""The model as it is used: thresholds solved for a budget, compact execution, no noise.
+
+Letters: B examples.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dynjax import budget as budgets
+from dynjax.trace import traced
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a budget came to on the calibration inputs; MACs per example."""
+
+    budget: float
+    """Share of the full MACs that was asked for."""
+    threshold: float
+    """Logit that all gates compare with."""
+    met: bool
+    """Whether `mean` is within the budget."""
+    mean: float
+    p95: float
+    max: float
+    full: float
+    """MACs of an example with everything kept."""
+
+    def __str__(self) -> str:
+        share = self.mean / self.full
+        return (
+            f"budget {self.budget:.0%} {'met' if self.met else 'NOT met'}: mean {self.mean / 1e6:.1f} MMAC ({share:.1%} of "
+            f"{self.full / 1e6:.1f}), p95 {self.p95 / 1e6:.1f}, max {self.max / 1e6:.1f}"
+        )
+
+
+class Deployed(nnx.Module):
+    """A model that skips for real; call it, or `jax.jit` it. `report` says what its budget came to."""
+
+    def __init__(self, model: nnx.Module, report: Report):
+        self.model, self.report = model, report
+
+    def __call__(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+def compact(model: nnx.Module) -> nnx.Module:
+    """A view of `model` that skips for real: compact, no noise, running averages. It shares the variables."""
+    return nnx.view(
+        model, execution="compact", deterministic=True, use_running_average=True, raise_if_not_found=False
+    )
+
+
+def deploy(model: nnx.Module, budget: float, calibration: Iterable) -> Deployed:
+    """A copy of `model` whose mean MACs over `calibration` meet `budget`, ready for `jax.jit`.
+
+    Args:
+        model: a model with wrappers in it; it is not changed.
+        budget: share of the full MACs that may be spent on average, in (0, 1].
+        calibration: batches of inputs like those to come, and not those to be tested on.
+
+    Raises:
+        ValueError: for a budget outside (0, 1] or no calibration batches.
+    """
+    return Solver(model, calibration).deploy(budget)
+
+
+class Solver:
+    """Solves several budgets of one model on the same calibration inputs, compiling once."""
+
+    def __init__(self, model: nnx.Module, calibration: Iterable):
+        self.batches = [jnp.asarray(x) for x in calibration]
+        if not self.batches:
+            raise ValueError("calibration is empty: give at least one batch of inputs")
+        still = nnx.view(
+            model, execution="masked", deterministic=True, use_running_average=True, raise_if_not_found=False
+        )
+        self.model = nnx.clone(still)
+        self.full = 0.0
+        graphdef, state = nnx.split(self.model)
+
+        @jax.jit
+        def macs(threshold, x):
+            model = nnx.merge(graphdef, state)
+            budgets.set_threshold(model, threshold)
+            trace = traced(model)(x)[1]
+            self.full = trace.full_macs
+            return trace.macs()
+
+        self._macs = macs
+        self._spent: dict[float, np.ndarray] = {}
+
+    def spent(self, threshold: float) -> np.ndarray:
+        """MACs of every calibration example under `threshold`."""
+        if threshold not in self._spent:
+            self._spent[threshold] = np.concatenate([np.asarray(self._macs(threshold, x)) for x in self.batches])
+        return self._spent[threshold]
+
+    def deploy(self, budget: float) -> Deployed:
+        """As the function `deploy`."""
+        self.spent(budgets.LOWEST)
+        threshold = budgets.solve_threshold(lambda t: float(self.spent(t).mean() / self.full), budget)
+        spent = self.spent(threshold)
+        mean = float(spent.mean())
+        met = mean <= budget * self.full * (1 + 1e-6)
+        p95, most = float(np.percentile(spent, 95)), float(spent.max())
+        model = nnx.clone(compact(self.model))
+        budgets.set_threshold(model, threshold)
+        return Deployed(model, Report(budget, threshold, met, mean, p95, most, self.full))

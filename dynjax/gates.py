@@ -1,0 +1,270 @@
+"""Gates decide: small functions of arrays, and small modules that hold their parameters and call them.
+
+A gate is any callable `x -> Decision`. The modules here draw noise and pass gradients straight through when training, and compare their
+logit with an adjustable threshold when `deterministic` (`nnx.view(model, deterministic=True)`). Their logits start open.
+
+Letters: B examples, H W pixels, C features, h w tiles, K branches, G channel groups.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dynjax.decision import Decision
+
+OPEN = 2.0
+"""Logit that gates start from: about 0.88 of the units are kept."""
+
+
+class GateParam(nnx.Param):
+    """A parameter of a gate; optimizers give it a lower learning rate and no decay."""
+
+
+class Threshold(nnx.Variable):
+    """The logit from which a gate keeps. A variable, so that one compiled function serves every budget."""
+
+
+# Pure functions
+
+
+def straight_through(hard: Float[Array, "..."], soft: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Exactly `hard` forward, the gradient of `soft` backward (Bengio et al. 2013, arXiv:1308.3432)."""
+    return jax.lax.stop_gradient(hard) + (soft - jax.lax.stop_gradient(soft))
+
+
+def threshold(logits: Float[Array, "..."], at: Float[Array, ""] | float = 0.0) -> Float[Array, "..."]:
+    """1 where the logit is at least `at`, else 0; no gradient."""
+    return (logits >= at).astype(logits.dtype)
+
+
+def gumbel_sigmoid(logits: Float[Array, "..."], key: jax.Array, temperature: float = 2 / 3) -> Float[Array, "..."]:
+    """Binary straight-through Gumbel choice: 1 with probability sigmoid(logits) (Maddison et al. 2017, arXiv:1611.00712, eq. 13).
+
+    The difference of two Gumbel variables is logistic, so one logistic sample is drawn. `temperature` at most 1.
+    """
+    noisy = logits + jax.random.logistic(key, logits.shape, logits.dtype)
+    return straight_through(threshold(noisy), jax.nn.sigmoid(noisy / temperature))
+
+
+def gumbel_softmax(logits: Float[Array, "... K"], key: jax.Array, temperature: float = 2 / 3) -> Float[Array, "... K"]:
+    """Categorical straight-through Gumbel choice, one-hot (Jang et al. 2017, arXiv:1611.01144, section 2.2)."""
+    noisy = logits + jax.random.gumbel(key, logits.shape, logits.dtype)
+    return straight_through(one_hot_argmax(noisy), jax.nn.softmax(noisy / temperature))
+
+
+def one_hot_argmax(logits: Float[Array, "... K"]) -> Float[Array, "... K"]:
+    """One-hot of the largest logit; the first of equals."""
+    return jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=logits.dtype)
+
+
+def top_k(logits: Float[Array, "... N"], k: int) -> Float[Array, "... N"]:
+    """1 for exactly the `k` largest logits of the last axis, the gradient of the sigmoid backward.
+
+    Raises:
+        ValueError: if `k` is not in [0, N].
+    """
+    if not 0 <= k <= logits.shape[-1]:
+        raise ValueError(f"k={k} must be between 0 and the {logits.shape[-1]} units there are")
+    order = jnp.argsort(-logits, axis=-1, stable=True)
+    hard = (jnp.argsort(order, axis=-1) < k).astype(logits.dtype)
+    return straight_through(hard, jax.nn.sigmoid(logits))
+
+
+def pool_tiles(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]:
+    """Mean over each tile of `size` pixels; a tile cut by the border counts only the pixels it has."""
+    height, width = x.shape[1:3]
+    pad = ((0, 0), (0, -height % size), (0, -width % size), (0, 0))
+
+    def sums(a):
+        a = jnp.pad(a, pad)
+        return a.reshape(a.shape[0], a.shape[1] // size, size, a.shape[2] // size, size, a.shape[3]).sum((2, 4))
+
+    return sums(x) / sums(jnp.ones((1, height, width, 1), x.dtype))
+
+
+# Modules
+
+
+class _Logits(nnx.Module):
+    """Logits from pooled features: normalise, a hidden layer, a linear layer. The state that every learned gate has."""
+
+    def __init__(self, features: int, units: int, *, hidden: int, bias: float, temperature: float, rngs: nnx.Rngs):
+        if not 0 < temperature <= 1:
+            raise ValueError(f"temperature={temperature} must be in (0, 1]: above 1 straight-through gradients are badly biased")
+        init = nnx.initializers.lecun_normal()
+        self.scale = GateParam(jnp.ones((features,)))
+        self.hidden = GateParam(init(rngs.params(), (features, hidden)))
+        self.hidden_bias = GateParam(jnp.zeros((hidden,)))
+        self.out = GateParam(init(rngs.params(), (hidden, units)) * 0.1)
+        self.bias = GateParam(jnp.full((units,), bias))
+        self.threshold = Threshold(jnp.zeros(()))
+        self.rngs = nnx.Rngs(gate=rngs.params())
+        self.features, self.temperature, self.deterministic = features, temperature, False
+
+    def set_view(self, deterministic: bool | None = None, **kwargs) -> dict:
+        if deterministic is not None:
+            self.deterministic = deterministic
+        return kwargs
+
+    def __call__(self, pooled: jax.Array) -> jax.Array:
+        pooled = pooled.astype(jnp.float32)
+        # The pooled features' scale drifts while the trunk trains; without this gates saturate and stop learning.
+        pooled = pooled * jax.lax.rsqrt(jnp.square(pooled).mean(-1, keepdims=True) + 1e-6) * self.scale[...]
+        return jax.nn.relu(pooled @ self.hidden[...] + self.hidden_bias[...]) @ self.out[...] + self.bias[...]
+
+    def binary(self, logits: jax.Array, granularity: str) -> Decision:
+        logits = logits - self.threshold[...]
+        keep = threshold(logits) if self.deterministic else gumbel_sigmoid(logits, self.rngs.gate(), self.temperature)
+        return Decision(keep, jax.nn.sigmoid(logits), granularity)
+
+    def categorical(self, logits: jax.Array, granularity: str) -> Decision:
+        # Branches are ordered from the cheapest: a higher threshold makes every dearer branch less likely.
+        logits = logits - self.threshold[...] * jnp.arange(logits.shape[-1], dtype=logits.dtype)
+        keep = one_hot_argmax(logits) if self.deterministic else gumbel_softmax(logits, self.rngs.gate(), self.temperature)
+        return Decision(keep, jax.nn.softmax(logits), granularity)
+
+
+class SampleGate(nnx.Module):
+    """One decision per example, from the mean over the map (SkipNet, Wang et al. 2018; ConvNet-AIG, Veit & Belongie 2018).
+
+    `x` (B, ..., features) gives a decision of shape (B,).
+    """
+
+    def __init__(self, features: int, *, hidden: int = 16, bias: float = OPEN, temperature: float = 2 / 3, rngs: nnx.Rngs):
+        self.logits = _Logits(features, 1, hidden=hidden, bias=bias, temperature=temperature, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B *axes C"]) -> Decision:
+        _check_features(x, self.logits.features, "SampleGate")
+        return self.logits.binary(self.logits(x.mean(tuple(range(1, x.ndim - 1))))[:, 0], "sample")
+
+
+class TileGate(nnx.Module):
+    """One decision per tile of `size` pixels, from the tile's mean and the whole map's (after DynConv, Verelst & Tuytelaars 2020).
+
+    `x` (B, H, W, features) gives a decision of shape (B, ceil(H / size), ceil(W / size)). DynConv decides per pixel; per tile the
+    skipped work is contiguous, which is what makes it save time.
+    """
+
+    def __init__(
+        self, features: int, *, size: int = 16, hidden: int = 16, bias: float = OPEN, temperature: float = 2 / 3, rngs: nnx.Rngs
+    ):
+        self.logits = _Logits(2 * features, 1, hidden=hidden, bias=bias, temperature=temperature, rngs=rngs)
+        self.size = _positive(size, "size")
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Decision:
+        return self.logits.binary(self.logits(_tile_features(x, self))[..., 0], "tile")
+
+
+class BranchGate(nnx.Module):
+    """Which of `branches` modules to run: one-hot, per example (B, K), or per tile (B, h, w, K) with `size`.
+
+    Order the branches from the cheapest: `threshold` moves the choice towards the first.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        branches: int,
+        *,
+        size: int | None = None,
+        hidden: int = 16,
+        bias: float = 0.0,
+        temperature: float = 2 / 3,
+        rngs: nnx.Rngs,
+    ):
+        width = features if size is None else 2 * features
+        self.logits = _Logits(width, _positive(branches, "branches"), hidden=hidden, bias=bias, temperature=temperature, rngs=rngs)
+        self.branches, self.size = branches, size
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Decision:
+        if self.size is None:
+            _check_features(x, self.logits.features, "BranchGate")
+            return self.logits.categorical(self.logits(x.mean((1, 2))), "branch")
+        return self.logits.categorical(self.logits(_tile_features(x, self)), "tile branch")
+
+
+class ChannelGate(nnx.Module):
+    """One decision per example and group of channels, (B, groups), from the mean over the map (after Gao et al. 2019, FBS)."""
+
+    def __init__(
+        self, features: int, groups: int, *, hidden: int = 16, bias: float = OPEN, temperature: float = 2 / 3, rngs: nnx.Rngs
+    ):
+        self.logits = _Logits(features, _positive(groups, "groups"), hidden=hidden, bias=bias, temperature=temperature, rngs=rngs)
+        self.groups = groups
+
+    def __call__(self, x: Float[Array, "B *axes C"]) -> Decision:
+        _check_features(x, self.logits.features, "ChannelGate")
+        return self.logits.binary(self.logits(x.mean(tuple(range(1, x.ndim - 1)))), "channel")
+
+
+class FixedGate(nnx.Module):
+    """The same decision always, whatever the input: `keep` of shape (B,), (B, h, w), (B, K) or (B, h, w, K); `size` for tiles.
+
+    `keep` may have a first axis of 1, which is repeated for every example.
+    """
+
+    def __init__(self, keep, size: int | None = None):
+        self.keep = nnx.Variable(jnp.asarray(keep, jnp.float32))
+        self.size = size
+
+    def __call__(self, x: Float[Array, "B ..."]) -> Decision:
+        keep = self.keep[...]
+        if keep.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"keep has {keep.shape[0]} examples and the input has {x.shape[0]}; give it that many, or 1")
+        keep = jnp.broadcast_to(keep, (x.shape[0], *keep.shape[1:]))
+        tiles = ("tile", "tile branch")[keep.ndim - 3] if keep.ndim > 2 else None
+        return Decision(keep, keep, tiles or ("sample", "branch")[keep.ndim - 1])
+
+
+class RandomGate(nnx.Module):
+    """Keeps a share `rate` at random: the control of every table. Per example (B,), or per tile with `size`.
+
+    When deterministic it looks just as random but is a function of the example's content, so that every execution agrees.
+    """
+
+    def __init__(self, rate: float, *, size: int | None = None, rngs: nnx.Rngs):
+        if not 0 < rate < 1:
+            raise ValueError(f"rate={rate} must be in (0, 1)")
+        self.rate, self.size, self.deterministic = rate, size, False
+        self.threshold = Threshold(jnp.zeros(()))
+        self.rngs = nnx.Rngs(gate=rngs.params())
+
+    def set_view(self, deterministic: bool | None = None, **kwargs) -> dict:
+        if deterministic is not None:
+            self.deterministic = deterministic
+        return kwargs
+
+    def __call__(self, x: Float[Array, "B ..."]) -> Decision:
+        shape = () if self.size is None else tuple(-(-n // self.size) for n in x.shape[1:3])
+        logit = math.log(self.rate) - math.log1p(-self.rate) - self.threshold[...]
+        if self.deterministic:
+            # A continuous function of the content: rounding in an earlier layer must not draw the whole choice anew.
+            content = x.astype(jnp.float32).mean(tuple(range(1, x.ndim))).reshape(-1, *(1,) * len(shape))
+            uniform = jnp.mod(jax.random.uniform(jax.random.key(0), (1, *shape)) + 97 * content, 1)
+            noise = jax.scipy.special.logit(jnp.clip(uniform, 1e-6, 1 - 1e-6))
+        else:
+            noise = jax.random.logistic(self.rngs.gate(), (x.shape[0], *shape))
+        keep = threshold(logit + noise)
+        probability = jnp.broadcast_to(jax.nn.sigmoid(logit), keep.shape)
+        return Decision(keep, probability, "sample" if self.size is None else "tile")
+
+
+def _tile_features(x: jax.Array, gate: TileGate | BranchGate) -> jax.Array:
+    """A tile's mean beside the map's mean: what is here, and where here is."""
+    _check_features(x, gate.logits.features // 2, type(gate).__name__)
+    here = pool_tiles(x, gate.size)
+    return jnp.concatenate([here, jnp.broadcast_to(here.mean((1, 2), keepdims=True), here.shape)], -1)
+
+
+def _check_features(x: jax.Array, features: int, gate: str) -> None:
+    if x.shape[-1] != features:
+        raise ValueError(f"{gate} was made for features={features}, but its input has shape {x.shape}: give it features={x.shape[-1]}")
+
+
+def _positive(value: int, name: str) -> int:
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+    return value

@@ -1,0 +1,169 @@
+"""Dynamic depth: blocks that examples skip, stages that they need not reach.
+
+Letters: B examples, H W pixels, h w tiles, C channels, K classes, S stages.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dynjax import execute
+from dynjax.decision import Decision
+from dynjax.gates import Threshold, pool_tiles, threshold
+from dynjax.ops import wrapping
+from dynjax.ops.spatial import receptive_radius, window_macs
+
+
+class Skip(nnx.Module):
+    """Run `block` for the examples that the gate keeps; the others pass unchanged, or through `otherwise`.
+
+    SkipNet (Wang et al. 2018, arXiv:1711.09485, eq. 1) and ConvNet-AIG (Veit & Belongie 2018, arXiv:1711.11503, eq. 3), around any module.
+    Deviation: both multiply the residual branch; here the block with its shortcut is skipped whole, so it may be any module that keeps its
+    input's shape (or has that of `otherwise`).
+
+    Args:
+        block: what to skip, (B, ...) to (B, ...).
+        gate: gives a decision of shape (B,), for example `SampleGate(channels, rngs=rngs)`.
+        otherwise: a cheap module for the examples not kept; always run, so its cost is static.
+
+    Raises:
+        ValueError: if shapes do not agree, or `block` is dynamic itself.
+    """
+
+    def __init__(self, block: Callable, gate: Callable, *, otherwise: Callable | None = None):
+        wrapping.refuse_nested("Skip", block)
+        self.block, self.gate, self.otherwise = block, gate, otherwise
+        self.execution, self.strategy = "masked", "auto"
+
+    def set_view(self, execution: str | None = None, strategy: str | None = None, **kwargs) -> dict:
+        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        return kwargs
+
+    def __call__(self, x: Float[Array, "B ..."]) -> Array:
+        hint = "use SampleGate, or FixedGate of shape (B,)"
+        decision = wrapping.expect(self.gate(x), "sample", (x.shape[0],), "Skip", hint)
+        if wrapping.tracing(self):
+            whole = (wrapping.macs_per_example(self.block, x),)
+            wrapping.account(self, decision, whole, whole)
+        block = wrapping.ready(self.block, self.execution)
+        return execute.samples(
+            block, x, decision.keep, otherwise=self.otherwise, execution=self.execution, strategy=self.strategy
+        )
+
+
+class Exits(nnx.Module):
+    """Stages with a head after each; an example (or a tile) that a head is sure about runs no further stage.
+
+    Early exits for classification (BranchyNet, Teerapittayanon et al. 2016; MSDNet, Huang et al. 2018) and, with `size`, for dense
+    prediction, where tiles stop as pixels do in Deep Layer Cascade (Li et al. 2017). Deviation: whole tiles stop, when the mean
+    confidence of their pixels suffices, so that stopping saves time; features of stopped tiles stay as they are for their neighbours.
+
+    When training (not `deterministic`) everything is run and the last head's logits are returned; train all heads on `predictions(x)`.
+
+    Args:
+        stages: modules run one after the other; with `size`, stages after the first must keep height and width and have stride 1.
+        heads: one for each stage, (B, ...) to logits (B, K), or (B, H, W, K) with `size`.
+        confidence: "max_prob" is the largest class probability, "entropy" is one minus the entropy over its maximum.
+        at: confidence in (0, 1) at which to stop when the threshold is 0; a budget moves the threshold.
+        size: side of a tile in pixels of the stages' map; None decides per example.
+
+    Raises:
+        ValueError: if numbers of stages and heads differ, or shapes do not agree.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Callable],
+        heads: Sequence[Callable],
+        *,
+        confidence: Literal["max_prob", "entropy"] = "max_prob",
+        at: float = 0.9,
+        size: int | None = None,
+    ):
+        if len(stages) != len(heads) or not stages:
+            raise ValueError(f"Exits needs one head for each stage; there are {len(stages)} stages and {len(heads)} heads")
+        if not 0 < at < 1:
+            raise ValueError(f"at={at} must be a confidence in (0, 1)")
+        for part in (*stages, *heads):
+            wrapping.refuse_nested("Exits", part)
+        self.stages, self.heads = nnx.List(stages), nnx.List(heads)
+        self.confidence, self.at, self.size = confidence, at, size
+        self.threshold = Threshold(jnp.zeros(()))
+        self.execution, self.strategy, self.deterministic = "masked", "auto", False
+
+    def set_view(
+        self, execution: str | None = None, strategy: str | None = None, deterministic: bool | None = None, **kwargs
+    ) -> dict:
+        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        self.deterministic = self.deterministic if deterministic is None else deterministic
+        return kwargs
+
+    def predictions(self, x: Array) -> list[Array]:
+        """The logits of every head, to train them all."""
+        outs = []
+        for stage, head in zip(self.stages, self.heads, strict=True):
+            x = stage(x)
+            outs.append(head(x))
+        return outs
+
+    def doubt(self, logits: Float[Array, "B *pixels K"]) -> Float[Array, "B *tiles"]:
+        """Logit of the doubt, one minus the confidence, above the doubt at which to stop."""
+        log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+        if self.confidence == "max_prob":
+            sure = jnp.exp(log_p.max(-1))
+        else:
+            sure = 1 + (jnp.exp(log_p) * log_p).sum(-1) / jnp.log(logits.shape[-1])
+        if self.size is not None:
+            sure = pool_tiles(sure[..., None], self.size)[..., 0]
+        doubt = jnp.clip(1 - sure, 1e-6, 1 - 1e-6)
+        return jax.scipy.special.logit(doubt) - jax.scipy.special.logit(1 - self.at)
+
+    def __call__(self, x: Array) -> Array:
+        inputs = [x]
+        x = self.stages[0](x)
+        out = self.heads[0](x)
+        active = jnp.ones((x.shape[0],) if self.size is None else self._grid(x), jnp.float32)
+        keeps, probabilities = [active], [active]
+        for stage, head in zip(self.stages[1:], self.heads[1:], strict=True):
+            inputs.append(x)
+            logits = self.doubt(out) - self.threshold[...]
+            probabilities.append(probabilities[-1] * jax.nn.sigmoid(logits))
+            active = active * threshold(logits) if self.deterministic else active
+            keeps.append(active)
+            x, out = self._step(stage, head, x, out, active)
+        if wrapping.tracing(self):
+            self._account(inputs, jnp.stack(keeps, -1), jnp.stack(probabilities, -1))
+        return out
+
+    def _step(self, stage, head, x, out, active):
+        """One more stage and head where `active`; elsewhere the features pass on if they can, and the logits stay."""
+        stage, head = (wrapping.ready(part, self.execution) for part in (stage, head))
+        spec = jax.eval_shape(wrapping.still(stage), jax.ShapeDtypeStruct(x.shape, x.dtype))
+        rest = x if spec.shape == x.shape else jnp.zeros(spec.shape, spec.dtype)
+        ways = dict(execution=self.execution, strategy=self.strategy)
+        if self.size is None:
+            x = execute.samples(stage, x, active, otherwise=lambda _: rest, **ways)
+            return x, execute.samples(head, x, active, otherwise=lambda _: out, **ways)
+        ways["size"] = self.size
+        x = execute.tiles(stage, x, active, radius=receptive_radius(stage, x), otherwise=lambda _: rest, **ways)
+        return x, execute.tiles(head, x, active, radius=receptive_radius(head, x), otherwise=lambda _: out, **ways)
+
+    def _account(self, inputs, keep, probability):
+        unit, whole = [], []
+        tiles = keep[0, ..., 0].size
+        for number, (stage, head, x) in enumerate(zip(self.stages, self.heads, inputs, strict=True)):
+            after = jax.eval_shape(wrapping.still(stage), jax.ShapeDtypeStruct(x.shape, x.dtype))
+            whole.append(wrapping.macs_per_example(stage, x) + wrapping.macs_per_example(head, after))
+            if self.size is None or number == 0:
+                unit.append(whole[-1] / tiles)
+            else:
+                unit.append(sum(window_macs(b, v, self.size, receptive_radius(b, v)) for b, v in ((stage, x), (head, after))))
+        granularity = "exit" if self.size is None else "tile exit"
+        wrapping.account(self, Decision(keep, probability, granularity), tuple(unit), tuple(whole))
+
+    def _grid(self, x):
+        return (x.shape[0], *(-(-n // self.size) for n in x.shape[1:3]))

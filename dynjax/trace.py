@@ -1,0 +1,116 @@
+"""Accounting: the decisions that a model took in one call, and the MACs that they spent.
+
+Letters: B examples, H W pixels, h w tiles.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dynjax import cost
+from dynjax.decision import Decision, Decisions
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What one call of a model decided and spent; a pytree, so it passes through `jit` and `grad`.
+
+    `decisions` maps the path of each wrapper to its decision. `static_macs` is what every example costs whatever is decided (the gates
+    included), `full_macs` what it costs with everything kept; both in MACs per example.
+    """
+
+    decisions: dict[str, Decision]
+    static_macs: float = dataclasses.field(metadata=dict(static=True))
+    full_macs: float = dataclasses.field(metadata=dict(static=True))
+    examples: int = dataclasses.field(metadata=dict(static=True))
+
+    def macs(self) -> Float[Array, "B"]:
+        """MACs spent per example, the static part included; straight-through gradient to the gates."""
+        return self._sum(Decision.macs)
+
+    def expected_macs(self) -> Float[Array, "B"]:
+        """Expected MACs per example under the gates' probabilities, the static part included."""
+        return self._sum(Decision.expected_macs)
+
+    def fraction(self) -> Float[Array, "B"]:
+        """`macs` as a share of `full_macs`."""
+        return self.macs() / self.full_macs
+
+    def heatmap(self, size: tuple[int, int]) -> Float[Array, "B H W"]:
+        """Where the MACs went: MACs per pixel of a picture of `size` (H, W). Its sum over a picture is that example's `macs`.
+
+        A tile's share lies on its pixels; what has no place (the static part, decisions per example) is spread evenly.
+        """
+        height, width = size
+        even = jnp.full((self.examples,), self.static_macs, jnp.float32)
+        total = jnp.zeros((self.examples, height, width), jnp.float32)
+        for decision in self.decisions.values():
+            spent = decision.macs()
+            if not decision.granularity.startswith("tile"):
+                even = even + spent
+                continue
+            units = (decision.unit_keep() * jnp.asarray(decision.unit_macs, jnp.float32)).sum(-1)
+            units = units.reshape(decision.keep.shape[:3])
+            fine = jax.image.resize(units, (self.examples, height, width), "nearest")
+            share = fine / jnp.maximum(fine.sum((1, 2), keepdims=True), 1.0)
+            total = total + share * spent[:, None, None]
+        return total + even[:, None, None] / (height * width)
+
+    def shares(self) -> dict[str, dict[str, Float[Array, ""]]]:
+        """Per wrapper: `kept`, the share of its units kept, and `macs`, its share of all MACs spent; means over the batch."""
+        total = self.macs().mean()
+        return {path: {"kept": d.kept(), "macs": d.macs().mean() / total} for path, d in self.decisions.items()}
+
+    def _sum(self, macs: Callable[[Decision], jax.Array]) -> jax.Array:
+        start = jnp.full((self.examples,), self.static_macs, jnp.float32)
+        return sum((macs(d) for d in self.decisions.values()), start)
+
+
+def traced(fn: Callable) -> Callable:
+    """`traced(model)(x)` gives `(model(x), trace)`; also for a function whose first argument is the model.
+
+    The batch size is the first axis of the first array among the arguments. Works under `jit` and `grad`.
+
+    Raises:
+        ValueError: if no argument is an array.
+    """
+
+    def call(*args, **kwargs):
+        is_module = isinstance(fn, nnx.Module)
+        model, rest = (fn, args) if is_module else (args[0], args[1:])
+        # A view shares the variables but is made of new modules: capturing writes to modules, which those of an outer trace refuse.
+        model = nnx.view(model, raise_if_not_found=False)
+        run = model if is_module else fn
+        inputs = rest if is_module else (model, *rest)
+        output, captured = nnx.capture(run, Decisions)(*inputs, **kwargs)
+        examples = _examples(rest, kwargs)
+        decisions = _by_path(captured)
+        still = nnx.view(model, execution="masked", deterministic=True, use_running_average=True, raise_if_not_found=False)
+        whole = cost.macs(*((still, *rest) if is_module else (fn, still, *rest)), **kwargs) / examples
+        static = whole - sum(d.masked_macs for d in decisions.values())
+        full = static + sum(d.full_macs for d in decisions.values())
+        return output, Trace(decisions, static, full, examples)
+
+    return call
+
+
+def _examples(args, kwargs) -> int:
+    for leaf in jax.tree.leaves((args, kwargs)):
+        if getattr(leaf, "ndim", 0):
+            return leaf.shape[0]
+    raise ValueError("traced: no argument is an array, so the batch size is unknown; pass the input as an argument")
+
+
+def _by_path(captured: nnx.State) -> dict[str, Decision]:
+    found = {}
+    for path, variable in nnx.to_flat_state(captured):
+        calls = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+        for number, decision in enumerate(calls):
+            name = "/".join(str(p) for p in path[:-1])
+            found[name if not number else f"{name}#{number}"] = decision
+    return found

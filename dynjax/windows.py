@@ -1,0 +1,294 @@
+"""Run a convolutional block on windows cut from a map, layer by layer, with no more border than each layer needs.
+
+A tile of `size` pixels after a block of receptive radius `r` needs a window of `size + 2r`. Running the block as it is on that window computes
+the whole window in every layer. Here the block's jaxpr is walked instead: every convolution eats its own part of the border, so later layers
+work on fewer rows, and pixels outside the map are set to zero before each convolution, which is what its SAME padding does on the whole map.
+
+The windows of several tiles lie side by side in one strip (1, rows, tiles * (size + 2r), C). One wide convolution uses all cores of a CPU where
+many small ones use one. Columns near a seam mix two windows; they are the border columns that no tile reads.
+
+Letters: H W map, C channels, T tiles in a strip.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core as jex
+
+# Primitives that treat every pixel alike, whose operands have one shape (or are scalars) and whose parameters hold no shape.
+_POINTWISE = frozenset(
+    """abs add and cbrt ceil clamp convert_element_type copy copy_p cos div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log
+    log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sqrt square stop_gradient sub tan
+    tanh xor add_any optimization_barrier""".split()
+)
+_CALLS = ("pjit", "jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "remat", "remat2", "checkpoint")
+# The block is traced on a map of these sides: primes that no parameter has, so that a spatial axis is known by its length.
+_HEIGHT, _WIDTH = 509, 521
+
+
+class Unsupported(Exception):
+    """The block uses an operation that cannot be run on a strip; the caller runs the block on whole windows instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Strip:
+    """A value on the strip. `margin`: rows and columns around each tile that are still right."""
+
+    value: jax.Array
+    margin: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Uniform:
+    """A value that is the same at every pixel: kept with axes 1 and 2 of length 1."""
+
+    value: jax.Array
+
+
+def trace(block: Callable, shape: tuple[int, ...], dtype) -> jex.ClosedJaxpr:
+    """The jaxpr of `block` on a map (1, H, W, C); `shape` (..., C) gives the channels."""
+    return jax.make_jaxpr(block)(jax.ShapeDtypeStruct((1, _HEIGHT, _WIDTH, shape[-1]), dtype))
+
+
+def run_strip(closed: jex.ClosedJaxpr, strip: jax.Array, inside: jax.Array, *, size: int, radius: int) -> jax.Array:
+    """The block's output (1, size, T * (size + 2 radius), C') on a strip of T windows.
+
+    Args:
+        closed: what `trace` gave.
+        strip: (1, size + 2 radius, T * (size + 2 radius), C), the windows side by side.
+        inside: same shape with one channel, True where the pixel lies in the map.
+        size: side of a tile, in pixels.
+        radius: receptive radius of the block, in pixels.
+
+    Raises:
+        Unsupported: for an operation that mixes pixels in a way that is not a stride-1 SAME convolution.
+        ValueError: if the block reaches further than `radius`.
+    """
+    (out,) = _Walk(inside, size, radius)(closed.jaxpr, closed.consts, [_Strip(strip, (radius, radius))])
+    if not isinstance(out, _Strip):
+        raise Unsupported("the block's output does not depend on its input pixel by pixel")
+    return _rows(out, 0, size).value
+
+
+def _rows(strip: _Strip, margin: int, size: int) -> _Strip:
+    """Drop rows until `margin` are left around the tile."""
+    drop = strip.margin[0] - margin
+    if not drop:
+        return strip
+    return _Strip(lax.slice_in_dim(strip.value, drop, drop + size + 2 * margin, axis=1), (margin, strip.margin[1]))
+
+
+def supported(closed: jex.ClosedJaxpr, *, size: int, radius: int) -> bool:
+    """Whether `run_strip` can run this block; found by tracing it, nothing is computed."""
+    (spec,) = closed.in_avals
+    side = size + 2 * radius
+    strip = jax.ShapeDtypeStruct((1, side, side, spec.shape[-1]), spec.dtype)
+    inside = jax.ShapeDtypeStruct((1, side, side, 1), bool)
+    try:
+        jax.eval_shape(functools.partial(run_strip, closed, size=size, radius=radius), strip, inside)
+    except Unsupported:
+        return False
+    return True
+
+
+def reach(closed: jex.ClosedJaxpr, limit: int = 64) -> int | None:
+    """Receptive radius in pixels, at most `limit`, as the jaxpr tells it; None for a block that `run_strip` cannot run."""
+    (spec,) = closed.in_avals
+    side = 1 + 2 * limit
+    margins = []
+
+    def walk(strip, inside):
+        (out,) = _Walk(inside, 1, limit)(closed.jaxpr, closed.consts, [_Strip(strip, (limit, limit))])
+        if not isinstance(out, _Strip):
+            raise Unsupported("the block's output does not depend on its input pixel by pixel")
+        margins.extend(out.margin)
+        return out.value
+
+    strip = jax.ShapeDtypeStruct((1, side, side, spec.shape[-1]), spec.dtype)
+    try:
+        jax.eval_shape(walk, strip, jax.ShapeDtypeStruct((1, side, side, 1), bool))
+    except (Unsupported, ValueError):
+        return None
+    return limit - min(margins)
+
+
+class _Walk:
+    """One evaluation of a jaxpr over values that are plain, uniform or on the strip."""
+
+    def __init__(self, inside: jax.Array, size: int, radius: int):
+        self.inside, self.size, self.radius = inside, size, radius
+
+    def __call__(self, jaxpr, consts, args):
+        env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom):
+            return atom.val if isinstance(atom, jex.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            outs = self.equation(eqn, [read(a) for a in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(a) for a in jaxpr.outvars]
+
+    def equation(self, eqn, args):
+        name, params = eqn.primitive.name, eqn.params
+        if name in _CALLS:
+            inner = params.get("jaxpr", params.get("call_jaxpr", params.get("fun_jaxpr")))
+            inner, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
+            return self(inner, consts, args)
+        if not any(isinstance(a, _Strip | _Uniform) for a in args):
+            if name == "broadcast_in_dim" and _is_map(params["shape"]) and not {1, 2} & _filled(eqn, args[0]):
+                shape = (params["shape"][0], 1, 1, *params["shape"][3:])
+                return [_Uniform(lax.broadcast_in_dim(args[0], shape, params["broadcast_dimensions"]))]
+            out = eqn.primitive.bind(*args, **params)
+            return out if eqn.primitive.multiple_results else [out]
+        rule = {
+            "conv_general_dilated": self.convolution,
+            "dot_general": self.matrix_product,
+            "broadcast_in_dim": self.broadcast,
+            "reshape": self.reshape,
+            "squeeze": self.reshape,
+            "reduce_sum": self.reduction,
+            "reduce_max": self.reduction,
+            "reduce_min": self.reduction,
+            "concatenate": self.concatenate,
+            "slice": self.channels,
+            "split": self.channels,
+        }.get(name, self.pointwise if name in _POINTWISE else None)
+        if rule is None:
+            raise Unsupported(name)
+        return rule(eqn, args)
+
+    def pointwise(self, eqn, args):
+        strips = [a for a in args if isinstance(a, _Strip)]
+        if not all(isinstance(a, _Strip | _Uniform) or jnp.shape(a)[1:3] in ((), (1, 1)) for a in args):
+            raise Unsupported(eqn.primitive.name)
+        if not strips:
+            values = [a.value if isinstance(a, _Uniform) else a for a in args]
+            return [_Uniform(v) for v in _bind(eqn, _broadcast(values))]
+        margin = tuple(min(s.margin[i] for s in strips) for i in (0, 1))
+        values = [_rows(a, margin[0], self.size).value if isinstance(a, _Strip) else getattr(a, "value", a) for a in args]
+        return [_Strip(v, margin) for v in _bind(eqn, _broadcast(values))]
+
+    def convolution(self, eqn, args):
+        p = eqn.params
+        numbers = p["dimension_numbers"]
+        x, kernel = args
+        channels_last = numbers.lhs_spec == (0, 3, 1, 2) and numbers.out_spec == (0, 3, 1, 2)
+        plain = p["window_strides"] == (1, 1) and p["lhs_dilation"] == (1, 1) and p["batch_group_count"] == 1
+        if not (isinstance(x, _Strip) and not isinstance(kernel, _Strip | _Uniform) and channels_last and plain):
+            raise Unsupported("conv_general_dilated")
+        reach = [(kernel.shape[numbers.rhs_spec[2 + i]] - 1) * p["rhs_dilation"][i] for i in (0, 1)]
+        if any(r % 2 or tuple(pad) != (r // 2, r // 2) for r, pad in zip(reach, p["padding"], strict=True)):
+            raise Unsupported("conv_general_dilated")
+        reach = [r // 2 for r in reach]
+        margin = (x.margin[0] - reach[0], x.margin[1] - reach[1])
+        if min(margin) < 0:
+            raise ValueError(f"radius={self.radius} is too small: the block reaches further than {self.radius} pixels; leave radius out to have it found")
+        value = x.value
+        if max(reach):
+            drop = self.radius - x.margin[0]
+            inside = lax.slice_in_dim(self.inside, drop, drop + value.shape[1], axis=1)
+            value = jnp.where(inside, value, jnp.zeros((), value.dtype))
+        out = eqn.primitive.bind(value, kernel, **(p | {"padding": ((0, 0), (reach[1], reach[1]))}))
+        return [_Strip(out, margin)]
+
+    def matrix_product(self, eqn, args):
+        (left, right), (left_batch, _) = eqn.params["dimension_numbers"]
+        x, weights = args
+        last = isinstance(x, _Strip) and tuple(left) == (x.value.ndim - 1,) and x.value.ndim == 4
+        if not last or left_batch or isinstance(weights, _Strip | _Uniform):
+            raise Unsupported("dot_general")
+        return [_Strip(eqn.primitive.bind(x.value, weights, **eqn.params), x.margin)]
+
+    def broadcast(self, eqn, args):
+        (x,), shape, dims = args, eqn.params["shape"], eqn.params["broadcast_dimensions"]
+        if not _is_map(shape) or tuple(dims[:3]) != (0, 1, 2):
+            raise Unsupported("broadcast_in_dim")
+        shape = (*x.value.shape[:3], *shape[3:])
+        return [dataclasses.replace(x, value=lax.broadcast_in_dim(x.value, shape, dims))]
+
+    def reshape(self, eqn, args):
+        (x,), shape = args, eqn.outvars[0].aval.shape
+        if not _is_map(shape) or eqn.params.get("dimensions") not in (None, ()) and eqn.primitive.name == "reshape":
+            raise Unsupported(eqn.primitive.name)
+        return [dataclasses.replace(x, value=x.value.reshape(*x.value.shape[:3], *shape[3:]))]
+
+    def reduction(self, eqn, args):
+        (x,) = args
+        if min(eqn.params["axes"]) < 3:
+            raise Unsupported(eqn.primitive.name)
+        return [dataclasses.replace(x, value=v) for v in _bind(eqn, [x.value])]
+
+    def concatenate(self, eqn, args):
+        if eqn.params["dimension"] < 3 or not all(isinstance(a, _Strip) for a in args):
+            raise Unsupported("concatenate")
+        margin = tuple(min(a.margin[i] for a in args) for i in (0, 1))
+        values = [_rows(a, margin[0], self.size).value for a in args]
+        return [_Strip(lax.concatenate(values, eqn.params["dimension"]), margin)]
+
+    def channels(self, eqn, args):
+        """`slice` and `split` along the channels."""
+        (x,), outs = args, eqn.outvars
+        axis, last = x.value.ndim - 1, eqn.invars[0].aval.shape[-1]
+        if not all(_is_map(o.aval.shape) for o in outs) or axis < 3:
+            raise Unsupported(eqn.primitive.name)
+        if eqn.primitive.name == "slice":
+            steps = eqn.params["strides"] or (1,) * (axis + 1)
+            start, stop = eqn.params["start_indices"][-1], eqn.params["limit_indices"][-1]
+            return [dataclasses.replace(x, value=lax.slice_in_dim(x.value, start, stop, steps[-1], axis=axis))]
+        if eqn.params["axis"] != axis or sum(eqn.params["sizes"]) != last:
+            raise Unsupported("split")
+        starts = [sum(eqn.params["sizes"][:i]) for i in range(len(outs))]
+        return [
+            dataclasses.replace(x, value=lax.slice_in_dim(x.value, a, a + n, axis=axis))
+            for a, n in zip(starts, eqn.params["sizes"], strict=True)
+        ]
+
+
+def _bind(eqn, values):
+    out = eqn.primitive.bind(*values, **eqn.params)
+    return out if eqn.primitive.multiple_results else [out]
+
+
+def _broadcast(values):
+    """Give all values that are no scalars one shape, as pointwise primitives want it."""
+    shape = jnp.broadcast_shapes(*(jnp.shape(v) for v in values if jnp.ndim(v)))
+    return [jnp.broadcast_to(v, shape) if jnp.ndim(v) else v for v in values]
+
+
+def _is_map(shape) -> bool:
+    return len(shape) >= 3 and shape[0] == 1 and tuple(shape[1:3]) == (_HEIGHT, _WIDTH)
+
+
+def _filled(eqn, operand) -> set[int]:
+    """The axes of a broadcast's output that its operand really varies along."""
+    return {d for d, n in zip(eqn.params["broadcast_dimensions"], jnp.shape(operand), strict=True) if n != 1}
+
+
+def cut(x: jax.Array, example: jax.Array, top: jax.Array, left: jax.Array, *, size: int, radius: int) -> jax.Array:
+    """The window (1, size + 2 radius, size + 2 radius, C) around the tile at (top, left); what lies outside the map is zero."""
+    side = size + 2 * radius
+    row = jnp.clip(top - radius, 0, x.shape[1] - side)
+    column = jnp.clip(left - radius, 0, x.shape[2] - side)
+    part = lax.dynamic_slice(x, (example, row, column, 0), (1, side, side, x.shape[3]))
+    # At the border the slice was pushed inwards: shift it back, which is a copy of one window and not of the map.
+    part = jnp.pad(part, ((0, 0), (radius, radius), (radius, radius), (0, 0)))
+    return lax.dynamic_slice(part, (0, top - row, left - column, 0), (1, side, side, x.shape[3]))
+
+
+def inside(top: jax.Array, left: jax.Array, pixels: tuple[int, int], *, size: int, radius: int) -> jax.Array:
+    """Which pixels (1, rows, columns, 1) of the window around the tile at (top, left) lie in a map of `pixels`."""
+    offsets = jnp.arange(size + 2 * radius) - radius
+    rows, columns = top + offsets, left + offsets
+    rows, columns = (rows >= 0) & (rows < pixels[0]), (columns >= 0) & (columns < pixels[1])
+    return (rows[:, None] & columns)[None, :, :, None]
+
+
+def strip_tiles(size: int, radius: int, total: int, columns: int = 120) -> int:
+    """Tiles in one strip: enough to make it about `columns` wide, at most a quarter of all, so that little is computed in vain."""
+    return max(1, min(total // 4, math.ceil(columns / (size + 2 * radius))))
