@@ -1,0 +1,200 @@
+"""Segmentation: losses, metrics and the task that a training loop runs.
+
+Masks hold class numbers, and -1 where a pixel is ignored.
+Axis letters: B batch, H W pixels, C classes.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
+
+from dynjax import budget, trace
+from dynjax.config import BudgetConfig, LossConfig
+
+LARGEST_CLASS_WEIGHT = 10.0
+"""A class's weight stops here, in units of the average pixel's, so that a few pixels do not rule a step's gradient."""
+
+
+def cross_entropy(
+    logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"], class_weights: Sequence[float] | None = None
+) -> Float[Array, ""]:
+    """Mean over the pixels that count of -log softmax(logits)[label], weighted by class; 0 if none counts.
+
+    In float32 whatever the logits are. Raises ValueError where the shapes disagree.
+    """
+    _check_shapes(logits, mask)
+    if class_weights is not None and len(class_weights) != logits.shape[-1]:
+        raise ValueError(
+            f"{len(class_weights)} class weights, but logits {logits.shape} have {logits.shape[-1]} classes"
+        )
+    labels = jnp.maximum(mask, 0)  # optax takes no ignore label: a label of -1 would read the last class
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    weights = jnp.ones(mask.shape) if class_weights is None else jnp.asarray(class_weights, jnp.float32)[labels]
+    weights = jnp.where(mask >= 0, weights, 0.0)
+    total = weights.sum()
+    return (weights * losses).sum() / jnp.where(total > 0, total, 1.0)
+
+
+def soft_dice(logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -> Float[Array, ""]:
+    """1 - mean over the classes in the mask of 2 sum(p t) / (sum(p) + sum(t)), p = softmax(logits), t the one-hot mask.
+
+    Milletari et al. 2016 (V-Net) square p and t in the denominator; this is the plain form, and the sums run over the
+    whole batch, since rare classes are absent from most pictures. 0 if every pixel is ignored. In float32; ValueError
+    where the shapes disagree.
+    """
+    # Not optax.dice_loss: it cannot leave pixels out, and a class absent from the mask counts in its mean.
+    _check_shapes(logits, mask)
+    counts = (mask >= 0)[..., None]
+    probability = jnp.where(counts, jax.nn.softmax(logits.astype(jnp.float32)), 0.0)
+    truth = jax.nn.one_hot(mask, logits.shape[-1])  # -1 has no class: a row of zeros
+    overlap, predicted, present = (x.sum((0, 1, 2)) for x in (probability * truth, probability, truth))
+    dice = 2 * overlap / jnp.where(present > 0, predicted + present, 1.0)
+    classes = (present > 0).sum()
+    return jnp.where(present > 0, 1 - dice, 0.0).sum() / jnp.maximum(classes, 1)
+
+
+def confusion_matrix(logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -> Int[Array, "C C"]:
+    """Pixels of the class of each row that were given the class of each column, int32; ignored pixels are in none.
+
+    Add the matrices of many batches up in int64 (`np.int64`): an int32 holds 2^31 pixels. ValueError where the shapes
+    disagree.
+    """
+    _check_shapes(logits, mask)
+    classes = logits.shape[-1]
+    cell = jnp.where(mask >= 0, mask * classes + logits.argmax(-1), classes**2)  # one cell more for the ignored
+    return jnp.zeros(classes**2 + 1, jnp.int32).at[cell.reshape(-1)].add(1)[:-1].reshape(classes, classes)
+
+
+def scores(confusion: Num[np.ndarray, "C C"]) -> dict[str, Any]:
+    """`miou`, `dice`, `pixel_accuracy` and the list `iou` (one a class) of a confusion matrix, rows truth.
+
+    A class absent from both truth and prediction has IoU nan and is left out of the means; without a pixel, all are
+    nan.
+    """
+    confusion = np.asarray(confusion, np.float64)
+    hits, both = np.diag(confusion), confusion.sum(0) + confusion.sum(1)
+    seen = both > 0
+    iou = np.full(len(confusion), np.nan)
+    iou[seen] = hits[seen] / (both - hits)[seen]
+    pixels = confusion.sum()
+    return {
+        "miou": float(iou[seen].mean()) if pixels else np.nan,
+        "dice": float((2 * hits[seen] / both[seen]).mean()) if pixels else np.nan,
+        "pixel_accuracy": float(hits.sum() / pixels) if pixels else np.nan,
+        "iou": iou.tolist(),
+    }
+
+
+def class_frequencies(source: Any, examples: int = 500) -> Float[np.ndarray, "C"]:
+    """Share of each class among the pixels that count, over at most so many examples, spread evenly over a data source.
+
+    ValueError for a label outside the classes and for a source without a pixel that counts.
+    """
+    classes = len(source.classes)
+    counts = np.zeros(classes, np.int64)
+    for i in np.unique(np.linspace(0, len(source) - 1, min(examples, len(source))).astype(int)):
+        labels = np.asarray(source[int(i)]["mask"])
+        labels = labels[(labels != -1) & (labels != source.ignore_label)]
+        if labels.size and not 0 <= labels.min() <= labels.max() < classes:
+            raise ValueError(
+                f"mask {i} has labels {labels.min()} to {labels.max()}; the classes are 0 to {classes - 1}"
+            )
+        counts += np.bincount(labels, minlength=classes)
+    if not counts.any():
+        raise ValueError("every pixel of the masks is ignored: there are no class frequencies")
+    return counts / counts.sum()
+
+
+def class_weights(kind: str, frequencies: Float[np.ndarray, "C"]) -> tuple[float, ...] | None:
+    """Weights of classes, 1 on average over pixels: "none" (None), "sqrt" (1/sqrt(frequency)), "inverse" (1/frequency).
+
+    Weights stop at LARGEST_CLASS_WEIGHT times the average pixel's, which is also what a class never seen gets.
+    ValueError for another kind.
+    """
+    if kind == "none":
+        return None
+    if kind not in ("sqrt", "inverse"):
+        raise ValueError(f"class weights are none, sqrt or inverse, not {kind!r}")
+    seen = np.where(frequencies > 0, frequencies, 1.0)
+    weights = seen ** (-0.5 if kind == "sqrt" else -1.0)
+    weights /= frequencies @ weights
+    weights = np.where(frequencies > 0, np.minimum(weights, LARGEST_CLASS_WEIGHT), LARGEST_CLASS_WEIGHT)
+    return tuple((weights / (frequencies @ weights)).tolist())
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentationTask:
+    """What a training loop needs of segmentation: `loss` and `confusion` of a batch, `scores` of many."""
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    losses: LossConfig
+    class_weights: tuple[float, ...] | None = None
+    budget: BudgetConfig | None = None
+    """What the model may spend; None for a static model, which is not traced."""
+
+    def loss(
+        self, model: nnx.Module, batch: dict[str, Any], key: PRNGKeyArray, progress: Float[Array, ""] | float
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Loss and metrics of a batch {"image" (B,H,W,3), "mask" (B,H,W)}; `progress` of the training is 0 to 1.
+
+        The model is in its training view, and its statistics and random counts move on. With a budget that is sampled,
+        the target of the step is drawn from `key`, uniform in [target, 1], and the gates' threshold moves with it; the
+        model is left at the threshold of the row's own target, ready to be evaluated or saved.
+        """
+        if self.budget is None:
+            logits, spent, budget_loss = model(batch["image"]), {"macs_fraction": 1.0}, 0.0
+        else:
+            logits, spent, budget_loss = self._within_budget(model, batch["image"], key, progress)
+        task_loss = self.task_loss(logits, batch["mask"])
+        loss = task_loss + budget_loss
+        metrics = {"loss": loss, "task_loss": task_loss, "budget_loss": budget_loss, **spent}
+        metrics["pixel_accuracy"] = _pixel_accuracy(logits, batch["mask"])
+        return loss, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+    def task_loss(self, logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -> Float[Array, ""]:
+        """The weighted sum of cross-entropy and soft Dice."""
+        terms = [
+            (self.losses.cross_entropy, lambda: cross_entropy(logits, mask, self.class_weights)),
+            (self.losses.dice, lambda: soft_dice(logits, mask)),
+        ]
+        return sum((weight * term() for weight, term in terms if weight), jnp.float32(0))
+
+    def confusion(self, logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -> Int[Array, "C C"]:
+        """`confusion_matrix` of a batch."""
+        return confusion_matrix(logits, mask)
+
+    def scores(self, confusion: Num[np.ndarray, "C C"]) -> dict[str, Any]:
+        """`scores` of the sum of the batches' confusion matrices."""
+        return scores(confusion)
+
+    def _within_budget(
+        self, model: nnx.Module, image: Array, key: PRNGKeyArray, progress: Float[Array, ""] | float
+    ) -> tuple[Float[Array, "B H W C"], dict[str, Any], Float[Array, ""]]:
+        """Logits, what they cost (`budget.statistics` and the step's target), and the weighted budget loss."""
+        target = self.budget.target
+        if self.budget.sampled:
+            target = jax.random.uniform(key, minval=self.budget.target, maxval=1.0)
+            budget.set_threshold(model, budget.sampled_threshold(target))
+        logits, decisions = trace.traced(model)(image)
+        if self.budget.sampled:
+            budget.set_threshold(model, budget.sampled_threshold(self.budget.target))
+        loss = self.budget.weight * budget.budget_loss(decisions, target, budget.release(progress))
+        return logits, {"target": target, **budget.statistics(decisions)}, loss
+
+
+def _check_shapes(logits: Any, mask: Any) -> None:
+    if logits.ndim != 4 or logits.shape[:-1] != mask.shape:
+        raise ValueError(f"logits {logits.shape} are not the mask's shape {mask.shape} and one axis of classes")
+
+
+def _pixel_accuracy(logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -> Float[Array, ""]:
+    """Share of the pixels that count whose class is right; 0 if none counts."""
+    return ((logits.argmax(-1) == mask) & (mask >= 0)).sum() / jnp.maximum((mask >= 0).sum(), 1)

@@ -1,0 +1,270 @@
+"""Losses and metrics against loops and hand-worked figures; the task on small models with and without a budget."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dynjax as dj
+from dynjax.config import BudgetConfig, LossConfig
+from dynjax.tasks import segmentation
+from dynjax.tasks.segmentation import SegmentationTask
+
+NAMES = ("sky", "road", "car")
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """Logits (2, 4, 5, 3) and a mask of the classes 0 and 1 with ignored pixels; class 2 is only ever predicted."""
+    random = np.random.default_rng(0)
+    mask = random.integers(-1, 2, (2, 4, 5)).astype(np.int32)
+    return jnp.asarray(random.normal(size=(2, 4, 5, 3)), jnp.float32), jnp.asarray(mask)
+
+
+def softmax(logits):
+    shares = np.exp(np.asarray(logits, np.float64))
+    return shares / shares.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 3.0, 0.5)])
+def test_cross_entropy_is_the_weighted_mean_over_the_pixels_that_count(scene, weights):
+    logits, mask = scene
+    losses, total = 0.0, 0.0
+    for where, label in np.ndenumerate(mask):
+        if label != -1:
+            weight = 1.0 if weights is None else weights[label]
+            losses -= weight * np.log(softmax(logits)[where][label])
+            total += weight
+    assert segmentation.cross_entropy(logits, mask, weights) == pytest.approx(losses / total, rel=1e-5)
+
+
+def test_soft_dice_by_hand():
+    # Two pixels with one-hot-like certainty, one undecided between the classes 0 and 1, one ignored; class 2 is absent.
+    sure, half = 50.0, jnp.array([0.0, 0.0, -50.0])
+    logits = jnp.stack([sure * jnp.eye(3)[0], sure * jnp.eye(3)[1], half, sure * jnp.eye(3)[2]]).reshape(1, 2, 2, 3)
+    mask = jnp.array([[[0, 0], [1, -1]]])
+    # Class 0: overlap 1, predicted 1.5, present 2. Class 1: overlap 0.5, predicted 1.5, present 1.
+    expected = 1 - (2 * 1 / 3.5 + 2 * 0.5 / 2.5) / 2
+    assert segmentation.soft_dice(logits, mask) == pytest.approx(expected, rel=1e-5)
+    assert segmentation.soft_dice(sure * jax.nn.one_hot(mask, 3), mask) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_ignored_pixels_reach_neither_losses_nor_gradients(scene):
+    logits, mask = scene
+    wild = jnp.where((mask == -1)[..., None], 1e4, logits)
+    for loss in (segmentation.cross_entropy, segmentation.soft_dice):
+        value, gradient = jax.value_and_grad(loss)(logits, mask)
+        assert value == loss(wild, mask)
+        assert not np.asarray(gradient)[np.asarray(mask) == -1].any()
+        assert np.asarray(gradient)[np.asarray(mask) != -1].any()
+
+
+def test_a_mask_without_pixels_costs_nothing(scene):
+    logits, mask = scene
+    nothing = jnp.full_like(mask, -1)
+    for loss in (segmentation.cross_entropy, segmentation.soft_dice):
+        value, gradient = jax.value_and_grad(loss)(logits, nothing)
+        assert value == 0 and not np.asarray(gradient).any()
+    assert not segmentation.confusion_matrix(logits, nothing).any()
+    found = segmentation.scores(np.zeros((3, 3)))
+    assert np.isnan([found["miou"], found["dice"], found["pixel_accuracy"], *found["iou"]]).all()
+
+
+def test_losses_of_bfloat16_logits_are_summed_in_float32(scene):
+    logits, mask = (jnp.tile(x, (1, 16, 16) + (1,) * (x.ndim - 3)) for x in scene)
+    rounded = logits.astype(jnp.bfloat16)
+    for loss in (segmentation.cross_entropy, segmentation.soft_dice):
+        assert loss(rounded, mask).dtype == jnp.float32
+        assert loss(rounded, mask) == loss(rounded.astype(jnp.float32), mask)
+
+
+def test_confusion_and_scores_against_loops(scene):
+    logits, mask = scene
+    found = segmentation.scores(np.asarray(jax.jit(segmentation.confusion_matrix)(logits, mask)))
+
+    truth, guess = np.asarray(mask), np.asarray(logits).argmax(-1)
+    ious, dices = [], []
+    for label in range(3):
+        both = either = ours = theirs = 0
+        for where in np.ndindex(truth.shape):
+            if truth[where] == -1:
+                continue
+            both += truth[where] == label and guess[where] == label
+            either += truth[where] == label or guess[where] == label
+            theirs += truth[where] == label
+            ours += guess[where] == label
+        ious.append(both / either)
+        dices.append(2 * both / (ours + theirs))
+    counts = truth != -1
+    assert found["iou"] == pytest.approx(ious)
+    assert found["miou"] == pytest.approx(np.mean(ious))
+    assert found["dice"] == pytest.approx(np.mean(dices))
+    assert found["pixel_accuracy"] == pytest.approx((truth == guess)[counts].mean())
+
+
+def test_scores_leave_out_classes_that_never_occur():
+    # Of class 0, 6 pixels of 8 are right and 2 taken for class 2, which is only predicted; class 1 occurs nowhere.
+    found = segmentation.scores(np.array([[6, 0, 2], [0, 0, 0], [0, 0, 0]]))
+    assert found["iou"][0] == 0.75 and np.isnan(found["iou"][1]) and found["iou"][2] == 0
+    assert found["miou"] == (0.75 + 0) / 2
+    assert found["dice"] == (12 / 14 + 0) / 2
+    assert found["pixel_accuracy"] == 0.75
+
+
+def test_confusion_has_rows_of_truth():
+    logits = jnp.eye(3)[None, None, jnp.array([2, 2, 1, 0])]
+    expected = [[0, 0, 1], [0, 1, 1], [0, 0, 0]]  # truth 0 taken for 2, truth 1 for 2 and for 1; the last is ignored
+    assert segmentation.confusion_matrix(logits, jnp.array([[[0, 1, 1, -1]]])).tolist() == expected
+
+
+def test_wrong_shapes_are_named(scene):
+    logits, mask = scene
+    for function in (segmentation.cross_entropy, segmentation.soft_dice, segmentation.confusion_matrix):
+        with pytest.raises(ValueError, match=r"\(2, 4, 5, 3\).*\(2, 4, 4\)"):
+            function.__wrapped__(logits, mask[:, :, :4])
+    with pytest.raises(ValueError, match=r"2 class weights.* 3 classes"):
+        segmentation.cross_entropy(logits, mask, (1.0, 2.0))
+
+
+class Source:
+    """Masks of a data set that marks ignored pixels by 9."""
+
+    classes = NAMES
+    ignore_label = 9
+
+    def __init__(self, *masks):
+        self.masks = masks
+
+    def __len__(self):
+        return len(self.masks)
+
+    def __getitem__(self, i):
+        return {"mask": np.array(self.masks[i], np.int32)}
+
+
+def test_class_frequencies_leave_out_what_is_ignored():
+    source = Source([[0, 0, 0], [9, 9, 9]], [[0, 0, 1], [1, -1, -1]], [[9, 9, 9], [9, 9, 9]])
+    np.testing.assert_allclose(segmentation.class_frequencies(source), [5 / 7, 2 / 7, 0])
+    np.testing.assert_allclose(segmentation.class_frequencies(source, examples=1), [1, 0, 0])
+    with pytest.raises(ValueError, match="mask 1 has labels 0 to 4; the classes are 0 to 2"):
+        segmentation.class_frequencies(Source([[0]], [[0, 4]]))
+    with pytest.raises(ValueError, match="every pixel"):
+        segmentation.class_frequencies(Source([[9, 9]]))
+
+
+def test_class_weights():
+    frequencies = np.array([0.81, 0.16, 0.03])
+    assert segmentation.class_weights("none", frequencies) is None
+    # The mean of 1/f over pixels is the number of classes; the last weight would be 11.1 and stops at ten.
+    inverse = np.array([1 / 0.81 / 3, 1 / 0.16 / 3, 10.0])
+    np.testing.assert_allclose(segmentation.class_weights("inverse", frequencies), inverse / (frequencies @ inverse))
+    sqrt = np.array([1 / 0.9, 1 / 0.4, 1 / 0.03**0.5])
+    np.testing.assert_allclose(segmentation.class_weights("sqrt", frequencies), sqrt / (frequencies @ sqrt))
+    for kind in ("sqrt", "inverse"):
+        weights = segmentation.class_weights(kind, np.array([0.75, 0.25, 0.0]))
+        assert weights[0] < weights[1] < weights[2] == pytest.approx(10.0)
+        assert np.dot([0.75, 0.25, 0.0], weights) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="'log'"):
+        segmentation.class_weights("log", frequencies)
+
+
+class Net(nnx.Module):
+    """Logits (B, H, W, 3) from uint8 pictures; its middle runs on tiles, or everywhere without a gate."""
+
+    def __init__(self, gate=None):
+        rngs = nnx.Rngs(0)
+        self.stem = nnx.Conv(3, 4, (1, 1), rngs=rngs)
+        middle = nnx.Sequential(nnx.Conv(4, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
+        self.middle = middle if gate is None else dj.Tiles(middle, gate=gate)
+        self.head = nnx.Conv(4, 3, (1, 1), rngs=rngs)
+
+    def __call__(self, image):
+        return self.head(self.middle(self.stem(image.astype(jnp.float32) / 127.5 - 1)))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    random = np.random.default_rng(1)
+    image = random.integers(0, 256, (2, 16, 16, 3), np.uint8)
+    return {"image": jnp.asarray(image), "mask": jnp.asarray(random.integers(-1, 3, (2, 16, 16)), jnp.int32)}
+
+
+def tile_gate():
+    return dj.TileGate(4, size=8, rngs=nnx.Rngs(1))
+
+
+def thresholds(model):
+    return [float(leaf) for leaf in jax.tree.leaves(nnx.state(model, dj.gates.Threshold))]
+
+
+def test_loss_of_a_static_model_is_the_weighted_sum(batch):
+    weights = (1.0, 2.0, 0.5)
+    task = SegmentationTask(3, NAMES, LossConfig(cross_entropy=0.5, dice=2.0), weights)
+    model = Net()
+    logits = nnx.clone(model)(batch["image"])
+    loss, metrics = nnx.jit(task.loss)(model, batch, jax.random.key(0), 0.0)
+    entropy = segmentation.cross_entropy(logits, batch["mask"], weights)
+    expected = 0.5 * entropy + 2 * segmentation.soft_dice(logits, batch["mask"])
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert metrics["loss"] == metrics["task_loss"] == loss
+    assert metrics["budget_loss"] == 0 and metrics["macs_fraction"] == 1
+    found = task.scores(np.asarray(task.confusion(logits, batch["mask"])))
+    assert metrics["pixel_accuracy"] == pytest.approx(found["pixel_accuracy"])
+    only_entropy = SegmentationTask(3, NAMES, LossConfig(), weights).task_loss(logits, batch["mask"])
+    assert only_entropy == pytest.approx(float(entropy))
+
+
+def test_loss_under_a_fixed_budget(batch):
+    gate = dj.FixedGate(np.array([[[1, 0], [0, 0]]]), size=8)
+    budget = BudgetConfig(target=0.5, sampled=False, weight=10.0)
+    model = Net(gate)
+    loss, metrics = nnx.jit(SegmentationTask(3, NAMES, LossConfig(), None, budget).loss)(
+        model, batch, jax.random.key(0), jnp.float32(1.0)
+    )
+    _, trace = dj.traced(model)(batch["image"])
+    fraction = float(trace.macs().mean()) / trace.full_macs
+    assert fraction < 0.6
+    assert metrics["macs_fraction"] == pytest.approx(fraction)
+    assert metrics["target"] == 0.5 and metrics["gate_entropy"] == pytest.approx(0, abs=1e-4)
+    # The bounds of the gates are open at the end of the training: only the distance of the network is left.
+    assert metrics["budget_loss"] == pytest.approx(10 * (fraction - 0.5) ** 2, rel=1e-4)
+    assert loss == pytest.approx(float(metrics["task_loss"] + metrics["budget_loss"]))
+
+
+def test_a_sampled_target_moves_the_threshold_and_puts_it_back(batch):
+    task = SegmentationTask(3, NAMES, LossConfig(), None, BudgetConfig(target=0.25, sampled=True))
+    step = nnx.jit(lambda model, key: task.loss(model, batch, key, 0.5)[1])
+    found = []
+    for seed in range(16):
+        model = Net(tile_gate())
+        found.append({name: float(value) for name, value in step(model, jax.random.key(seed)).items()})
+        assert thresholds(model) == pytest.approx([float(dj.budget.sampled_threshold(0.25))])
+    targets = [metrics["target"] for metrics in found]
+    assert 0.25 <= min(targets) < 0.4 and 0.8 < max(targets) <= 1
+    # The same noise and the same weights: a lower target can only keep less.
+    by_target = [metrics["macs_fraction"] for metrics in sorted(found, key=lambda metrics: metrics["target"])]
+    assert by_target == sorted(by_target) and by_target[0] < by_target[-1]
+    assert all(0 < metrics["gate_entropy"] <= 1 for metrics in found)
+
+
+def test_a_fixed_target_leaves_the_threshold(batch):
+    model = Net(tile_gate())
+    SegmentationTask(3, NAMES, LossConfig(), None, BudgetConfig(target=0.25, sampled=False)).loss(
+        model, batch, jax.random.key(0), 0.0
+    )
+    assert thresholds(model) == [0.0]
+
+
+def test_gradients_reach_gates_and_weights(batch):
+    task = SegmentationTask(3, NAMES, LossConfig(dice=1.0), None, BudgetConfig(target=0.3))
+
+    @nnx.jit
+    def gradients(model):
+        return nnx.grad(lambda model: task.loss(model, batch, jax.random.key(0), 0.0)[0])(model)
+
+    found = gradients(Net(tile_gate()))
+    for path, leaf in nnx.to_flat_state(found):
+        assert np.isfinite(leaf[...]).all(), path
+    assert np.asarray(found["middle"]["gate"]["logits"]["bias"][...]).any()
+    assert np.asarray(found["stem"]["kernel"][...]).any()
