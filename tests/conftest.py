@@ -1,4 +1,4 @@
-"""Strictness for the whole suite: warnings are errors (pyproject.toml), no silent rank promotion, 8 simulated devices, shapes checked."""
+"""Strictness for the whole suite: no silent rank promotion, 8 simulated devices; the rest is in pyproject.toml."""
 
 import os
 import pathlib

@@ -1,0 +1,286 @@
+"""Accuracy, MACs and latency of one checkpoint at several budgets, beside its static twin.
+
+Letters: B batch, H W picture, N pictures of a split.
+"""
+
+import csv
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dynjax import cost
+from dynjax.budget import LOWEST
+from dynjax.config import UserError
+from dynjax.deploy import Deployed, Solver
+from dynjax.trace import traced
+
+WARM_UP = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One row of curve.csv: a checkpoint at one budget. MACs are per image, latency is in ms per image at batch 1."""
+
+    budget: float
+    """Share of the static twin's MACs that was asked for."""
+    score: float
+    """mIoU in [0, 1]."""
+    pixel_accuracy: float
+    macs: float
+    """Mean over the split; so are macs_p95 and macs_max its 95th percentile and its maximum."""
+    macs_fraction: float
+    """`macs` as a share of the static twin's."""
+    latency_ms_p50: float
+    latency_ms_p95: float
+    static_latency_ms_p50: float
+    """The static twin's, timed in the same run, alternating with this one picture by picture."""
+    speedup: float
+    """static_latency_ms_p50 / latency_ms_p50."""
+    met: bool
+    """Whether the mean MACs on the calibration pictures met the budget."""
+    macs_p95: float
+    macs_max: float
+    static_macs: float
+    images: int
+
+
+def write_curve(path: str | os.PathLike, points: Sequence[Point]) -> None:
+    """curve.csv: a header and one line per point."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Point)], lineterminator="\n")
+        writer.writeheader()
+        for point in points:
+            writer.writerow(
+                {name: f"{v:.6g}" if isinstance(v, float) else v for name, v in dataclasses.asdict(point).items()}
+            )
+
+
+def read_curve(path: str | os.PathLike) -> list[Point]:
+    """The points of a curve.csv. Raises UserError when it is missing or is not one."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        read = {float: float, int: int, bool: lambda text: {"True": True, "False": False}[text]}
+        points = [
+            Point(**{field.name: read[field.type](row[field.name]) for field in dataclasses.fields(Point)})
+            for row in rows
+        ]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; experiments.evaluate writes it") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no curve.csv of experiments.evaluate: {error!r}") from None
+    if not points:
+        raise UserError(f"{path} holds no line: evaluate its workdir again")
+    return points
+
+
+def alternate(
+    functions: dict[Any, Callable[[Any], Any]], inputs: Sequence[Any], *, repeats: int = 1
+) -> dict[Any, np.ndarray]:
+    """Milliseconds of each function on each input, (repeats * N,): all functions on one input, then all on the next.
+
+    Every function is called a few times first (compilation, caches), and each call is waited for. The order is reversed
+    from input to input, so that none always follows the same other one.
+    """
+    for function in functions.values():
+        for _ in range(WARM_UP):
+            jax.block_until_ready(function(inputs[0]))
+    taken: dict[Any, list[float]] = {name: [] for name in functions}
+    order = list(functions)
+    for _ in range(repeats):
+        for value in inputs:
+            for name in order:
+                start = time.perf_counter()
+                jax.block_until_ready(functions[name](value))
+                taken[name].append(1e3 * (time.perf_counter() - start))
+            order.reverse()
+    return {name: np.array(milliseconds) for name, milliseconds in taken.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What one model did on one split."""
+
+    scores: dict[str, Any]
+    """`miou`, `pixel_accuracy`, ... as the task defines them."""
+    macs: np.ndarray
+    """(N,), MACs of each picture."""
+    shares: dict[str, dict[str, float]]
+    """Per dynamic layer: share of its units that was `kept`, and its `macs` per image; means over the split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """A model taken apart into its structure, compiled once, and its state, which differs from budget to budget."""
+
+    examine: Callable[[nnx.State, jax.Array, jax.Array], dict]
+    """(state, image, mask) -> confusion matrix, MACs per example, heat map, prediction, shares."""
+    infer: Callable[[nnx.State, jax.Array], jax.Array]
+    """(state, image) -> logits."""
+
+
+def make_runner(model: nnx.Module, task: Any) -> Runner:
+    """The two compiled functions of every model that is built like `model`."""
+    graphdef = nnx.graphdef(model)
+
+    @jax.jit
+    def examine(state: nnx.State, image: jax.Array, mask: jax.Array) -> dict:
+        logits, trace = traced(nnx.merge(graphdef, state))(image)
+        return {
+            "confusion": task.confusion(logits, mask),
+            "prediction": jnp.argmax(logits, -1),
+            "macs": trace.macs(),
+            "heat": trace.heatmap(image.shape[1:3]),
+            "shares": trace.shares(),
+        }
+
+    @jax.jit
+    def infer(state: nnx.State, image: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, state)(image)
+
+    return Runner(examine, infer)
+
+
+def score(runner: Runner, state: nnx.State, batches: Iterable[dict], task: Any) -> Scored:
+    """Run a model over a split; `batches` hold image, mask and `valid` (False for what fills the last one up)."""
+    confusion, macs, shares, weights = 0, [], [], []
+    for batch in batches:
+        valid = batch["valid"]
+        mask = np.where(valid[:, None, None], batch["mask"], -1)
+        found = jax.device_get(runner.examine(state, batch["image"], mask))
+        confusion = confusion + found["confusion"].astype(np.int64)
+        macs.append(found["macs"][valid])
+        # A share is a mean over its batch, blank examples included: full batches say more.
+        shares.append(found["shares"])
+        weights.append(valid.sum())
+    mean = jax.tree.map(lambda *values: float(np.average(np.stack(values), axis=0, weights=weights)), *shares)
+    return Scored(task.scores(confusion), np.concatenate(macs), mean)
+
+
+def static_macs(twin: nnx.Module, size: tuple[int, int]) -> float:
+    """MACs of a static twin on one picture of `size` (H, W)."""
+    return cost.macs(twin, jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8))
+
+
+def solve(
+    model: nnx.Module, whole: float, budgets: Sequence[float], calibration: Sequence[np.ndarray]
+) -> dict[float, Deployed]:
+    """`dynjax.deploy` at several budgets, given as shares of `whole`, the static twin's MACs.
+
+    A model's own full MACs are more: they hold its gates too.
+    """
+    solver = Solver(model, calibration)
+    solver.spent(LOWEST)
+    return {budget: solver.deploy(min(1.0, budget * whole / solver.full)) for budget in budgets}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A checkpoint at several budgets."""
+
+    points: list[Point]
+    scored: dict[float, Scored]
+    reports: dict[float, Any]
+    """What `dynjax.deploy` reports on the calibration pictures, per budget; empty for a static model."""
+    runner: Runner
+    states: dict[float, nnx.State]
+
+
+def evaluate(
+    model: nnx.Module,
+    twin: nnx.Module,
+    task: Any,
+    *,
+    static: bool,
+    budgets: Sequence[float],
+    calibration: Sequence[np.ndarray],
+    batches: Callable[[], Iterable[dict]],
+    timing: Sequence[np.ndarray],
+    repeats: int = 1,
+) -> Evaluation:
+    """Deploy `model` at each budget, score it and time it against `twin`, the same net without dynamics.
+
+    The twin's weights do not matter here. `batches()` starts a pass over the split; `timing` are single pictures of it,
+    (1, H, W, 3). A `static` model has one budget, 1.
+    """
+    whole = static_macs(twin, timing[0].shape[1:3])
+    deployed = {1.0: model} if static else solve(model, whole, budgets, calibration)
+    runner = make_runner(next(iter(deployed.values())), task)
+    states = {budget: nnx.state(each) for budget, each in deployed.items()}
+    scored = {budget: score(runner, state, batches(), task) for budget, state in states.items()}
+
+    twin_runner, twin_state = make_runner(twin, task), nnx.state(twin)
+    functions: dict[Any, Callable] = {"static": lambda image: twin_runner.infer(twin_state, image)}
+    functions |= {b: (lambda image, s=s: runner.infer(s, image)) for b, s in states.items() if not static}
+    times = alternate(functions, [jax.device_put(image) for image in timing], repeats=repeats)
+    if static:
+        times[1.0] = times["static"]
+
+    points = []
+    twin_ms = float(np.median(times["static"]))
+    for budget, found in scored.items():
+        middle, late = np.percentile(times[budget], [50, 95])
+        points.append(
+            Point(
+                budget=float(budget),
+                score=float(found.scores["miou"]),
+                pixel_accuracy=float(found.scores["pixel_accuracy"]),
+                macs=float(found.macs.mean()),
+                macs_fraction=float(found.macs.mean() / whole),
+                latency_ms_p50=float(middle),
+                latency_ms_p95=float(late),
+                static_latency_ms_p50=twin_ms,
+                speedup=float(twin_ms / middle),
+                met=True if static else bool(deployed[budget].report.met),
+                macs_p95=float(np.percentile(found.macs, 95)),
+                macs_max=float(found.macs.max()),
+                static_macs=float(whole),
+                images=len(found.macs),
+            )
+        )
+    reports = {} if static else {budget: each.report for budget, each in deployed.items()}
+    return Evaluation(points, scored, reports, runner, states)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One picture of the split, as `report.plot_heatmaps` wants it."""
+
+    name: str
+    """easiest, median or hardest: the fewest, the median and the most MACs."""
+    macs: float
+    image: np.ndarray
+    mask: np.ndarray
+    prediction: np.ndarray
+    heat: np.ndarray
+
+
+def examples(found: Evaluation, budget: float, source: Any, batch_size: int) -> list[Example]:
+    """The pictures of `source` that got the fewest, the median and the most MACs at `budget`.
+
+    `batch_size` is that of the scores, so that nothing is compiled anew.
+    """
+    macs = found.scored[budget].macs
+    order = np.argsort(macs, kind="stable")
+    chosen = {"easiest": order[0], "median": order[len(order) // 2], "hardest": order[-1]}
+    pictures = [source[int(index)] for index in chosen.values()]
+    images, masks = (np.stack([picture[name] for picture in pictures]) for name in ("image", "mask"))
+    if source.ignore_label is not None:
+        masks = np.where(masks == source.ignore_label, -1, masks)
+    # Repeated up to the batch size that is compiled already.
+    shape = max(batch_size, len(chosen))
+    ran = found.runner.examine(
+        found.states[budget], *(np.resize(each, (shape, *each.shape[1:])) for each in (images, masks))
+    )
+    prediction, heat = np.asarray(ran["prediction"]), np.asarray(ran["heat"])
+    return [
+        Example(name, float(macs[index]), images[i], masks[i], prediction[i], heat[i])
+        for i, (name, index) in enumerate(chosen.items())
+    ]

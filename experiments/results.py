@@ -1,0 +1,227 @@
+"""The table of results: experiments/results.csv and RESULTS.md, which is generated from it.
+
+python -m experiments.results add --workdir W [W2 W3 ...]   # lines of an evaluated workdir, one a budget
+python -m experiments.results render                        # writes RESULTS.md again
+
+Several workdirs are seeds of one row. A line is known by row, data, split and budget: adding it again replaces it. A figure that nobody ran is empty.
+"""
+
+import csv
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from dynjax.config import UserError
+from experiments import cli
+
+COMMAND = "experiments.results"
+HERE = Path(__file__).parent
+KEY = ("row", "data", "split", "budget")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One line of results.csv. Scores are mIoU in percent, MACs in millions per image, latency ms per image at batch 1."""
+
+    row: str
+    data: str
+    split: str
+    protocol: str
+    budget: str
+    paper_score: str
+    """Empty where the row is of no paper."""
+    paper_mmacs: str
+    score: str
+    score_std: str
+    """Empty for one seed."""
+    pixel_accuracy: str
+    seeds: str
+    mmacs: str
+    macs_percent: str
+    """Of the static twin's."""
+    latency_ms: str
+    static_latency_ms: str
+    speedup: str
+    met: str
+    hardware: str
+    commit: str
+    command: str
+
+
+def read(path: Path) -> list[Result]:
+    """The lines of a results.csv; none if it is missing. Raises UserError."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        try:
+            return [Result(**line) for line in csv.DictReader(file)]
+        except TypeError as error:
+            raise UserError(f"{path} has other columns than results.csv: {error}") from None
+
+
+def write(path: Path, results: list[Result]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Result)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(dataclasses.asdict, results))
+
+
+def key(result: Result) -> tuple[str, ...]:
+    return tuple(getattr(result, name) for name in KEY)
+
+
+def collect(workdirs: tuple[str, ...], protocol: str, paper_score: str = "", paper_mmacs: str = "") -> list[Result]:
+    """The lines of workdirs that differ in their seed: mean and deviation of the score, median latency. Raises UserError."""
+    import numpy as np
+
+    from dynjax.evaluate import read_curve
+
+    curves = [read_curve(Path(workdir) / "curve.csv") for workdir in workdirs]
+    records = [_read_evaluation(Path(workdir)) for workdir in workdirs]
+    for name in ("row", "data", "split", "hardware", "size"):
+        values = {str(record[name]) for record in records}
+        if len(values) > 1:
+            raise UserError(f"{' '.join(workdirs)} are not seeds of one row: {name} is {' and '.join(sorted(values))}")
+    seeds = [record["seed"] for record in records]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"{' '.join(workdirs)}: seeds {seeds} must differ")
+    budgets = [tuple(point.budget for point in curve) for curve in curves]
+    if len(set(budgets)) > 1:
+        raise UserError(f"{' '.join(workdirs)} were evaluated at different budgets: {budgets}")
+    first, results = records[0], []
+    for points in zip(*curves, strict=True):
+        mean = {
+            field.name: float(np.mean([getattr(point, field.name) for point in points]))
+            for field in dataclasses.fields(points[0])
+        }
+        latency = float(np.median([point.latency_ms_p50 for point in points]))
+        static = float(np.median([point.static_latency_ms_p50 for point in points]))
+        results.append(
+            Result(
+                row=first["row"],
+                data=f"{first['data']} {first['size'][0]}x{first['size'][1]}",
+                split=first["split"],
+                protocol=protocol,
+                budget=f"{points[0].budget:g}",
+                paper_score=paper_score,
+                paper_mmacs=paper_mmacs,
+                score=f"{100 * mean['score']:.2f}",
+                score_std=f"{100 * np.std([point.score for point in points], ddof=1):.2f}" if len(points) > 1 else "",
+                pixel_accuracy=f"{100 * mean['pixel_accuracy']:.2f}",
+                seeds=str(len(points)),
+                mmacs=f"{mean['macs'] / 1e6:.1f}",
+                macs_percent=f"{100 * mean['macs_fraction']:.1f}",
+                latency_ms=f"{latency:.2f}",
+                static_latency_ms=f"{static:.2f}",
+                speedup=f"{static / latency:.2f}",
+                met="yes" if all(point.met for point in points) else "no",
+                hardware=first["hardware"],
+                commit=" ".join(sorted({record["commit"] for record in records})),
+                command=first["command"],
+            )
+        )
+    return results
+
+
+def _read_evaluation(workdir: Path) -> dict[str, Any]:
+    try:
+        return json.loads((workdir / "evaluation.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{workdir} has no evaluation.json: run experiments.evaluate on it first") from None
+
+
+def merge(old: list[Result], new: list[Result]) -> list[Result]:
+    """Lines by their key: a new one takes the place of an old one, others go to the end."""
+    lines = {key(result): result for result in old}
+    lines.update({key(result): result for result in new})
+    return list(lines.values())
+
+
+def render(results: list[Result], figures: list[str]) -> str:
+    """RESULTS.md: a table per data set and split, then the curves."""
+    parts = [
+        "# Results",
+        "Generated from `results.csv` by `python -m experiments.results render`. Scores are mIoU in percent (mean ± "
+        "standard deviation over seeds). "
+        "MACs are per image, means over the split; % is the share of the static twin's. "
+        "Latency is the median per image at batch 1, the static twin timed in the same run, alternating picture by "
+        "picture.",
+    ]
+    header = "| row | budget | mIoU | paper | seeds | MMAC | % | ms | static ms | speed-up | met | commit |"
+    for data, split in dict.fromkeys((result.data, result.split) for result in results):
+        lines = [result for result in results if (result.data, result.split) == (data, split)]
+        parts.append(f"## {data}, {split}")
+        for protocol in dict.fromkeys(result.protocol for result in lines if result.protocol):
+            rows = dict.fromkeys(f"`{result.row}`" for result in lines if result.protocol == protocol)
+            parts.append(f"{', '.join(rows)}: {protocol}")
+        table = [header, "|---|" + "---:|" * 9 + "---|---|"]
+        for line in lines:
+            score = f"{line.score} ± {line.score_std}" if line.score_std else line.score
+            paper = f"{line.paper_score} ({line.paper_mmacs} MMAC)" if line.paper_mmacs else line.paper_score
+            cells = [f"`{line.row}`", line.budget, score, paper, line.seeds, line.mmacs, line.macs_percent]
+            cells += [line.latency_ms, line.static_latency_ms, f"{line.speedup}x", line.met, line.commit]
+            table.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join(table))
+        for hardware in dict.fromkeys(line.hardware for line in lines):
+            parts.append(f"Measured on {hardware}.")
+        parts.append("\n".join(["```", *dict.fromkeys(line.command for line in lines), "```"]))
+    parts += [f"![{name}](figures/{name})" for name in figures]
+    return "\n\n".join(parts) + "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Add:
+    """Put evaluated workdirs into results.csv."""
+
+    workdir: tuple[str, ...]
+    """Workdirs of one row that differ in their seed."""
+    protocol: str = ""
+    """How it was trained, in a few words; otherwise the protocol in the row's docstring."""
+    paper_score: str = ""
+    paper_mmacs: str = ""
+    folder: str = str(HERE)
+    """Where results.csv, RESULTS.md and figures/ are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Render:
+    """Write RESULTS.md from results.csv."""
+
+    folder: str = str(HERE)
+
+
+Choice = Annotated[Add, tyro.conf.subcommand("add")] | Annotated[Render, tyro.conf.subcommand("render")]
+
+
+def row_protocol(row: str) -> str:
+    """The line of a row's docstring that begins with Protocol."""
+    from experiments.rows import ROWS
+
+    lines = [line.strip() for line in (ROWS[row].__doc__ or "").splitlines()] if row in ROWS else []
+    return next((line.removeprefix("Protocol: ") for line in lines if line.startswith("Protocol: ")), "")
+
+
+def main(raw: list[str]) -> None:
+    choice = cli.parse(Choice, raw, command=COMMAND)
+    folder = Path(choice.folder)
+    results = read(folder / "results.csv")
+    if isinstance(choice, Add):
+        if not choice.workdir:
+            raise UserError("--workdir is empty: give evaluated workdirs")
+        row = _read_evaluation(Path(choice.workdir[0]))["row"]
+        new = collect(choice.workdir, choice.protocol or row_protocol(row), choice.paper_score, choice.paper_mmacs)
+        results = merge(results, new)
+        write(folder / "results.csv", results)
+        (folder / "figures").mkdir(exist_ok=True)
+        shutil.copyfile(Path(choice.workdir[0]) / "curve.png", folder / "figures" / f"{row}_curve.png")
+    figures = sorted(path.name for path in (folder / "figures").glob("*.png"))
+    (folder / "RESULTS.md").write_text(render(results, figures))
+    print(f"{folder / 'RESULTS.md'}: {len(results)} lines")
+
+
+if __name__ == "__main__":
+    cli.run(main)
