@@ -1,33 +1,35 @@
 """Workdirs: what a run leaves on disk, and how the same command finds its way back.
 
     config.json            the configuration and the names of the classes
-    checkpoints/STEP/      orbax: every array of the training state; a JSON file per process: data position, checksums
+    checkpoints/STEP/      orbax: every array of the training state; sidecar/: data position per process; checksums.json
     unreadable/            checkpoints that could not be read, moved aside
 
-A checkpoint appears under its name only when it is complete (orbax writes elsewhere and renames); checksums catch one
-that was cut or changed later.
+A checkpoint appears under its name only when its arrays are complete (orbax writes elsewhere and renames); checksums come
+last and tell one that was cut or changed later.
 """
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
 import sys
 import typing
-import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
 
 from dynjax.config import Config, UserError
 
 KEEP = 3
 """How many checkpoints stay on disk; the newest may turn out to be unreadable."""
+
+SEAL = "checksums.json"
 
 FREE_TO_CHANGE = ("checkpoint_every", "evaluate_every")
 """Fields that a resumed run may change: they say when to look at the numbers and never what they are."""
@@ -118,10 +120,7 @@ def write_config(workdir: str | Path, config: Config, classes: tuple[str, ...]) 
 
 def named_arrays(tree: Any) -> dict[str, jax.Array]:
     """The arrays of a pytree by their path, such as params.stem.kernel; typed random keys as their data."""
-    named = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        named[jax.tree_util.keystr(path, simple=True, separator=".")] = _key_data(leaf)
-    return named
+    return {_name(path): _key_data(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def fill(template: Any, arrays: dict[str, jax.Array], prefix: str = "") -> Any:
@@ -131,7 +130,7 @@ def fill(template: Any, arrays: dict[str, jax.Array], prefix: str = "") -> Any:
     """
 
     def one(path: Any, leaf: Any) -> Any:
-        name = prefix + jax.tree_util.keystr(path, simple=True, separator=".")
+        name = prefix + _name(path)
         if name not in arrays:
             raise ValueError(f"{name} is missing")
         array, wanted = arrays[name], _key_data(leaf)
@@ -141,6 +140,10 @@ def fill(template: Any, arrays: dict[str, jax.Array], prefix: str = "") -> Any:
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
 
     return jax.tree_util.tree_map_with_path(one, template)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def _is_key(leaf: Any) -> bool:
@@ -158,7 +161,7 @@ def _key_data(leaf: Any) -> Any:
 class Sidecar:
     """What a checkpoint holds beside its arrays, one JSON file per process (orbax' StatefulCheckpointable protocol)."""
 
-    content: dict = dataclasses.field(default_factory=dict)
+    content: dict
 
     @staticmethod
     def file(directory: Any) -> Any:
@@ -180,7 +183,7 @@ class Sidecar:
 
 
 def steps(workdir: str | Path) -> list[int]:
-    """The steps that have a complete checkpoint, oldest first."""
+    """The steps that have a checkpoint, oldest first."""
     folder = Path(workdir) / "checkpoints"
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
@@ -194,41 +197,51 @@ def save(workdir: str | Path, step: int, state: Any, position: Any) -> None:
 
     folder = Path(workdir).resolve() / "checkpoints"
     arrays = named_arrays(state)
-    content = {
-        "position": position,
-        "arrays": {
-            name: {"shape": list(x.shape), "dtype": str(x.dtype), "crc32": zlib.crc32(np.asarray(x).tobytes())}
-            for name, x in arrays.items()
-        },
-    }
+    shapes = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
+    sidecar = Sidecar({"position": position, "arrays": shapes})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        ocp.save_checkpointables(folder / str(step), {"state": arrays, "sidecar": Sidecar(content)}, overwrite=True)
+        ocp.save_checkpointables(folder / str(step), {"state": arrays, "sidecar": sidecar}, overwrite=True)
         if jax.process_index() == 0:
+            _seal(folder / str(step))
             for old in steps(workdir)[:-KEEP]:
                 shutil.rmtree(folder / str(old))
     except Exception as error:
         if (reason := _disk_trouble(error)) is None:
             raise
-        raise UserError(
-            f"cannot write checkpoint {step} in {folder}: {reason}; earlier checkpoints are untouched"
-        ) from None
+        raise UserError(f"cannot write checkpoint {step} in {folder}: {reason}; earlier ones are untouched") from None
 
 
 def _disk_trouble(error: BaseException) -> str | None:
     """What is wrong with the disk, in words, or None when `error` is about something else."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    for text in (
-        "No space left on device",
-        "Disk quota exceeded",
-        "Permission denied",
-        "Read-only file system",
-        "File too large",
-    ):
-        if text in str(error):
-            return text
-    return None
+    troubles = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
+    return next((os.strerror(number) for number in troubles if os.strerror(number) in str(error)), None)
+
+
+def _sums(folder: Path) -> dict[str, list[int]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    return {str(path.relative_to(folder)): [path.stat().st_size, zlib.crc32(path.read_bytes())] for path in files}
+
+
+def _seal(folder: Path) -> None:
+    """Write the size and checksum of every file; a checkpoint without this was not finished."""
+    part = folder / f"{SEAL}.part"
+    part.write_text(json.dumps(_sums(folder), indent=0))
+    os.replace(part, folder / SEAL)
+
+
+def _check_seal(folder: Path) -> None:
+    """Raises ValueError naming the first file that is not as it was written; orbax itself is loud about damage."""
+    try:
+        wanted = json.loads((folder / SEAL).read_text())
+        found = _sums(folder)
+        changed = [name for name, sums in wanted.items() if found.get(name) != sums]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{SEAL}: {error}") from None
+    if changed:
+        raise ValueError(f"{changed[0]} is {'damaged' if changed[0] in found else 'missing'}")
 
 
 def read(workdir: str | Path, step: int, sharding: Any = None) -> tuple[dict[str, jax.Array], Any]:
@@ -236,47 +249,40 @@ def read(workdir: str | Path, step: int, sharding: Any = None) -> tuple[dict[str
     from orbax.checkpoint import v1 as ocp
 
     folder = Path(workdir).resolve() / "checkpoints" / str(step)
+    _check_seal(folder)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
-        sidecar = Sidecar(json.loads(Sidecar.file(folder / "sidecar").read_text()))
-        manifest = sidecar.content["arrays"]
+        content = json.loads(Sidecar.file(folder / "sidecar").read_text())
         wanted = {
-            name: jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]), sharding=sharding)
-            for name, entry in manifest.items()
+            name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+            for name, (shape, dtype) in content["arrays"].items()
         }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            arrays = ocp.load_checkpointables(folder, {"state": wanted})["state"]
-        position = sidecar.content["position"]
-    except Exception as error:
+        return ocp.load_checkpointables(folder, {"state": wanted})["state"], content["position"]
+    except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(first if len(first) < 200 else first[:197] + "...") from error
-    for name, entry in manifest.items():
-        if zlib.crc32(np.asarray(arrays[name]).tobytes()) != entry["crc32"]:
-            raise ValueError(f"the checksum of {name} does not agree")
-    return arrays, position
+        raise ValueError(first[:200]) from error
 
 
 def read_newest(
     workdir: str | Path, sharding: Any = None, say: Callable[[str], None] | None = None
 ) -> tuple[int, dict[str, jax.Array], Any] | None:
-    """Step, arrays and position of the newest checkpoint that can be read; None when there is no checkpoint at all.
+    """Step, arrays and position of the newest checkpoint that can be read; None when there is none that was finished.
 
-    `say` is told (None: stderr) of every one that had to be passed over. Raises UserError when there are some and none
-    can be read.
+    `say` is told (None: stderr) of every one that had to be passed over. Raises UserError when all of them are damaged.
     """
     say = say or (lambda text: print(text, file=sys.stderr))
-    found = steps(workdir)
+    found, damaged = steps(workdir), []
     for index, step in reversed(list(enumerate(found))):
+        finished = (Path(workdir) / "checkpoints" / str(step) / SEAL).exists()
         try:
             return step, *read(workdir, step, sharding)
         except ValueError as error:
+            reason = str(error) if finished else "it was not finished"
             before = f"falling back to checkpoint {found[index - 1]}" if index else "there is none before it"
-            say(f"checkpoint {step} of {workdir} cannot be read ({error}); {before}")
-            reason = error
-    if found:
-        which = f"steps {found}; the oldest: {reason}"
-        raise UserError(f"no checkpoint of {workdir} can be read ({which}): remove the workdir to start again")
+            say(f"checkpoint {step} of {workdir} cannot be read ({reason}): {before}")
+            damaged += [step] if finished else []
+    if damaged:
+        raise UserError(f"no checkpoint of {workdir} can be read (steps {damaged}): remove the workdir to start again")
     return None
 
 
