@@ -36,7 +36,7 @@ def make_camvid(
 
 def find_pairs(path: str, split: str) -> tuple[list[tuple[Path, Path]], list[str]]:
     """Files of a split and what is wrong with their names. Raises UserError where a folder is missing or empty."""
-    root = Path(path)
+    root = Path(path).expanduser()
     if not path:
         raise UserError("data.name=camvid needs a folder: give --data.path PATH")
     for folder in (root, root / split, root / f"{split}annot"):

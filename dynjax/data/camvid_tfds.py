@@ -6,6 +6,7 @@ prepares it as ArrayRecord in DATA_DIR (TFDS's own folder where left out), to be
 In the prepared set 255 marks void pixels, as in other TFDS sets; in the folders it is 11.
 """
 
+import argparse
 import io
 import sys
 from pathlib import Path
@@ -28,7 +29,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     MANUAL_DOWNLOAD_INSTRUCTIONS = "manual_dir must hold train/ trainannot/ val/ valannot/ test/ testannot/."
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return self.dataset_info_from_configs(
+        return tfds.core.DatasetInfo(
+            builder=self,
             description="Street scenes from a driving car, 11 classes, split as in the SegNet tutorial; 255 is void.",
             features=tfds.features.FeaturesDict(
                 {
@@ -79,10 +81,12 @@ def prepare(path: str, data_dir: str | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python -m dynjax.data.camvid_tfds CAMVID_FOLDER [DATA_DIR]")
+    parser = argparse.ArgumentParser(prog="python -m dynjax.data.camvid_tfds", description=Builder.__doc__)
+    parser.add_argument("camvid_folder", help="holds train/, trainannot/, val/, ...")
+    parser.add_argument("data_dir", nargs="?", help="where TFDS keeps its sets; left out: TFDS's own folder")
+    arguments = parser.parse_args()
     try:
-        print(f"prepared {prepare(*sys.argv[1:])}")
+        print(f"prepared {prepare(arguments.camvid_folder, arguments.data_dir)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -31,7 +31,7 @@ def make_folder(
     """Pictures of a folder; `classes` 0 takes the number from the largest label of all splits. Raises UserError."""
     if not path:
         raise UserError("data.name=folder needs a folder: give --data.path PATH")
-    root = Path(path)
+    root = Path(path).expanduser()
     images, masks = root / split / "images", root / split / "masks"
     for folder in (root, root / split, images, masks):
         if not folder.is_dir():

@@ -5,11 +5,12 @@ H, W are a picture's height and width in pixels.
 
 import collections
 import dataclasses
+import io
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
@@ -37,6 +38,8 @@ def workers() -> int:
 
 def class_names(count: int) -> tuple[str, ...]:
     """Names of classes of which nothing but the number is known. Raises UserError."""
+    if count == 0:
+        raise UserError("data.classes=0: there is no class in any mask to count; give --data.classes N")
     if not 1 <= count <= IGNORE_255:
         raise UserError(
             f"data.classes={count}: there can be 1 to {IGNORE_255} classes; {IGNORE_255} marks ignored pixels"
@@ -46,22 +49,23 @@ def class_names(count: int) -> tuple[str, ...]:
 
 def largest_label(mask: Shaped[np.ndarray, "H W"]) -> int:
     """The largest class id in a mask that marks ignored pixels with 255; -1 where all are."""
-    return int(mask.max(initial=-1, where=mask != IGNORE_255))
+    ids = mask[mask != IGNORE_255]
+    return int(ids.max()) if ids.size else -1
 
 
-def read_image(file: Path | BinaryIO, name: str = "") -> UInt8[np.ndarray, "H W 3"]:
+def read_image(file: Path | io.BytesIO, name: str = "") -> UInt8[np.ndarray, "H W 3"]:
     """A picture as RGB. Raises BadFile, which calls an open file by `name`."""
     return _decode(file, name or str(file), _rgb)
 
 
-def read_mask(file: Path | BinaryIO, name: str = "") -> Shaped[np.ndarray, "H W"]:
+def read_mask(file: Path | io.BytesIO, name: str = "") -> Shaped[np.ndarray, "H W"]:
     """A picture of class ids: grey or palette. Raises BadFile, which calls an open file by `name`."""
     if isinstance(file, Path) and file.suffix.lower() not in MASK_SUFFIXES:
         raise BadFile(f"{file}: a mask must be lossless, one of {' '.join(MASK_SUFFIXES)}")
     return _decode(file, name or str(file), _class_ids)
 
 
-def _decode(file: Path | BinaryIO, name: str, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+def _decode(file: Path | io.BytesIO, name: str, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     try:
         with Image.open(file) as picture:
             return convert(picture)

@@ -1,0 +1,145 @@
+"""Batches: every example once a pass, the same stream from the same seed, resumed and shared exactly."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dynjax.config import AugmentConfig, DataConfig, UserError
+from dynjax.data import calibration_batches, make_loader, make_source
+
+
+@dataclasses.dataclass
+class Numbered:
+    """Picture i is plain grey i; the first column of every mask is ignored."""
+
+    count: int
+    ignore_label: int | None = 200
+    size: tuple[int, int] = (6, 8)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        mask = np.full(self.size, 3, np.int32)
+        mask[:, 0] = 200
+        return {"image": np.full((*self.size, 3), index, np.uint8), "mask": mask}
+
+
+def numbers(batch):
+    return batch["image"][:, 0, 0, 0].tolist()
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_a_batch():
+    batch = next(iter(make_loader(Numbered(5), 4, seed=0, augment=None)))
+    assert batch.keys() == {"image", "mask"}
+    assert batch["image"].shape == (4, 6, 8, 3) and batch["image"].dtype == np.uint8
+    assert batch["mask"].shape == (4, 6, 8) and batch["mask"].dtype == np.int32
+    assert (batch["mask"][:, :, 0] == -1).all() and (batch["mask"][:, :, 1:] == 3).all()
+    batch = next(iter(make_loader(Numbered(5, ignore_label=None), 4, seed=0, augment=None)))
+    assert (batch["mask"][:, :, 0] == 200).all()
+
+
+def test_every_pass_has_all_examples_in_its_own_order():
+    def read(seed):
+        batches = take(iter(make_loader(Numbered(10), 4, seed=seed, augment=None)), 5)
+        return np.concatenate([numbers(batch) for batch in batches]).tolist()
+
+    stream = read(seed=0)
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
+    assert stream[:10] != stream[10:] and stream[:10] != list(range(10))
+    assert stream == read(seed=0) != read(seed=1)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 7])
+def test_resumes_at_the_exact_batch(taken):
+    def start():
+        return iter(make_loader(Numbered(10), 4, seed=2, augment=AugmentConfig()))
+
+    iterator = start()
+    take(iterator, taken)
+    state = iterator.get_state()
+    expected = take(iterator, 4)
+    fresh = start()
+    take(fresh, 2)  # wherever it was
+    fresh.set_state(state)
+    assert_same(take(fresh, 4), expected)
+    iterator.set_state(state)  # and back
+    assert_same(take(iterator, 4), expected)
+
+
+def test_a_pass_without_repeat_is_filled_up():
+    batches = list(make_loader(Numbered(10), 4, seed=0, augment=None, shuffle=False, repeat=False))
+    assert [numbers(batch) for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 0]]
+    assert [batch["valid"].tolist() for batch in batches] == [[True] * 4, [True] * 4, [True, True, False, False]]
+    assert batches[0]["valid"].dtype == np.bool_
+    assert (batches[2]["mask"][2:] == -1).all() and (batches[2]["image"][2:] == 0).all()
+    even = list(make_loader(Numbered(8), 4, seed=0, augment=None, shuffle=False, repeat=False))
+    assert len(even) == 2 and all(batch["valid"].all() for batch in even)
+    small = list(make_loader(Numbered(2), 4, seed=0, augment=None, shuffle=False, repeat=False))
+    assert [batch["valid"].tolist() for batch in small] == [[True, True, False, False]]
+    mixed = list(make_loader(Numbered(10), 4, seed=0, augment=None, repeat=False))
+    assert sorted(n for b in mixed for n, v in zip(numbers(b), b["valid"], strict=True) if v) == list(range(10))
+
+
+@pytest.mark.parametrize("repeat", [True, False])
+def test_processes_share_the_batches_of_one(repeat):
+    options = {"seed": 5, "augment": AugmentConfig(), "repeat": repeat}
+    count = 6 if repeat else 3  # without repeat, all there are
+    whole = take(iter(make_loader(Numbered(10), 4, **options)), count)
+    halves = [
+        take(iter(make_loader(Numbered(10), 4, **options, process_index=p, process_count=2)), count) for p in range(2)
+    ]
+    for batch, left, right in zip(whole, *halves, strict=True):
+        for key in batch:
+            np.testing.assert_array_equal(batch[key][0::2], left[key])
+            np.testing.assert_array_equal(batch[key][1::2], right[key])
+
+
+def test_noise_differs_between_passes_and_digits_are_never_mirrored():
+    source = make_source(DataConfig(examples=1, size=(48, 48)), "train")
+    original = source[0]
+    flips = AugmentConfig(flip=True, crop=1.0, colour=0.0)
+    for batch in take(iter(make_loader(source, 1, seed=0, augment=flips)), 8):
+        np.testing.assert_array_equal(batch["image"][0], original["image"])
+    noisy = take(iter(make_loader(source, 1, seed=0, augment=AugmentConfig())), 3)
+    assert (noisy[0]["image"] != noisy[1]["image"]).any() and (noisy[1]["image"] != noisy[2]["image"]).any()
+
+
+def test_calibration_pictures_come_from_all_over_the_source():
+    batches = calibration_batches(Numbered(100), 4, 5)
+    assert len(batches) == 5 and all(b.shape == (4, 6, 8, 3) and b.dtype == np.uint8 for b in batches)
+    found = [b[:, 0, 0, 0].tolist() for b in batches]
+    assert sorted(np.concatenate(found).tolist()) == list(range(0, 100, 5))
+    assert all(max(f) - min(f) > 50 for f in found)
+    short = [b[:, 0, 0, 0].tolist() for b in calibration_batches(Numbered(3), 2, 4)]
+    assert {n for f in short for n in f} == {0, 1, 2}
+    with pytest.raises(UserError, match="calibration needs examples: 0 in the source"):
+        calibration_batches(Numbered(0), 2, 4)
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 5, "process_count": 2}, "batch_size=5 cannot be shared equally by 2"),
+        ({"seed": -1}, "seed=-1"),
+        ({"augment": AugmentConfig(crop=2.0)}, "crop=2.0"),
+    ],
+)
+def test_bad_values(options, text):
+    options = {"batch_size": 4, "seed": 0, "augment": None, **options}
+    with pytest.raises(UserError, match=text):
+        make_loader(Numbered(10), options.pop("batch_size"), **options)

@@ -1,0 +1,165 @@
+"""Pictures and masks from files: what is read, what is refused and how it is said."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dynjax.config import UserError
+from dynjax.data import pairs
+
+
+def save(array, file, **options):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array)).save(file, **options)
+    return file
+
+
+def check(read, count, **options):
+    options = {"classes": ("a", "b", "c"), "ignore_label": 255, "size": None, "on_error": "raise", **options}
+    return pairs.check_pairs(read, count, name="some", split="train", **options)
+
+
+def constant(shapes, label=1):
+    return lambda i: (np.full((*shapes[i], 3), i, np.uint8), np.full(shapes[i], label, np.uint8))
+
+
+def test_masks_of_every_kind_give_class_ids(tmp_path):
+    ids = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    palette = Image.fromarray(ids).convert("P")
+    palette.putdata(ids.ravel().tolist())
+    palette.putpalette([200, 10, 10] * 256)
+    palette.save(tmp_path / "palette.png")
+    save(ids, tmp_path / "grey.png")
+    save(ids.astype(np.uint16), tmp_path / "deep.png")
+    Image.fromarray(ids > 5).save(tmp_path / "bits.png")
+    for name in ("palette", "grey", "deep"):
+        np.testing.assert_array_equal(pairs.read_mask(tmp_path / f"{name}.png"), ids)
+    np.testing.assert_array_equal(pairs.read_mask(tmp_path / "bits.png"), (ids > 5).astype(int))
+
+
+def test_images_of_every_kind_become_rgb(tmp_path):
+    grey = np.full((4, 6), 77, np.uint8)
+    save(grey, tmp_path / "grey.png")
+    save(np.dstack([grey] * 4), tmp_path / "rgba.png")
+    save(np.dstack([grey] * 3), tmp_path / "photo.jpg")
+    for name in ("grey.png", "rgba.png", "photo.jpg"):
+        image = pairs.read_image(tmp_path / name)
+        assert image.shape == (4, 6, 3) and image.dtype == np.uint8
+        assert np.abs(image.astype(int) - 77).max() <= 1
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    text = tmp_path / "text.png"
+    text.write_text("this is no picture")
+    whole = save(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8), tmp_path / "whole.jpg")
+    half = tmp_path / "half.jpg"
+    half.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    deep = save(np.zeros((4, 4), np.uint16), tmp_path / "deep.png")
+    for file, reason in [
+        (text, "not a picture"),
+        (half, "truncated"),
+        (empty, "not a picture"),
+        (tmp_path / "gone.png", "no such file"),
+        (deep, "convert to 8 bits"),
+    ]:
+        with pytest.raises(pairs.BadFile, match=rf"{file.name}: .*{reason}"):
+            pairs.read_image(file)
+    with pytest.raises(pairs.BadFile, match=r"whole\.jpg: a mask must be lossless"):
+        pairs.read_mask(whole)
+    colour = save(np.zeros((4, 4, 3), np.uint8), tmp_path / "colour.png")
+    with pytest.raises(pairs.BadFile, match=r"colour\.png: .*one channel"):
+        pairs.read_mask(colour)
+
+
+def test_resizing_keeps_classes_and_averages_colours():
+    mask = np.zeros((8, 8), np.int32)
+    mask[:, 4:] = 7
+    assert set(np.unique(pairs.resize_mask(mask, (3, 5)))) == {0, 7}
+    np.testing.assert_array_equal(pairs.resize_mask(mask, (4, 4)), mask[::2, ::2])
+    np.testing.assert_array_equal(pairs.resize_mask(pairs.resize_mask(mask, (16, 24)), (8, 8)), mask)
+    stripes = np.zeros((8, 8, 3), np.uint8)
+    stripes[:, ::2] = 200
+    assert np.abs(pairs.resize_image(stripes, (2, 2)).astype(int) - 100).max() < 15
+    assert pairs.resize_image(stripes, (8, 8)) is stripes
+
+
+def test_one_error_names_all_that_is_wrong():
+    shapes = [(4, 4)] * 8
+
+    def read(index):
+        image, mask = constant(shapes)(index)
+        if index in (1, 2):
+            raise pairs.BadFile(f"file{index}.png: broken")
+        if index == 3:
+            image = image[:3]
+        if index == 4:
+            mask = mask + 2
+        if index == 5:
+            mask = mask.astype(int) - 2
+        if index == 6:
+            mask = mask * 255  # ignored everywhere is allowed
+        return image, mask
+
+    with pytest.raises(UserError) as caught:
+        check(read, 8, broken=["file9.png: no mask of that name"])
+    text = str(caught.value)
+    assert "\n" not in text and "data.name=some, train: 6 bad files" in text
+    assert "file9.png: no mask" in text and "file1.png: broken" in text and "and 1 more" in text
+    assert "example 3: the image is 4x3 and the mask 4x4" in text
+    assert "example 4: label 3 in the mask, allowed are 0 to 2 and 255 for ignored pixels" in text
+    assert "--data.on-error skip" in text
+
+    source = check(read, 8, on_error="skip", broken=["file9.png: no mask of that name"])
+    assert len(source) == 3 and source.skipped == 6 and "6 skipped" in source.describe()
+    assert [int(source[i]["image"][0, 0, 0]) for i in range(3)] == [0, 6, 7]
+    assert (source[1]["mask"] == 255).all() and source[1]["mask"].dtype == np.int32
+    with pytest.raises(IndexError):
+        source[3]
+
+
+def test_nothing_left_is_an_error_even_when_skipping():
+    with pytest.raises(UserError, match="no example can be used: example 0: label 9"):
+        check(constant([(4, 4)], label=9), 1, on_error="skip")
+    with pytest.raises(UserError, match="no example can be used"):
+        check(constant([]), 0)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_pictures_of_several_sizes_need_a_size(on_error):
+    shapes = [(4, 6), (4, 6), (8, 6)]
+    with pytest.raises(UserError, match=r"2 sizes \(width x height\): 6x4 \(2\), 6x8 \(1\); give --data.size"):
+        check(constant(shapes), 3, on_error=on_error)
+    source = check(constant(shapes), 3, size=(5, 5))
+    assert source.size == (5, 5) and source[2]["image"].shape == (5, 5, 3)
+    with pytest.raises(UserError, match=r"data.size=\(0, 5\)"):
+        check(constant(shapes), 3, size=(0, 5))
+
+
+def test_a_large_split_is_read_again_instead_of_kept(monkeypatch):
+    shapes = [(4, 6)] * 3
+    kept = check(constant(shapes), 3, size=(2, 3))
+    monkeypatch.setattr(pairs, "KEEP_BYTES", 10)
+    streamed = check(constant(shapes), 3, size=(2, 3))
+    assert kept.memory is not None and streamed.memory is None
+    for index in range(3):
+        for key in ("image", "mask"):
+            np.testing.assert_array_equal(kept[index][key], streamed[index][key])
+            assert kept[index][key].dtype == streamed[index][key].dtype
+
+
+def test_matching_by_name(tmp_path):
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    for name in ("b.png", "a.jpg", "lonely.png", "twice.png", "twice.jpg"):
+        save(np.zeros((2, 2, 3), np.uint8), images / name)
+    for name in ("a.png", "b.png", "orphan.png", "twice.png"):
+        save(np.zeros((2, 2), np.uint8), masks / name)
+    (images / "notes.txt").write_text("")
+    (images / ".DS_Store").write_text("")
+    found, problems = pairs.match_stems(images, masks)
+    assert [(a.name, b.name) for a, b in found][:2] == [("a.jpg", "a.png"), ("b.png", "b.png")]
+    text = " | ".join(problems)
+    assert len(problems) == 4
+    for part in ("lonely.png: no mask", "orphan.png: no image", "notes.txt: not one of", "a second file named twice"):
+        assert part in text
