@@ -112,8 +112,9 @@ class _Logits(nnx.Module):
     def __call__(self, pooled: jax.Array) -> jax.Array:
         pooled = pooled.astype(jnp.float32)
         # The pooled features' scale drifts while the trunk trains; without this gates saturate and stop learning.
-        pooled = pooled * jax.lax.rsqrt(jnp.square(pooled).mean(-1, keepdims=True) + 1e-6) * self.scale[...]
-        return jax.nn.relu(pooled @ self.hidden[...] + self.hidden_bias[...]) @ self.out[...] + self.bias[...]
+        pooled = pooled * jax.lax.rsqrt(jnp.square(pooled).mean(-1, keepdims=True) + 1e-6) * _row(self.scale, pooled)
+        hidden = jax.nn.relu(pooled @ self.hidden[...] + _row(self.hidden_bias, pooled))
+        return hidden @ self.out[...] + _row(self.bias, pooled)
 
     def binary(self, logits: jax.Array, granularity: str) -> Decision:
         logits = logits - self.threshold[...]
@@ -122,7 +123,7 @@ class _Logits(nnx.Module):
 
     def categorical(self, logits: jax.Array, granularity: str) -> Decision:
         # Branches are ordered from the cheapest: a higher threshold makes every dearer branch less likely.
-        logits = logits - self.threshold[...] * jnp.arange(logits.shape[-1], dtype=logits.dtype)
+        logits = logits - self.threshold[...] * jax.lax.broadcasted_iota(logits.dtype, logits.shape, logits.ndim - 1)
         keep = one_hot_argmax(logits) if self.deterministic else gumbel_softmax(logits, self.rngs.gate(), self.temperature)
         return Decision(keep, jax.nn.softmax(logits), granularity)
 
@@ -257,6 +258,11 @@ def _tile_features(x: jax.Array, gate: TileGate | BranchGate) -> jax.Array:
     _check_features(x, gate.logits.features // 2, type(gate).__name__)
     here = pool_tiles(x, gate.size)
     return jnp.concatenate([here, jnp.broadcast_to(here.mean((1, 2), keepdims=True), here.shape)], -1)
+
+
+def _row(vector: GateParam, like: jax.Array) -> jax.Array:
+    """A vector over the last axis, with the rank of `like`."""
+    return vector[...].reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 def _check_features(x: jax.Array, features: int, gate: str) -> None:

@@ -85,9 +85,15 @@ def traced(fn: Callable) -> Callable:
         model, rest = (fn, args) if is_module else (args[0], args[1:])
         # A view shares the variables but is made of new modules: capturing writes to modules, which those of an outer trace refuse.
         model = nnx.view(model, raise_if_not_found=False)
-        run = model if is_module else fn
-        inputs = rest if is_module else (model, *rest)
-        output, captured = nnx.capture(run, Decisions)(*inputs, **kwargs)
+
+        def run(model, *rest, **kwargs):
+            for _, module in nnx.iter_modules(model):
+                if isinstance(module, nnx.List):
+                    # A list sows nothing, and the name of the captures among its numbers cannot be sorted by nnx.split and nnx.view.
+                    del module.__captures__
+            return model(*rest, **kwargs) if is_module else fn(model, *rest, **kwargs)
+
+        output, captured = nnx.capture(run, Decisions)(model, *rest, **kwargs)
         examples = _examples(rest, kwargs)
         decisions = _by_path(captured)
         still = nnx.view(model, execution="masked", deterministic=True, use_running_average=True, raise_if_not_found=False)
