@@ -286,7 +286,7 @@ def inside(top: jax.Array, left: jax.Array, pixels: tuple[int, int], *, size: in
     offsets = jnp.arange(size + 2 * radius) - radius
     rows, columns = top + offsets, left + offsets
     rows, columns = (rows >= 0) & (rows < pixels[0]), (columns >= 0) & (columns < pixels[1])
-    return (rows[:, None] & columns)[None, :, :, None]
+    return (rows[:, None] & columns[None, :])[None, :, :, None]
 
 
 def strip_tiles(size: int, radius: int, total: int, columns: int = 120) -> int:
