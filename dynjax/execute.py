@@ -249,7 +249,7 @@ def _tiles_compact(block, x, keep, other, size, radius, strategy):
             y = lax.map(lambda tile: run([tile])[0][0], chosen, batch_size=capacity)
             example, top, left = place(chosen)
             row, column = jnp.divmod(chosen % (rows * columns), columns)
-            r, c = top[:, None] + jnp.arange(size), left[:, None] + jnp.arange(size)
+            r, c = top[:, None] + jnp.arange(size)[None], left[:, None] + jnp.arange(size)[None]
             used = (jnp.arange(capacity) < number)[:, None, None]
             own = used & (r >= (row * size)[:, None])[:, :, None] & (c >= (column * size)[:, None])[:, None, :]
             at = jnp.where(own, example[:, None, None], examples)
