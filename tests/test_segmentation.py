@@ -12,6 +12,9 @@ from dynjax.tasks import segmentation
 from dynjax.tasks.segmentation import SegmentationTask
 
 NAMES = ("sky", "road", "car")
+LOSSES = segmentation.cross_entropy, segmentation.soft_dice
+# Compiled: eager, each operation of a new shape is compiled by itself, which takes longer.
+GRADIENTS = [jax.jit(jax.value_and_grad(loss)) for loss in LOSSES]
 
 
 @pytest.fixture(scope="module")
@@ -36,26 +39,30 @@ def test_cross_entropy_is_the_weighted_mean_over_the_pixels_that_count(scene, we
             weight = 1.0 if weights is None else weights[label]
             losses -= weight * np.log(softmax(logits)[where][label])
             total += weight
-    assert segmentation.cross_entropy(logits, mask, weights) == pytest.approx(losses / total, rel=1e-5)
+    assert jax.jit(segmentation.cross_entropy, static_argnums=2)(logits, mask, weights) == pytest.approx(
+        losses / total, rel=1e-5
+    )
 
 
 def test_soft_dice_by_hand():
     # Two pixels with one-hot-like certainty, one undecided between the classes 0 and 1, one ignored; class 2 is absent.
-    sure, half = 50.0, jnp.array([0.0, 0.0, -50.0])
-    logits = jnp.stack([sure * jnp.eye(3)[0], sure * jnp.eye(3)[1], half, sure * jnp.eye(3)[2]]).reshape(1, 2, 2, 3)
-    mask = jnp.array([[[0, 0], [1, -1]]])
-    # Class 0: overlap 1, predicted 1.5, present 2. Class 1: overlap 0.5, predicted 1.5, present 1.
+    rows = [[50, 0, 0], [0, 50, 0], [0, 0, -50], [0, 0, 50]]
+    logits = jnp.asarray(np.array(rows, np.float32).reshape(1, 2, 2, 3))
+    mask = np.array([[[0, 0], [1, -1]]])
+    # Class 0: overlap 1 + 0, predicted 1.5, present 2. Class 1: overlap 0.5, predicted 1.5, present 1.
     expected = 1 - (2 * 1 / 3.5 + 2 * 0.5 / 2.5) / 2
-    assert segmentation.soft_dice(logits, mask) == pytest.approx(expected, rel=1e-5)
-    assert segmentation.soft_dice(sure * jax.nn.one_hot(mask, 3), mask) == pytest.approx(0.0, abs=1e-6)
+    dice = jax.jit(segmentation.soft_dice)
+    assert dice(logits, jnp.asarray(mask)) == pytest.approx(expected, rel=1e-5)
+    perfect = 50 * np.eye(3, dtype=np.float32)[mask]
+    assert dice(jnp.asarray(perfect), jnp.asarray(mask)) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_ignored_pixels_reach_neither_losses_nor_gradients(scene):
     logits, mask = scene
     wild = jnp.where((mask == -1)[..., None], 1e4, logits)
-    for loss in (segmentation.cross_entropy, segmentation.soft_dice):
-        value, gradient = jax.value_and_grad(loss)(logits, mask)
-        assert value == loss(wild, mask)
+    for loss in GRADIENTS:
+        value, gradient = loss(logits, mask)
+        assert value == loss(wild, mask)[0]
         assert not np.asarray(gradient)[np.asarray(mask) == -1].any()
         assert np.asarray(gradient)[np.asarray(mask) != -1].any()
 
@@ -63,8 +70,8 @@ def test_ignored_pixels_reach_neither_losses_nor_gradients(scene):
 def test_a_mask_without_pixels_costs_nothing(scene):
     logits, mask = scene
     nothing = jnp.full_like(mask, -1)
-    for loss in (segmentation.cross_entropy, segmentation.soft_dice):
-        value, gradient = jax.value_and_grad(loss)(logits, nothing)
+    for loss in GRADIENTS:
+        value, gradient = loss(logits, nothing)
         assert value == 0 and not np.asarray(gradient).any()
     assert not segmentation.confusion_matrix(logits, nothing).any()
     found = segmentation.scores(np.zeros((3, 3)))
@@ -74,7 +81,7 @@ def test_a_mask_without_pixels_costs_nothing(scene):
 def test_losses_of_bfloat16_logits_are_summed_in_float32(scene):
     logits, mask = (jnp.tile(x, (1, 16, 16) + (1,) * (x.ndim - 3)) for x in scene)
     rounded = logits.astype(jnp.bfloat16)
-    for loss in (segmentation.cross_entropy, segmentation.soft_dice):
+    for loss in map(jax.jit, LOSSES):
         assert loss(rounded, mask).dtype == jnp.float32
         assert loss(rounded, mask) == loss(rounded.astype(jnp.float32), mask)
 
@@ -113,14 +120,14 @@ def test_scores_leave_out_classes_that_never_occur():
 
 
 def test_confusion_has_rows_of_truth():
-    logits = jnp.eye(3)[None, None, jnp.array([2, 2, 1, 0])]
+    logits = jnp.asarray(np.eye(3, dtype=np.float32)[None, None, [2, 2, 1, 0]])
     expected = [[0, 0, 1], [0, 1, 1], [0, 0, 0]]  # truth 0 taken for 2, truth 1 for 2 and for 1; the last is ignored
     assert segmentation.confusion_matrix(logits, jnp.array([[[0, 1, 1, -1]]])).tolist() == expected
 
 
 def test_wrong_shapes_are_named(scene):
     logits, mask = scene
-    for function in (segmentation.cross_entropy, segmentation.soft_dice, segmentation.confusion_matrix):
+    for function in (*LOSSES, segmentation.confusion_matrix):
         with pytest.raises(ValueError, match=r"\(2, 4, 5, 3\).*\(2, 4, 4\)"):
             function.__wrapped__(logits, mask[:, :, :4])
     with pytest.raises(ValueError, match=r"2 class weights.* 3 classes"):
@@ -194,66 +201,67 @@ def tile_gate():
     return dj.TileGate(4, size=8, rngs=nnx.Rngs(1))
 
 
-def thresholds(model):
-    return [float(leaf) for leaf in jax.tree.leaves(nnx.state(model, dj.gates.Threshold))]
-
-
 def test_loss_of_a_static_model_is_the_weighted_sum(batch):
     weights = (1.0, 2.0, 0.5)
     task = SegmentationTask(3, NAMES, LossConfig(cross_entropy=0.5, dice=2.0), weights)
-    model = Net()
-    logits = nnx.clone(model)(batch["image"])
-    loss, metrics = nnx.jit(task.loss)(model, batch, jax.random.key(0), 0.0)
-    entropy = segmentation.cross_entropy(logits, batch["mask"], weights)
-    expected = 0.5 * entropy + 2 * segmentation.soft_dice(logits, batch["mask"])
-    assert loss == pytest.approx(float(expected), rel=1e-5)
+
+    @nnx.jit
+    def run(model):
+        logits = nnx.clone(model)(batch["image"])
+        loss, metrics = task.loss(model, batch, jax.random.key(0), 0.0)
+        terms = [loss(logits, batch["mask"], *more) for loss, more in zip(LOSSES, [(weights,), ()], strict=True)]
+        return loss, metrics, terms, task.confusion(logits, batch["mask"])
+
+    loss, metrics, (entropy, dice), confusion = run(Net())
+    assert loss == pytest.approx(float(0.5 * entropy + 2 * dice), rel=1e-5)
     assert metrics["loss"] == metrics["task_loss"] == loss
     assert metrics["budget_loss"] == 0 and metrics["macs_fraction"] == 1
-    found = task.scores(np.asarray(task.confusion(logits, batch["mask"])))
-    assert metrics["pixel_accuracy"] == pytest.approx(found["pixel_accuracy"])
-    only_entropy = SegmentationTask(3, NAMES, LossConfig(), weights).task_loss(logits, batch["mask"])
-    assert only_entropy == pytest.approx(float(entropy))
+    assert metrics["pixel_accuracy"] == pytest.approx(task.scores(np.asarray(confusion))["pixel_accuracy"])
 
 
 def test_loss_under_a_fixed_budget(batch):
     gate = dj.FixedGate(np.array([[[1, 0], [0, 0]]]), size=8)
-    budget = BudgetConfig(target=0.5, sampled=False, weight=10.0)
-    model = Net(gate)
-    loss, metrics = nnx.jit(SegmentationTask(3, NAMES, LossConfig(), None, budget).loss)(
-        model, batch, jax.random.key(0), jnp.float32(1.0)
-    )
-    _, trace = dj.traced(model)(batch["image"])
-    fraction = float(trace.macs().mean()) / trace.full_macs
+    task = SegmentationTask(3, NAMES, LossConfig(), None, BudgetConfig(target=0.5, sampled=False, weight=10.0))
+
+    @nnx.jit
+    def run(model):
+        _, trace = dj.traced(model)(batch["image"])
+        loss, metrics = task.loss(model, batch, jax.random.key(0), jnp.float32(1.0))
+        return loss, metrics, trace.macs().mean() / trace.full_macs
+
+    loss, metrics, fraction = run(Net(gate))
     assert fraction < 0.6
-    assert metrics["macs_fraction"] == pytest.approx(fraction)
+    assert metrics["macs_fraction"] == pytest.approx(float(fraction))
     assert metrics["target"] == 0.5 and metrics["gate_entropy"] == pytest.approx(0, abs=1e-4)
     # The bounds of the gates are open at the end of the training: only the distance of the network is left.
-    assert metrics["budget_loss"] == pytest.approx(10 * (fraction - 0.5) ** 2, rel=1e-4)
+    assert metrics["budget_loss"] == pytest.approx(10 * (float(fraction) - 0.5) ** 2, rel=1e-4)
     assert loss == pytest.approx(float(metrics["task_loss"] + metrics["budget_loss"]))
 
 
-def test_a_sampled_target_moves_the_threshold_and_puts_it_back(batch):
-    task = SegmentationTask(3, NAMES, LossConfig(), None, BudgetConfig(target=0.25, sampled=True))
-    step = nnx.jit(lambda model, key: task.loss(model, batch, key, 0.5)[1])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_sampled_target_moves_the_threshold_and_puts_it_back(batch, sampled):
+    task = SegmentationTask(3, NAMES, LossConfig(), None, BudgetConfig(target=0.25, sampled=sampled))
+    graphdef, state = nnx.split(Net(tile_gate()))
+
+    @jax.jit
+    def step(key):
+        model = nnx.merge(graphdef, state, copy=True)
+        return task.loss(model, batch, key, 0.5)[1], nnx.state(model, dj.gates.Threshold)
+
     found = []
-    for seed in range(16):
-        model = Net(tile_gate())
-        found.append({name: float(value) for name, value in step(model, jax.random.key(seed)).items()})
-        assert thresholds(model) == pytest.approx([float(dj.budget.sampled_threshold(0.25))])
+    for seed in range(16 if sampled else 2):
+        metrics, left = step(jax.random.key(seed))
+        found.append({name: float(value) for name, value in metrics.items()})
+        assert [float(leaf) for leaf in jax.tree.leaves(left)] == pytest.approx([np.log(3) if sampled else 0])
     targets = [metrics["target"] for metrics in found]
-    assert 0.25 <= min(targets) < 0.4 and 0.8 < max(targets) <= 1
-    # The same noise and the same weights: a lower target can only keep less.
-    by_target = [metrics["macs_fraction"] for metrics in sorted(found, key=lambda metrics: metrics["target"])]
-    assert by_target == sorted(by_target) and by_target[0] < by_target[-1]
     assert all(0 < metrics["gate_entropy"] <= 1 for metrics in found)
-
-
-def test_a_fixed_target_leaves_the_threshold(batch):
-    model = Net(tile_gate())
-    SegmentationTask(3, NAMES, LossConfig(), None, BudgetConfig(target=0.25, sampled=False)).loss(
-        model, batch, jax.random.key(0), 0.0
-    )
-    assert thresholds(model) == [0.0]
+    if sampled:
+        assert 0.25 <= min(targets) < 0.4 and 0.8 < max(targets) <= 1
+        # The same noise and the same weights: a lower target can only keep less.
+        by_target = [metrics["macs_fraction"] for metrics in sorted(found, key=lambda metrics: metrics["target"])]
+        assert by_target == sorted(by_target) and by_target[0] < by_target[-1]
+    else:
+        assert targets == [0.25, 0.25] and found[0] == found[1]
 
 
 def test_gradients_reach_gates_and_weights(batch):

@@ -23,7 +23,9 @@ LARGEST_CLASS_WEIGHT = 10.0
 
 
 def cross_entropy(
-    logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"], class_weights: Sequence[float] | None = None
+    logits: Float[Array, "B H W C"],
+    mask: Int[Array, "B H W"],
+    class_weights: Sequence[float] | Float[Array, "C"] | None = None,
 ) -> Float[Array, ""]:
     """Mean over the pixels that count of -log softmax(logits)[label], weighted by class; 0 if none counts.
 
