@@ -74,14 +74,26 @@ def _handwritten() -> tuple[np.ndarray, np.ndarray]:
     return digits.images.astype(np.float32) / 16, digits.target.astype(np.int32)
 
 
+def _legible() -> np.ndarray:
+    """Which digits look like their class: most of the five nearest of the others are of it. 24 do not."""
+    images, labels = _handwritten()
+    pixels = images.reshape(len(images), -1).astype(np.float64)  # sixteenths: distances are exact, so ties are too
+    square = (pixels**2).sum(axis=1)
+    distance = square[:, None] + square[None, :] - 2 * pixels @ pixels.T
+    np.fill_diagonal(distance, np.inf)
+    nearest = np.argsort(distance, axis=1, kind="stable")[:, :5]
+    return (labels[nearest] == labels[:, None]).sum(axis=1) >= 3
+
+
 @functools.cache
 def split_digits(split: str) -> tuple[np.ndarray, ...]:
-    """Indices into scikit-learn's 1,797 digits that a split may use, one array per class."""
+    """Indices into scikit-learn's 1,797 digits that a split may use, one array per class; without the illegible."""
     _, labels = _handwritten()
+    legible = _legible()
     rng = np.random.default_rng(1797)
     parts = []
     for label in range(10):
-        indices = rng.permutation(np.flatnonzero(labels == label))
+        indices = rng.permutation(np.flatnonzero((labels == label) & legible))
         ends = np.round(np.cumsum(_SHARES) * len(indices)).astype(int)
         parts.append(np.split(indices, ends[:-1])[SPLITS.index(split)])
     return tuple(parts)
@@ -112,7 +124,7 @@ def _look(difficulty: float) -> _Look:
 
     return _Look(
         contrast=between(0.45, 0.15),
-        stroke=between(0.30, 0.50),
+        stroke=between(0.36, 0.48),
         photo=between(0.30, 0.60),
         clutter=round(between(0, 8)),
         spacing=between(1.1, 0.6),
@@ -134,7 +146,7 @@ def render(
     crowd = rng.uniform()  # 0: nearly empty, 1: crowded; many digits are smaller digits
     for _ in range(1 + int(6.99 * crowd)):
         index = rng.choice(split_digits(split)[rng.integers(10)])
-        for _attempt in range(_TRIES):
+        for _attempt in range(_TRIES if placed else 20 * _TRIES):  # no scene is empty
             small, large = look.sizes
             tall = (rng.uniform(small, large) * (1 - crowd) + rng.uniform(small, 0.75 * large) * crowd) * unit
             radius = 0.5 * tall
@@ -170,8 +182,11 @@ def _background(rng, split, look: _Look, size) -> Float[np.ndarray, "H W 3"]:
     canvas = np.asarray(crop, np.float32) / 255
     lightness = canvas @ _LUMA
     low, high = np.quantile(lightness[::4, ::4], (0.02, 0.98))
-    gain = min(1.0, look.photo / max(high - low, 1e-3))
-    floor = rng.uniform(0.02, 0.98 - gain * (high - low))
+    span = min(high - low, look.photo)
+    gain = span / max(high - low, 1e-3)
+    # Dark or light as a whole, so that there is room for strokes on one side of nearly all of it.
+    dark, light = (0.02, 1 - look.contrast - span), (look.contrast, 0.98 - span)
+    floor = rng.uniform(*(dark if rng.uniform() < 0.5 else light))
     return np.clip((canvas - low) * gain + floor, 0, 1)
 
 
