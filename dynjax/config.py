@@ -13,7 +13,7 @@ class AugmentConfig:
     """What happens to a training picture. All off: the picture as it is."""
 
     flip: bool = True
-    """Mirror left and right, half of the time."""
+    """Mirror left and right, half of the time; scenes of digits never are."""
     crop: float = 0.5
     """Smallest side of the random crop, as a share of the picture, resized back; 1 turns cropping off."""
     colour: float = 0.25
@@ -53,8 +53,8 @@ class ModelConfig:
     """The finest level works at 1/stem_stride of the picture."""
     dynamics: Literal["static", "tiles", "skip", "select"] = "static"
     gate: Literal["learned", "random"] = "learned"
-    tile: int = 8
-    """Side of a tile, in pixels of the map at its level."""
+    tiles: tuple[int, ...] = (16, 8, 8)
+    """Side of a tile at each level, in pixels of that level's map; levels beyond stay static."""
 
 
 @dataclasses.dataclass(frozen=True)

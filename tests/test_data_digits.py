@@ -27,6 +27,15 @@ def test_scene_is_a_function_of_seed_split_and_index():
     np.testing.assert_array_equal(source[0]["image"], first[0]["image"])  # the kept copy
 
 
+def test_too_many_scenes_are_rendered_again(monkeypatch):
+    source, (scene,) = scenes(count=1)
+    assert len(source._kept) == 1
+    monkeypatch.setattr(digits, "KEEP_BYTES", 1000)
+    source, (again,) = scenes(count=1)
+    assert len(source._kept) == 0
+    np.testing.assert_array_equal(scene["image"], again["image"])
+
+
 def test_shapes_classes_and_lengths():
     source = make_source(DataConfig(size=(64, 80), examples=50), "val", seed=3)
     assert len(source) == 5 and source.size == (64, 80)

@@ -36,6 +36,7 @@ _PHOTOS = (
 _SHARES = (0.6, 0.2, 0.2)  # of the digits, for train, val, test
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _PAD = 2  # empty pixels around an 8x8 digit, so that turning and smoothing cut nothing off
+KEEP_BYTES = 2 << 30  # a split that needs no more than this stays in memory
 _TRIES = 12  # places tried for one digit
 
 
@@ -250,7 +251,7 @@ def _ink_colour(rng, behind: Float[np.ndarray, "h w 3"], ink, contrast: float) -
 
 @dataclasses.dataclass(frozen=True)
 class DigitsSource:
-    """Scenes of one split; each is rendered when first asked for and then kept in memory."""
+    """Scenes of one split; each is rendered when first asked for and then kept in memory, unless all are too many."""
 
     split: str
     examples: int
@@ -272,7 +273,9 @@ class DigitsSource:
         scene = self._kept.get(index)
         if scene is None:
             rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
-            scene = self._kept[index] = render(rng, self.split, self.difficulty, self.size)
+            scene = render(rng, self.split, self.difficulty, self.size)
+            if 4 * self.examples * self.size[0] * self.size[1] <= KEEP_BYTES:
+                self._kept[index] = scene
         image, mask = scene
         return {"image": image, "mask": mask.astype(np.int32)}
 
