@@ -88,7 +88,7 @@ def traced(fn: Callable) -> Callable:
 
         def run(model, *rest, **kwargs):
             for _, module in nnx.iter_modules(model):
-                if isinstance(module, nnx.List):
+                if isinstance(module, nnx.List) and hasattr(module, "__captures__"):  # flax 0.12.8; 0.12.12 gives it none
                     # A list sows nothing, and the name of the captures among its numbers cannot be sorted by nnx.split and nnx.view.
                     del module.__captures__
             return model(*rest, **kwargs) if is_module else fn(model, *rest, **kwargs)
