@@ -88,8 +88,9 @@ def traced(fn: Callable) -> Callable:
 
         def run(model, *rest, **kwargs):
             for _, module in nnx.iter_modules(model):
-                if isinstance(module, nnx.List) and hasattr(module, "__captures__"):  # flax 0.12.8; 0.12.12 gives it none
-                    # A list sows nothing, and the name of the captures among its numbers cannot be sorted by nnx.split and nnx.view.
+                if isinstance(module, nnx.List) and hasattr(module, "__captures__"):
+                    # Flax 0.12.8 captures on lists too. They sow nothing, and a name among their numbers cannot be sorted,
+                    # which nnx.split and nnx.view do.
                     del module.__captures__
             return model(*rest, **kwargs) if is_module else fn(model, *rest, **kwargs)
 
