@@ -190,6 +190,8 @@ class Evaluation:
     reports: dict[float, Any]
     """What `dynjax.deploy` reports on the calibration pictures, per budget; empty for a static model."""
     runner: Runner
+    model: nnx.Module
+    """One of the deployed models; the others differ from it in their state alone."""
     states: dict[float, nnx.State]
 
 
@@ -212,7 +214,8 @@ def evaluate(
     """
     whole = static_macs(twin, timing[0].shape[1:3])
     deployed = {1.0: model} if static else solve(model, whole, budgets, calibration)
-    runner = make_runner(next(iter(deployed.values())), task)
+    one = next(iter(deployed.values()))
+    runner = make_runner(one, task)
     states = {budget: nnx.state(each) for budget, each in deployed.items()}
     scored = {budget: score(runner, state, batches(), task) for budget, state in states.items()}
 
@@ -246,7 +249,7 @@ def evaluate(
             )
         )
     reports = {} if static else {budget: each.report for budget, each in deployed.items()}
-    return Evaluation(points, scored, reports, runner, states)
+    return Evaluation(points, scored, reports, runner, one, states)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Arguments:
     timing: int = 60
     """Pictures of the split that are timed at batch 1, alternating with the static twin."""
     twin: str = ""
-    """Workdir of the trained static twin, scored beside the row; otherwise that of --init-from; otherwise only timed."""
+    """Workdir of the trained static twin, scored beside the row; otherwise that of --init-from; else only timed."""
     compare: tuple[str, ...] = ()
     """LABEL=WORKDIR of evaluated controls to draw into curve.png."""
 
@@ -127,7 +127,7 @@ def main(raw: list[str]) -> None:
     source, val = make_source(config.data, arguments.split), make_source(config.data, "val")
     print(source.describe())
     classes = tuple(source.classes)
-    task = SegmentationTask(len(classes), classes)
+    task = SegmentationTask(len(classes), classes, config.loss)
     static = config.model.dynamics == "static"
     twin, trained = (model, True) if static else find_twin(config, len(classes), arguments.twin)
 
@@ -194,9 +194,7 @@ def main(raw: list[str]) -> None:
         print(f"static twin: mIoU {100 * twin_score:.1f} %, {found.points[0].static_macs / 1e6:.1f} MMAC/image")
     for point in found.points:
         if not point.met:
-            print(
-                f"budget {point.budget:g} is not met: the least that this model can spend on the pictures of val is more"
-            )
+            print(f"budget {point.budget:g} is not met: the least this model can spend on the pictures of val is more")
     print(f"{workdir}: curve.csv curve.png heatmaps.png compute_histogram.png evaluation.json")
 
 

@@ -3,7 +3,8 @@
 python -m experiments.results add --workdir W [W2 W3 ...]   # lines of an evaluated workdir, one a budget
 python -m experiments.results render                        # writes RESULTS.md again
 
-Several workdirs are seeds of one row. A line is known by row, data, split and budget: adding it again replaces it. A figure that nobody ran is empty.
+Several workdirs are seeds of one row. A line is known by row, data, split and budget: adding it again replaces it.
+A figure that nobody ran is empty.
 """
 
 import csv
@@ -25,7 +26,7 @@ KEY = ("row", "data", "split", "budget")
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One line of results.csv. Scores are mIoU in percent, MACs in millions per image, latency ms per image at batch 1."""
+    """One line of results.csv: mIoU in percent, MACs in millions, latency in ms per image at batch 1."""
 
     row: str
     data: str
@@ -75,7 +76,7 @@ def key(result: Result) -> tuple[str, ...]:
 
 
 def collect(workdirs: tuple[str, ...], protocol: str, paper_score: str = "", paper_mmacs: str = "") -> list[Result]:
-    """The lines of workdirs that differ in their seed: mean and deviation of the score, median latency. Raises UserError."""
+    """The lines of workdirs that differ in their seed: mean scores, median latencies. Raises UserError."""
     import numpy as np
 
     from dynjax.evaluate import read_curve

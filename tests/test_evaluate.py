@@ -1,0 +1,206 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dynjax as dj
+from dynjax.config import LossConfig, UserError
+from dynjax.data import make_loader
+from dynjax.evaluate import (
+    Point,
+    alternate,
+    evaluate,
+    examples,
+    make_runner,
+    read_curve,
+    score,
+    solve,
+    static_macs,
+    write_curve,
+)
+from dynjax.tasks.segmentation import SegmentationTask
+
+TASK = SegmentationTask(3, ("a", "b", "c"), losses=LossConfig())
+
+
+class Net(nnx.Module):
+    """Logits are those of a convolution plus what a tiled block adds."""
+
+    def __init__(self, *, adaptive: bool, rngs: nnx.Rngs):
+        self.stem = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.block = nnx.Conv(8, 8, (3, 3), rngs=rngs)
+        self.head = nnx.Conv(8, 3, (1, 1), rngs=rngs)
+        if adaptive:
+            self.block = dj.Tiles(self.block, dj.TileGate(8, size=4, rngs=rngs))
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.block(nnx.relu(self.stem(x / 127.5 - 1)))))
+
+
+class Source:
+    """Seven pictures; the label of the third and the columns on the right are ignored under another name."""
+
+    classes, ignore_label, size, name = ("a", "b", "c"), 9, (16, 16), "made"
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng(index)
+        image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        image[:, : 2 * index] = 0
+        mask = (image[..., 0] // 86).astype(np.int32)
+        mask[:, 12:] = 9
+        return {"image": image, "mask": mask}
+
+
+def batches(size=4):
+    return lambda: make_loader(Source(), size, seed=0, augment=None, shuffle=False, repeat=False)
+
+
+@pytest.fixture(scope="module")
+def found():
+    model, twin = (Net(adaptive=adaptive, rngs=nnx.Rngs(0)) for adaptive in (True, False))
+    pictures = [Source()[i]["image"] for i in range(7)]
+    return evaluate(
+        nnx.view(model, deterministic=True, execution="masked", raise_if_not_found=False),
+        twin,
+        TASK,
+        static=False,
+        budgets=(0.6, 1.0),
+        calibration=[np.stack(pictures)],
+        batches=batches(),
+        timing=[picture[None] for picture in pictures[:2]],
+    )
+
+
+def test_score_is_that_of_the_whole_split_without_what_fills_the_last_batch_up():
+    model = Net(adaptive=False, rngs=nnx.Rngs(1))
+    got = score(make_runner(model, TASK), nnx.state(model), batches(4)(), TASK)
+    hits, union = np.zeros(3), np.zeros(3)
+    for index in range(7):
+        example = Source()[index]
+        prediction = np.asarray(model(jnp.asarray(example["image"][None]))).argmax(-1)[0][:, :12]
+        truth = example["mask"][:, :12]
+        for c in range(3):
+            hits[c] += ((prediction == c) & (truth == c)).sum()
+            union[c] += ((prediction == c) | (truth == c)).sum()
+    assert got.scores["miou"] == pytest.approx(np.mean(hits / union))
+    assert got.macs.shape == (7,)
+    assert got.shares == {}
+
+
+def test_a_point_is_what_its_deployed_model_spends(found):
+    low, full = found.points
+    assert (low.budget, full.budget) == (0.6, 1.0)
+    macs = found.scored[0.6].macs
+    assert len(macs) == low.images == 7
+    assert low.macs == pytest.approx(macs.mean()) and low.macs_max == pytest.approx(macs.max())
+    # By hand: stem, block, head on 16x16 pixels.
+    assert low.static_macs == 256 * (9 * 3 * 8 + 9 * 8 * 8 + 8 * 3)
+    assert low.macs_fraction == pytest.approx(low.macs / low.static_macs)
+    assert low.met and full.met
+    # The calibration pictures are those of the split here, so the mean meets the budget on the split too.
+    assert low.macs_fraction <= 0.6 < full.macs_fraction <= 1.0
+    assert 0 < found.scored[0.6].shares["block"]["kept"] < found.scored[1.0].shares["block"]["kept"]
+
+
+def test_latency_columns_agree(found):
+    for point in found.points:
+        assert point.latency_ms_p95 >= point.latency_ms_p50 > 0
+        assert point.speedup == pytest.approx(point.static_latency_ms_p50 / point.latency_ms_p50)
+    assert found.points[0].static_latency_ms_p50 == found.points[1].static_latency_ms_p50
+
+
+def test_every_budget_runs_the_same_compiled_program(found):
+    assert found.runner.infer._cache_size() == 1
+    assert found.runner.examine._cache_size() == 1
+
+
+def test_the_scored_model_skips(found):
+    image = jnp.asarray(Source()[0]["image"][None])
+    text = found.runner.infer.lower(found.states[0.6], image).as_text()
+    assert "while" in text  # the dynamic trip count of the compact executor
+    masked = nnx.view(
+        nnx.merge(nnx.graphdef(found.model), found.states[0.6]), execution="masked", raise_if_not_found=False
+    )
+    np.testing.assert_allclose(found.runner.infer(found.states[0.6], image), masked(image), rtol=1e-5, atol=1e-6)
+
+
+def test_examples_are_the_fewest_the_median_and_the_most_macs(found):
+    shown = examples(found, 0.6, Source(), batch_size=4)
+    macs = np.sort(found.scored[0.6].macs)
+    assert [example.name for example in shown] == ["easiest", "median", "hardest"]
+    np.testing.assert_allclose([example.macs for example in shown], [macs[0], macs[3], macs[6]])
+    for example in shown:
+        assert example.heat.sum() == pytest.approx(example.macs, rel=1e-4)
+        assert set(np.unique(example.mask)) <= {-1, 0, 1, 2} and (example.mask[:, 12:] == -1).all()
+    assert found.runner.examine._cache_size() == 1
+
+
+def test_a_budget_is_a_share_of_the_static_twin(found):
+    model, twin = (Net(adaptive=adaptive, rngs=nnx.Rngs(0)) for adaptive in (True, False))
+    whole = static_macs(twin, (16, 16))
+    image = np.stack([Source()[i]["image"] for i in range(7)])
+    report = solve(model, whole, [1.0], [image])[1.0].report
+    assert report.full > whole  # the gate costs
+    assert report.mean <= whole and report.met
+    least = solve(model, whole, [0.01], [image])[0.01].report
+    assert not least.met and least.mean > 0.01 * whole
+
+
+def test_a_static_model_is_its_own_twin():
+    model = Net(adaptive=False, rngs=nnx.Rngs(0))
+    found = evaluate(
+        model,
+        model,
+        TASK,
+        static=True,
+        budgets=(0.5,),
+        calibration=[],
+        batches=batches(),
+        timing=[Source()[0]["image"][None]],
+    )
+    (point,) = found.points
+    assert (point.budget, point.macs_fraction, point.speedup, point.met) == (1.0, 1.0, 1.0, True)
+
+
+def test_alternate_takes_the_functions_in_turn():
+    calls = []
+    functions = {name: lambda x, name=name: calls.append(name) or jnp.float32(x) for name in "ab"}
+    times = alternate(functions, [1, 2], repeats=2)
+    assert "".join(calls[-8:]) == "abbaabba"
+    assert {name: len(each) for name, each in times.items()} == {"a": 4, "b": 4}
+    assert all((each >= 0).all() for each in times.values())
+
+
+def point(**changes):
+    values = {field.name: field.type(1) for field in dataclasses.fields(Point)}
+    return Point(**(values | changes))
+
+
+def test_curve_is_read_as_it_was_written(tmp_path):
+    points = [point(budget=0.25, met=False, images=7), point(score=0.123456)]
+    write_curve(tmp_path / "curve.csv", points)
+    assert read_curve(tmp_path / "curve.csv") == points
+    first = (tmp_path / "curve.csv").read_text().splitlines()[0]
+    assert first.startswith(
+        "budget,score,pixel_accuracy,macs,macs_fraction,latency_ms_p50,latency_ms_p95,static_latency_ms_p50,speedup,met"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "budget,score\n0.5,x\n"])
+def test_a_file_that_is_no_curve_is_refused(tmp_path, text):
+    (tmp_path / "curve.csv").write_text(text)
+    with pytest.raises(UserError, match=r"curve\.csv"):
+        read_curve(tmp_path / "curve.csv")
+    with pytest.raises(UserError, match=r"none\.csv"):
+        read_curve(tmp_path / "none.csv")
+
+
+def test_evaluation_needs_one_device(found):
+    # 8 are simulated here; everything stays on the first.
+    assert {device.id for leaf in jax.tree.leaves(found.states[0.6]) for device in leaf.devices()} == {0}

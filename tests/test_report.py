@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from dynjax import report
+from dynjax.evaluate import Example, Point
+
+
+def point(budget, score=0.5):
+    return Point(budget, score, 0.75, 4e8 * budget, budget, 10 * budget, 12 * budget, 9.0, 0.9, True, 5e8, 6e8, 4e8, 7)
+
+
+def read(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize("classes", [1, 11, 20, 60])
+def test_every_class_has_a_colour_of_its_own(classes):
+    colours = report.palette(classes)
+    assert colours.shape == (classes, 3)
+    assert len({tuple(colour) for colour in colours} | {report.IGNORED}) == classes + 1
+
+
+def test_paint_gives_ignored_pixels_grey():
+    mask = np.array([[0, 1], [-1, 2]], np.int32)
+    painted = report.paint(mask, 2)
+    assert painted.dtype == np.uint8
+    np.testing.assert_array_equal(painted[0], report.palette(2))
+    assert tuple(painted[1, 0]) == tuple(painted[1, 1]) == report.IGNORED
+
+
+def test_overlay_lies_between_the_picture_and_the_colours():
+    image = np.full((2, 2, 3), 200, np.uint8)
+    mask = np.zeros((2, 2), np.int32)
+    np.testing.assert_array_equal(report.overlay(image, mask, 3, strength=0.0), image)
+    np.testing.assert_array_equal(report.overlay(image, mask, 3, strength=1.0), report.paint(mask, 3))
+
+
+def test_a_mask_is_saved_as_class_ids(tmp_path):
+    mask = np.arange(12, dtype=np.int32).reshape(3, 4)
+    report.save_mask(tmp_path / "mask.png", mask, 12)
+    with Image.open(tmp_path / "mask.png") as saved:
+        assert saved.mode == "P"
+        np.testing.assert_array_equal(np.asarray(saved), mask)
+    np.testing.assert_array_equal(read(tmp_path / "mask.png"), report.paint(mask, 12))
+    with pytest.raises(ValueError, match="256"):
+        report.save_mask(tmp_path / "mask.png", mask, 257)
+
+
+def test_tables_are_aligned():
+    lines = report.curve_table([point(0.25), point(1.0, 0.625)]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].split() == ["0.25", "50.0", "75.0", "100.0", "25.0", "2.50", "3.00", "9.00", "0.90x", "yes"]
+    shares = {"down/0": {"kept": 0.25, "macs": 0.1}}
+    assert report.layer_table({0.5: shares, 1.0: {"down/0": {"kept": 1.0, "macs": 0.2}}}).splitlines()[2].split() == [
+        "down/0",
+        "25",
+        "100",
+    ]
+
+
+def test_curve_shows_every_curve_and_the_twin(tmp_path):
+    own = [point(0.25), point(1.0, 0.6)]
+    report.plot_curve(tmp_path / "one.png", {"own": own})
+    report.plot_curve(tmp_path / "two.png", {"own": own, "random": [point(0.5, 0.3)]}, static_score=0.65, title="a row")
+    one, two = read(tmp_path / "one.png"), read(tmp_path / "two.png")
+
+    def has(picture, colour):
+        return (np.abs(picture - np.array(tuple(bytes.fromhex(colour[1:])))).max(-1) < 3).sum() > 20
+
+    assert has(one, report.LINES[0]) and not has(one, report.LINES[1])
+    assert has(two, report.LINES[0]) and has(two, report.LINES[1])
+
+
+def test_heat_is_shown_where_the_macs_are(tmp_path):
+    image = np.full((24, 32, 3), 255, np.uint8)
+    heat = np.zeros((12, 16), np.float32)
+    heat[:, 8:] = 5000
+    report.plot_compute(tmp_path / "compute.png", image, heat, title="5 MMAC")
+    picture = read(tmp_path / "compute.png")
+    height, width = picture.shape[:2]
+    # Viridis: dark blue for nothing, yellow for the most.
+    left, right = picture[height // 2, width // 8], picture[height // 2, width * 5 // 8]
+    assert left.sum() < 350 and left[2] > left[1]
+    assert right[0] > 200 and right[1] > 200 and right[2] < 100
+
+
+def test_heatmaps_and_histogram_are_written(tmp_path):
+    rng = np.random.default_rng(0)
+    mask = rng.integers(-1, 3, (8, 12)).astype(np.int32)
+    shown = [
+        Example(
+            name, 1e6, rng.integers(0, 256, (8, 12, 3), dtype=np.uint8), mask, np.maximum(mask, 0), np.ones((8, 12))
+        )
+        for name in ("easiest", "hardest")
+    ]
+    report.plot_heatmaps(tmp_path / "heatmaps.png", shown, class_names=("a", "b", "c"), title="t")
+    assert read(tmp_path / "heatmaps.png").shape[1] > 800
+    macs = {budget: budget * rng.uniform(1e6, 2e6, 50) for budget in (0.5, 1.0)}
+    report.plot_histogram(tmp_path / "histogram.png", macs, 2e6)
+    assert read(tmp_path / "histogram.png").std() > 10
+
+
+def test_pictures_are_saved_under_their_names(tmp_path):
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    report.save_pictures(tmp_path / "new", {"easiest": image})
+    np.testing.assert_array_equal(read(tmp_path / "new" / "easiest.png"), image)
+
+
+def test_hardware_names_the_cores():
+    assert "core" in report.hardware()
