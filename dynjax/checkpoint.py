@@ -4,8 +4,8 @@
     checkpoints/STEP/      orbax: every array of the training state; sidecar/: data position per process; checksums.json
     unreadable/            checkpoints that could not be read, moved aside
 
-A checkpoint appears under its name only when its arrays are complete (orbax writes elsewhere and renames); checksums come
-last and tell one that was cut or changed later.
+A checkpoint appears under its name only when its arrays are complete (orbax writes elsewhere and renames); checksums
+come last and tell one that was cut or changed later.
 """
 
 import dataclasses

@@ -63,12 +63,8 @@ def _by_path(fn: Callable[[tuple, nnx.Variable], Any], state: nnx.State) -> nnx.
 
 
 def _to_bfloat16(tree: Any) -> Any:
-    """Floats and uint8 pictures (0 to 255 are exact) as bfloat16; labels stay as they are."""
-
-    def cast(x: jax.Array) -> jax.Array:
-        return x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == jnp.uint8 else x
-
-    return jax.tree.map(cast, tree)
+    """Floats as bfloat16. Bytes and labels stay as they are: a model reads pictures in the type of its parameters."""
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def _parts(batch: Any, count: int) -> Any:
@@ -118,7 +114,7 @@ def make_step(graphdef: nnx.GraphDef, task: Any, optimizer: optax.GradientTransf
             # The decay rises, as in TensorFlow's moving averages: a short run would still average its start.
             decay = jnp.minimum(config.optimizer.ema, (1 + state.step) / (10 + state.step))
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
-        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(config)(state.step)}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(config)(state.step)}
         return TrainState(state.step + 1, params, rest, optimizer_state, ema, state.key), metrics
 
     return step

@@ -29,7 +29,7 @@ def camvid_small_static() -> Config:
     return Config(
         row="camvid_small_static",
         data=DataConfig(name="camvid", path="data/camvid", size=(180, 240)),
-        model=ModelConfig(widths=(24, 48, 72, 120), blocks=(1, 1, 1, 1), stem_stride=2, dynamics="static", tile=8),
+        model=ModelConfig(widths=(24, 48, 72, 120), blocks=(1, 1, 1, 1), stem_stride=2, dynamics="static"),
         loss=LossConfig(class_weights="sqrt"),
         optimizer=OptimizerConfig(learning_rate=2e-3),
         steps=1600,

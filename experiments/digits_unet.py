@@ -17,7 +17,7 @@ def digits_unet_static() -> Config:
     return Config(
         row="digits_unet_static",
         data=DataConfig(name="digits"),
-        model=ModelConfig(widths=(24, 32, 48, 64), blocks=(1, 1, 1, 1), stem_stride=2, dynamics="static", tile=8),
+        model=ModelConfig(widths=(24, 32, 48, 64), blocks=(1, 1, 1, 1), stem_stride=2, dynamics="static"),
         loss=LossConfig(class_weights="sqrt"),
         optimizer=OptimizerConfig(learning_rate=3e-3),
         steps=600,

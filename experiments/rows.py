@@ -24,7 +24,7 @@ def tiny(config: Config) -> Config:
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, size=(32, 32), examples=8),
-        model=dataclasses.replace(config.model, widths=(8, 12), blocks=(1, 1), tile=min(config.model.tile, 4)),
+        model=dataclasses.replace(config.model, widths=(8, 12), blocks=(1, 1), tiles=(4,)),
         steps=2,
         batch_size=2,
         checkpoint_every=2,

@@ -16,15 +16,16 @@ class Net(nnx.Module):
     """Convolution, BatchNorm, noise from a stream of its own, something called a gate, a list."""
 
     def __init__(self, rngs: nnx.Rngs, *, noise: bool = True, norm: bool = True):
-        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
-        self.norm = nnx.BatchNorm(8, momentum=0.9, rngs=rngs) if norm else lambda x: x
-        self.drop = nnx.Dropout(0.3 if noise else 0.0, rngs=nnx.Rngs(gate=7))
+        self.conv = nnx.Conv(3, 8, (3, 3), use_bias=not norm, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, momentum=0.9, rngs=rngs) if norm else None
+        self.drop = nnx.Dropout(0.3 if noise else 0.0, rngs=nnx.Rngs(dropout=7))
         self.gate = nnx.Linear(8, 8, rngs=rngs)
         self.blocks = nnx.List([nnx.Conv(8, 8, (1, 1), rngs=rngs) for _ in range(2)])
         self.head = nnx.Conv(8, 4, (1, 1), rngs=rngs)
 
     def __call__(self, x):
-        x = nnx.relu(self.norm(self.conv(x / 127.5 - 1)))
+        x = self.conv(x.astype(self.head.kernel.dtype) / 127.5 - 1)
+        x = nnx.relu(x if self.norm is None else self.norm(x))
         x = self.drop(x) * nnx.sigmoid(self.gate(x))
         for block in self.blocks:
             x = x + nnx.relu(block(x))
