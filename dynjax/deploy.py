@@ -82,11 +82,11 @@ class Solver:
         )
         self.model = nnx.clone(still)
         self.full = 0.0
-        graphdef, state = nnx.split(self.model)
+        graphdef, self._state = nnx.split(self.model)
 
         @jax.jit
-        def macs(threshold, x):
-            model = nnx.merge(graphdef, state)
+        def macs(state, threshold, x):
+            model = nnx.merge(graphdef, state, copy=True)
             budgets.set_threshold(model, threshold)
             trace = traced(model)(x)[1]
             self.full = trace.full_macs
@@ -98,7 +98,7 @@ class Solver:
     def spent(self, threshold: float) -> np.ndarray:
         """MACs of every calibration example under `threshold`."""
         if threshold not in self._spent:
-            self._spent[threshold] = np.concatenate([np.asarray(self._macs(threshold, x)) for x in self.batches])
+            self._spent[threshold] = np.concatenate([np.asarray(self._macs(self._state, threshold, x)) for x in self.batches])
         return self._spent[threshold]
 
     def deploy(self, budget: float) -> Deployed:

@@ -36,9 +36,11 @@ def cross_entropy(
         raise ValueError(
             f"{len(class_weights)} class weights, but logits {logits.shape} have {logits.shape[-1]} classes"
         )
-    labels = jnp.maximum(mask, 0)  # optax takes no ignore label: a label of -1 would read the last class
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
-    weights = jnp.ones(mask.shape) if class_weights is None else jnp.asarray(class_weights, jnp.float32)[labels]
+    # One-hot labels and not optax's integer ones: those are read by a gather, whose gradient is a slow scatter on CPUs,
+    # and -1 would read the last class; here it is a row of zeros.
+    truth = jax.nn.one_hot(mask, logits.shape[-1])
+    losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), truth)
+    weights = jnp.ones(mask.shape) if class_weights is None else truth @ jnp.asarray(class_weights, jnp.float32)
     weights = jnp.where(mask >= 0, weights, 0.0)
     total = weights.sum()
     return (weights * losses).sum() / jnp.where(total > 0, total, 1.0)
