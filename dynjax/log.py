@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -23,6 +24,15 @@ def read_metrics(workdir: str | Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every float that is not finite (a class that does not occur has no IoU): JSON knows no NaN."""
+    if isinstance(value, Mapping):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Log:
@@ -104,9 +114,9 @@ class Log:
         if self.file is None:
             return
         try:
-            self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **record}) + "\n")
+            self.file.write(json.dumps(finite({"step": step, "time": round(time.time(), 3), **record})) + "\n")
             for name, value in record.items():
-                if isinstance(value, (int, float)):
+                if isinstance(value, int | float) and math.isfinite(value):
                     self.board.add_scalar(name if "/" in name else f"train/{name}", value, step)
         except OSError as error:
             raise UserError(f"cannot write {self.file.name}: {error.strerror or error}") from None

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int | None:
         print(f"{__doc__.strip()}\n\nrows: {' '.join(rows.ROWS)}\npython -m {COMMAND} ROW --help lists its fields.")
         return None
     config, workdir = parse(arguments)
-    from dynjax import mesh, train
+    from dynjax import log, mesh, train
 
     mesh.initialize()
     try:
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int | None:
     except train.Interrupted as stop:
         print(stop, file=sys.stderr)
         return cli.STOPPED
-    print(json.dumps({"row": config.row, "step": config.steps, "val": scores}))
+    print(json.dumps(log.finite({"row": config.row, "step": config.steps, "val": scores})))
     return None
 
 

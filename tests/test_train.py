@@ -311,7 +311,7 @@ def test_the_same_numbers_on_one_and_on_eight_devices(tmp_path):
 
 
 def test_two_processes_agree_with_one(tmp_path, whole):
-    """Two processes of one device each, joined over TCP, each with its half of every batch; they save and resume together."""
+    """Two processes of one device each, joined over TCP, each with half of every batch; they save and resume together."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
