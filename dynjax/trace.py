@@ -54,7 +54,7 @@ class Trace:
             if not decision.granularity.startswith("tile"):
                 even = even + spent
                 continue
-            units = (decision.unit_keep() * jnp.asarray(decision.unit_macs, jnp.float32)).sum(-1)
+            units = (decision.unit_keep() * jnp.asarray(decision.unit_macs, jnp.float32)[None, None]).sum(-1)
             units = units.reshape(decision.keep.shape[:3])
             fine = jax.image.resize(units, (self.examples, height, width), "nearest")
             share = fine / jnp.maximum(fine.sum((1, 2), keepdims=True), 1.0)
