@@ -213,10 +213,12 @@ def evaluate(
     (1, H, W, 3). A `static` model has one budget, 1.
     """
     whole = static_macs(twin, timing[0].shape[1:3])
-    deployed = {1.0: model} if static else solve(model, whole, budgets, calibration)
-    one = next(iter(deployed.values()))
+    deployed = {} if static else solve(model, whole, budgets, calibration)
+    # The models inside: layers have the names there that they have in training.
+    models = {budget: each.model for budget, each in deployed.items()} or {1.0: model}
+    one = next(iter(models.values()))
     runner = make_runner(one, task)
-    states = {budget: nnx.state(each) for budget, each in deployed.items()}
+    states = {budget: nnx.state(each) for budget, each in models.items()}
     scored = {budget: score(runner, state, batches(), task) for budget, state in states.items()}
 
     twin_runner, twin_state = make_runner(twin, task), nnx.state(twin)
@@ -248,7 +250,7 @@ def evaluate(
                 images=len(found.macs),
             )
         )
-    reports = {} if static else {budget: each.report for budget, each in deployed.items()}
+    reports = {budget: each.report for budget, each in deployed.items()}
     return Evaluation(points, scored, reports, runner, one, states)
 
 

@@ -21,9 +21,10 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = {"evaluate": evaluate, "predict": predict, "results": results}
 
 
-def make(folder, name, **changes):
-    config = dataclasses.replace(rows.tiny(rows.get_row(name)), batch_size=8, **changes)
-    train.train(config, folder, quiet=True)
+def make(folder, name):
+    config = rows.tiny(rows.get_row(name))
+    data = dataclasses.replace(config.data, size=(48, 48), examples=20)
+    train.train(dataclasses.replace(config, data=data, batch_size=8), folder, quiet=True)
     return folder
 
 
@@ -97,7 +98,7 @@ def test_evaluate_writes_what_it_promises(workdir):
         "digits_unet_tiles",
         "test",
         2,
-        [32, 32],
+        [48, 48],
     )
     assert set(record["thresholds"]) == {"0.6", "1"}
 
@@ -207,7 +208,7 @@ def test_results_are_added_and_rendered(workdir, static, tmp_path):
     assert all(line.seeds == "1" and line.score_std == "" and line.paper_score == "" for line in kept)
     assert all("experiments.evaluate" in line.command and line.hardware for line in kept)
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "## digits 32x32, test" in text and "figures/digits_unet_tiles_curve.png" in text
+    assert "## digits 48x48, test" in text and "figures/digits_unet_tiles_curve.png" in text
     assert (tmp_path / "figures" / "digits_unet_tiles_curve.png").exists()
     (tmp_path / "RESULTS.md").unlink()
     results.main(["render", "--folder", str(tmp_path)])
