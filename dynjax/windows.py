@@ -37,10 +37,11 @@ class Unsupported(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Strip:
-    """A value on the strip. `margin`: rows and columns around each tile that are still right."""
+    """A value on the strip. `margin`: rows and columns around each tile that are still right. `clean`: it is zero outside the map."""
 
     value: jax.Array
     margin: tuple[int, int]
+    clean: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def run_strip(closed: jex.ClosedJaxpr, strip: jax.Array, inside: jax.Array, *, s
 
     Args:
         closed: what `trace` gave.
-        strip: (1, size + 2 radius, T * (size + 2 radius), C), the windows side by side.
+        strip: (1, size + 2 radius, T * (size + 2 radius), C), the windows side by side, zero outside the map: see `cut`.
         inside: same shape with one channel, True where the pixel lies in the map.
         size: side of a tile, in pixels.
         radius: receptive radius of the block, in pixels.
@@ -69,7 +70,7 @@ def run_strip(closed: jex.ClosedJaxpr, strip: jax.Array, inside: jax.Array, *, s
         Unsupported: for an operation that mixes pixels in a way that is not a stride-1 SAME convolution.
         ValueError: if the block reaches further than `radius`.
     """
-    (out,) = _Walk(inside, size, radius)(closed.jaxpr, closed.consts, [_Strip(strip, (radius, radius))])
+    (out,) = _Walk(inside, size, radius)(closed.jaxpr, closed.consts, [_Strip(strip, (radius, radius), clean=True)])
     if not isinstance(out, _Strip):
         raise Unsupported("the block's output does not depend on its input pixel by pixel")
     return _rows(out, 0, size).value
@@ -80,7 +81,8 @@ def _rows(strip: _Strip, margin: int, size: int) -> _Strip:
     drop = strip.margin[0] - margin
     if not drop:
         return strip
-    return _Strip(lax.slice_in_dim(strip.value, drop, drop + size + 2 * margin, axis=1), (margin, strip.margin[1]))
+    value = lax.slice_in_dim(strip.value, drop, drop + size + 2 * margin, axis=1)
+    return _Strip(value, (margin, strip.margin[1]), strip.clean)
 
 
 def supported(closed: jex.ClosedJaxpr, *, size: int, radius: int) -> bool:
@@ -103,7 +105,7 @@ def reach(closed: jex.ClosedJaxpr, limit: int = 64) -> int | None:
     margins = []
 
     def walk(strip, inside):
-        (out,) = _Walk(inside, 1, limit)(closed.jaxpr, closed.consts, [_Strip(strip, (limit, limit))])
+        (out,) = _Walk(inside, 1, limit)(closed.jaxpr, closed.consts, [_Strip(strip, (limit, limit), clean=True)])
         if not isinstance(out, _Strip):
             raise Unsupported("the block's output does not depend on its input pixel by pixel")
         margins.extend(out.margin)
@@ -190,7 +192,14 @@ class _Walk:
         if min(margin) < 0:
             raise ValueError(f"radius={self.radius} is too small: the block reaches further than {self.radius} pixels; leave radius out to have it found")
         value = x.value
-        if max(reach):
+        if kernel.shape[numbers.rhs_spec[2]] == kernel.shape[numbers.rhs_spec[3]] == p["feature_group_count"] == 1:
+            # As a matrix product it uses all cores of a CPU, which a convolution of one pixel does not.
+            axes = numbers.rhs_spec
+            kernel = kernel.transpose(axes[1], axes[0], axes[2], axes[3])[:, :, 0, 0]
+            dims = (((3,), (0,)), ((), ()))
+            kind = p["preferred_element_type"]
+            return [_Strip(lax.dot_general(value, kernel, dims, p["precision"], kind), margin)]
+        if max(reach) and not x.clean:
             drop = self.radius - x.margin[0]
             inside = lax.slice_in_dim(self.inside, drop, drop + value.shape[1], axis=1)
             value = jnp.where(inside, value, jnp.zeros((), value.dtype))
@@ -229,7 +238,7 @@ class _Walk:
             raise Unsupported("concatenate")
         margin = tuple(min(a.margin[i] for a in args) for i in (0, 1))
         values = [_rows(a, margin[0], self.size).value for a in args]
-        return [_Strip(lax.concatenate(values, eqn.params["dimension"]), margin)]
+        return [_Strip(lax.concatenate(values, eqn.params["dimension"]), margin, all(a.clean for a in args))]
 
     def channels(self, eqn, args):
         """`slice` and `split` along the channels."""
@@ -289,6 +298,6 @@ def inside(top: jax.Array, left: jax.Array, pixels: tuple[int, int], *, size: in
     return (rows[:, None] & columns[None, :])[None, :, :, None]
 
 
-def strip_tiles(size: int, radius: int, total: int, columns: int = 120) -> int:
+def strip_tiles(size: int, radius: int, total: int, columns: int = 108) -> int:
     """Tiles in one strip: enough to make it about `columns` wide, at most a quarter of all, so that little is computed in vain."""
     return max(1, min(total // 4, math.ceil(columns / (size + 2 * radius))))
