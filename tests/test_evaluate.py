@@ -99,7 +99,7 @@ def test_a_point_is_what_its_deployed_model_spends(found):
     macs = found.scored[0.6].macs
     assert len(macs) == low.images == 7
     assert low.macs == pytest.approx(macs.mean()) and low.macs_max == pytest.approx(macs.max())
-    # By hand: stem, block and head on 16x16 pixels; a row of 16 has 3 * 16 - 2 taps of a 3-wide kernel inside the picture.
+    # By hand, on 16x16 pixels: 3 * 16 - 2 taps of a 3-wide kernel lie inside a row of 16.
     assert low.static_macs == (3 * 16 - 2) ** 2 * (3 * 8 + 8 * 8) + 16 * 16 * 8 * 3
     assert low.macs_fraction == pytest.approx(low.macs / low.static_macs)
     assert low.met and full.met
