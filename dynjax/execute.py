@@ -58,7 +58,7 @@ def samples(
     other = x if otherwise is None else otherwise(x)
     if execution == "masked":
         return blend(keep, _like(block(x), other), other)
-    _like(_shape(block, x), other)
+    _like(shape_of(block, x), other)
     return _samples_compact(block, x, keep, other, strategy)
 
 
@@ -87,7 +87,7 @@ def tiles(
     other = x if otherwise is None else otherwise(x)
     if execution == "masked":
         return blend(tile_pixels(keep, size, x.shape[1:3]), _like(block(x), other), other)
-    _like(_shape(block, x), other)
+    _like(shape_of(block, x), other)
     return _tiles_compact(block, x, keep, other, size, radius, strategy)
 
 
@@ -114,10 +114,10 @@ def branches(
         weights = weights if size is None else [tile_pixels(w, size, x.shape[1:3]) for w in weights]
         zero = jnp.zeros_like(outs[0])
         return sum((blend(w, _like(y, zero), zero) for w, y in zip(weights, outs, strict=True)), zero)
-    spec = _shape(blocks[0], x)
+    spec = shape_of(blocks[0], x)
     y = jnp.zeros(spec.shape, spec.dtype)
     for k, block in enumerate(blocks):
-        _like(_shape(block, x), y)
+        _like(shape_of(block, x), y)
         if size is None:
             y = _samples_compact(block, x, choice[..., k], y, strategy)
         else:
@@ -284,8 +284,10 @@ def _by_platform(strategy, loop, buckets):
     return loop() if strategy == "loop" else buckets()
 
 
-def _shape(block, x):
-    return jax.eval_shape(block, jax.ShapeDtypeStruct(x.shape, x.dtype))
+def shape_of(block: Callable, x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Shape and type of `block(x)`."""
+    # A module handed to JAX itself is named by its repr, which prints every parameter: seconds for one block.
+    return jax.eval_shape(lambda x: block(x), jax.ShapeDtypeStruct(x.shape, x.dtype))
 
 
 def _like(y, other):

@@ -21,8 +21,10 @@ from dynjax.ops.spatial import receptive_radius, window_macs
 class Skip(nnx.Module):
     """Run `block` for the examples that the gate keeps; the others pass unchanged, or through `otherwise`.
 
-    SkipNet (Wang et al. 2018, arXiv:1711.09485, eq. 1) and ConvNet-AIG (Veit & Belongie 2018, arXiv:1711.11503, eq. 3), around any module.
-    Deviation: both multiply the residual branch; here the block with its shortcut is skipped whole, so it may be any module that keeps its
+    SkipNet (Wang et al. 2018, arXiv:1711.09485, eq. 1) and ConvNet-AIG (Veit & Belongie 2018, arXiv:1711.11503, eq. 3),
+    around any module.
+    Deviation: both multiply the residual branch; here the block with its shortcut is skipped whole, so it may be any
+        module that keeps its
     input's shape (or has that of `otherwise`).
 
     Args:
@@ -58,14 +60,17 @@ class Skip(nnx.Module):
 class Exits(nnx.Module):
     """Stages with a head after each; an example (or a tile) that a head is sure about runs no further stage.
 
-    Early exits for classification (BranchyNet, Teerapittayanon et al. 2016; MSDNet, Huang et al. 2018) and, with `size`, for dense
-    prediction, where tiles stop as pixels do in Deep Layer Cascade (Li et al. 2017). Deviation: whole tiles stop, when the mean
-    confidence of their pixels suffices, so that stopping saves time; features of stopped tiles stay as they are for their neighbours.
+    Early exits for classification (BranchyNet, Teerapittayanon et al. 2016; MSDNet, Huang et al. 2018) and, with
+    `size`, for dense prediction, where tiles stop as pixels do in Deep Layer Cascade (Li et al. 2017). Deviation: whole
+    tiles stop, when the mean confidence of their pixels suffices, so that stopping saves time; features of stopped
+    tiles stay as they are for their neighbours.
 
-    When training (not `deterministic`) everything is run and the last head's logits are returned; train all heads on `predictions(x)`.
+    When training (not `deterministic`) everything is run and the last head's logits are returned; train all heads on
+    `predictions(x)`.
 
     Args:
-        stages: modules run one after the other; with `size`, stages after the first must keep height and width and have stride 1.
+        stages: modules run one after the other; with `size`, stages after the first must keep height and width and have
+            stride 1.
         heads: one for each stage, (B, ...) to logits (B, K), or (B, H, W, K) with `size`.
         confidence: "max_prob" is the largest class probability, "entropy" is one minus the entropy over its maximum.
         at: confidence in (0, 1) at which to stop when the threshold is 0; a budget moves the threshold.
@@ -85,7 +90,9 @@ class Exits(nnx.Module):
         size: int | None = None,
     ):
         if len(stages) != len(heads) or not stages:
-            raise ValueError(f"Exits needs one head for each stage; there are {len(stages)} stages and {len(heads)} heads")
+            raise ValueError(
+                f"Exits needs one head for each stage; there are {len(stages)} stages and {len(heads)} heads"
+            )
         if not 0 < at < 1:
             raise ValueError(f"at={at} must be a confidence in (0, 1)")
         for part in (*stages, *heads):
@@ -142,7 +149,7 @@ class Exits(nnx.Module):
     def _step(self, stage, head, x, out, active):
         """One more stage and head where `active`; elsewhere the features pass on if they can, and the logits stay."""
         stage, head = (wrapping.ready(part, self.execution) for part in (stage, head))
-        spec = jax.eval_shape(wrapping.still(stage), jax.ShapeDtypeStruct(x.shape, x.dtype))
+        spec = execute.shape_of(wrapping.still(stage), x)
         rest = x if spec.shape == x.shape else jnp.zeros(spec.shape, spec.dtype)
         ways = dict(execution=self.execution, strategy=self.strategy)
         if self.size is None:
@@ -156,12 +163,14 @@ class Exits(nnx.Module):
         unit, whole = [], []
         tiles = keep[0, ..., 0].size
         for number, (stage, head, x) in enumerate(zip(self.stages, self.heads, inputs, strict=True)):
-            after = jax.eval_shape(wrapping.still(stage), jax.ShapeDtypeStruct(x.shape, x.dtype))
+            after = execute.shape_of(wrapping.still(stage), x)
             whole.append(wrapping.macs_per_example(stage, x) + wrapping.macs_per_example(head, after))
             if self.size is None or number == 0:
                 unit.append(whole[-1] / tiles)
             else:
-                unit.append(sum(window_macs(b, v, self.size, receptive_radius(b, v)) for b, v in ((stage, x), (head, after))))
+                unit.append(
+                    sum(window_macs(b, v, self.size, receptive_radius(b, v)) for b, v in ((stage, x), (head, after)))
+                )
         granularity = "exit" if self.size is None else "tile exit"
         wrapping.account(self, Decision(keep, probability, granularity), tuple(unit), tuple(whole))
 

@@ -21,25 +21,33 @@ _PROBES = (33, 129)
 class Tiles(nnx.Module):
     """Run `block` on the tiles that the gate keeps; the others pass unchanged, or through `otherwise`.
 
-    DynConv's idea (Verelst & Tuytelaars 2020, arXiv:1912.03203) at the granularity of SBNet (Ren et al. 2018, arXiv:1801.02108). Deviation:
-    the compact result equals the masked one exactly, since each tile is computed with the border that the block's receptive field needs.
-    With `otherwise`, a rich kernel goes to edges and texture and a plain one to the background.
+    DynConv's idea (Verelst & Tuytelaars 2020, arXiv:1912.03203) at the granularity of SBNet (Ren et al. 2018,
+    arXiv:1801.02108). Deviation: the compact result equals the masked one exactly, since each tile is computed with the
+    border that the block's receptive field needs. With `otherwise`, a rich kernel goes to edges and texture and a plain
+    one to the background.
 
     Args:
         block: a stride-1, SAME-padded module, (B, H, W, C) to (B, H, W, C').
-        gate: gives a decision of shape (B, h, w) and has the side of a tile in pixels as `gate.size`, for example `TileGate`.
-        otherwise: a cheap module for the tiles not kept; run on the whole map, so its cost is static. Needed if C' is not C.
+        gate: gives a decision of shape (B, h, w) and has the side of a tile in pixels as `gate.size`, for example
+            `TileGate`.
+        otherwise: a cheap module for the tiles not kept; run on the whole map, so its cost is static. Needed if C' is
+            not C.
         radius: receptive radius of the block in pixels; found by looking at the block where it is left out.
 
     Raises:
-        ValueError: for a block that tiles would make wrong: global pooling, attention or normalisation over the map, a stride, a change
-            of channels without `otherwise`, a dynamic module inside.
+        ValueError: for a block that tiles would make wrong: global pooling, attention or normalisation over the map, a
+            stride, a change of channels without `otherwise`, a dynamic module inside.
     """
 
-    def __init__(self, block: Callable, gate: Callable, *, otherwise: Callable | None = None, radius: int | None = None):
+    def __init__(
+        self, block: Callable, gate: Callable, *, otherwise: Callable | None = None, radius: int | None = None
+    ):
         wrapping.refuse_nested("Tiles", block)
         if getattr(gate, "size", None) is None:
-            raise ValueError("Tiles needs a gate with a tile size: TileGate(channels, size=16, rngs=rngs), or FixedGate(keep, size=16)")
+            raise ValueError(
+                "Tiles needs a gate with a tile size: TileGate(channels, size=16, rngs=rngs), "
+                "or FixedGate(keep, size=16)"
+            )
         self.block, self.gate, self.otherwise, self.radius = block, gate, otherwise, radius
         self.execution, self.strategy = "masked", "auto"
 
@@ -50,10 +58,12 @@ class Tiles(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
         size = self.gate.size
         grid = (x.shape[0], *(-(-n // size) for n in x.shape[1:3]))
-        decision = wrapping.expect(self.gate(x), "tile", grid, "Tiles", f"tiles of {size} pixels on {x.shape[1]}x{x.shape[2]}")
+        decision = wrapping.expect(
+            self.gate(x), "tile", grid, "Tiles", f"tiles of {size} pixels on {x.shape[1]}x{x.shape[2]}"
+        )
         radius = receptive_radius(self.block, x) if self.radius is None else self.radius
         if self.otherwise is None:
-            out = jax.eval_shape(wrapping.still(self.block), jax.ShapeDtypeStruct(x.shape, x.dtype)).shape
+            out = execute.shape_of(wrapping.still(self.block), x).shape
             if out != x.shape:
                 raise ValueError(
                     f"{_describe(self.block)} turns {x.shape[-1]} channels into {out[-1]}, so a tile cannot pass unchanged: "
@@ -88,15 +98,15 @@ def window_macs(block: Callable, x: jax.Array | jax.ShapeDtypeStruct, size: int,
 def receptive_radius(block: Callable, x: jax.Array | jax.ShapeDtypeStruct) -> int:
     """Pixels that one output pixel of `block` reaches to each side, at least 0.
 
-    Blocks of convolutions and pointwise layers are read from their jaxpr. Others are probed: a NaN in one input pixel shows which outputs
-    depend on it. Parameters' values do not matter, so this works while `jit` traces.
+    Blocks of convolutions and pointwise layers are read from their jaxpr. Others are probed: a NaN in one input pixel
+    shows which outputs depend on it. Parameters' values do not matter, so this works while `jit` traces.
 
     Raises:
         ValueError: if the block has a stride, reaches over the whole map, or treats pixels differently by their place.
     """
     block = wrapping.still(block)
     spec = jax.ShapeDtypeStruct((1, 32, 32, x.shape[-1]), x.dtype)
-    out = _shape(block, spec)
+    out = execute.shape_of(block, spec).shape
     if out[:3] != (1, 32, 32):
         raise ValueError(
             f"{_describe(block)} turns a map of 32x32 pixels into {'x'.join(map(str, out[1:3])) or 'no map'}: tiles need stride 1 and "
@@ -144,10 +154,6 @@ def _touched(block: Callable, channels: int, dtype, side: int, at: int) -> np.nd
 
 def _is_float(leaf) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _shape(block: Callable, spec: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    return jax.eval_shape(block, spec).shape
 
 
 def _culprit(block: Callable) -> str:
