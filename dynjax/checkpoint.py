@@ -201,7 +201,8 @@ def save(workdir: str | Path, step: int, state: Any, position: Any) -> None:
     sidecar = Sidecar({"position": position, "arrays": shapes})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        ocp.save_checkpointables(folder / str(step), {"state": arrays, "sidecar": sidecar}, overwrite=True)
+        with _orbax():
+            ocp.save_checkpointables(folder / str(step), {"state": arrays, "sidecar": sidecar}, overwrite=True)
         if jax.process_index() == 0:
             _seal(folder / str(step))
             for old in steps(workdir)[:-KEEP]:
@@ -210,6 +211,15 @@ def save(workdir: str | Path, step: int, state: Any, position: Any) -> None:
         if (reason := _disk_trouble(error)) is None:
             raise
         raise UserError(f"cannot write checkpoint {step} in {folder}: {reason}; earlier ones are untouched") from None
+
+
+def _orbax() -> Any:
+    """Orbax without cutting replicated arrays into one slice per device, which compiles a program for each."""
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.array.saving.use_replica_parallel = False
+    return context
 
 
 def _disk_trouble(error: BaseException) -> str | None:

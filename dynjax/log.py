@@ -27,7 +27,7 @@ def read_metrics(workdir: str | Path) -> list[dict]:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None for every float that is not finite (a class that does not occur has no IoU): JSON knows no NaN."""
+    """`value` with None for floats that are not finite (the IoU of a class that does not occur): JSON knows no NaN."""
     if isinstance(value, Mapping):
         return {name: finite(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -24,9 +24,9 @@ def tiny(config: Config) -> Config:
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, size=(48, 48), examples=8),
-        model=dataclasses.replace(config.model, widths=(8, 12), blocks=(1, 1), tiles=(4,)),
+        model=dataclasses.replace(config.model, widths=(8, 12), blocks=(1, 0), tiles=(4,)),
         steps=2,
-        batch_size=2,
+        batch_size=8,
         checkpoint_every=2,
         evaluate_every=0,
     )

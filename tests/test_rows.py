@@ -1,0 +1,68 @@
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dynjax import train
+from dynjax.config import UserError
+from experiments import rows
+
+
+@pytest.fixture(scope="module")
+def camvid(tmp_path_factory):
+    """A folder laid out like CamVid, with a few pictures of noise."""
+    folder = tmp_path_factory.mktemp("camvid")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for part in (split, f"{split}annot"):
+            (folder / part).mkdir()
+        for index in range(4):
+            Image.fromarray(rng.integers(0, 256, (48, 48, 3), np.uint8)).save(folder / split / f"{index}.png")
+            Image.fromarray(rng.integers(0, 12, (48, 48), np.uint8)).save(folder / f"{split}annot" / f"{index}.png")
+    return folder
+
+
+@pytest.mark.parametrize("name", rows.ROWS)
+def test_a_row_says_what_it_is(name):
+    config = rows.get_row(name)
+    assert config.row == name
+    first, blank, *rest = rows.ROWS[name].__doc__.splitlines()
+    assert first.endswith(".") and not blank
+    assert "Protocol:" in " ".join(rest)
+    assert config.model.dynamics in ("static", "tiles", "skip", "select")
+    assert config == rows.ROWS[name]()
+
+
+@pytest.mark.parametrize("name", rows.ROWS)
+def test_the_tiny_form_trains_two_steps(name, tmp_path, camvid):
+    config = rows.tiny(rows.get_row(name))
+    if config.data.name == "camvid":
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(camvid)))
+    scores = train.train(config, tmp_path, quiet=True)
+    assert 0 <= scores["miou"] <= 1
+    assert 0 < scores["macs_fraction"] <= 1 + 1e-6
+    assert len(scores["iou"]) == 11
+
+
+def test_rows_of_a_family_differ_in_what_they_are_for():
+    small = {name: rows.get_row(name) for name in rows.ROWS if name.startswith("camvid_small")}
+    static = small["camvid_small_static"]
+    for name, config in small.items():
+        assert (config.data, config.loss, config.steps) == (static.data, static.loss, static.steps), name
+    assert small["camvid_small_random"].model.gate == "random"
+    assert rows.get_row("camvid_unet_static").data.size == (360, 480)
+    assert static.data.size == (180, 240)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digits_unet_tile", "unknown row 'digits_unet_tile': did you mean digits_unet_tiles"),
+        ("xyz", "unknown row 'xyz': the rows are digits_unet_static, "),
+    ],
+)
+def test_unknown_rows(name, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        rows.get_row(name)
