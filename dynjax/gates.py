@@ -1,7 +1,8 @@
 """Gates decide: small functions of arrays, and small modules that hold their parameters and call them.
 
-A gate is any callable `x -> Decision`. The modules here draw noise and pass gradients straight through when training, and compare their
-logit with an adjustable threshold when `deterministic` (`nnx.view(model, deterministic=True)`). Their logits start open.
+A gate is any callable `x -> Decision`. The modules here draw noise and pass gradients straight through when training,
+and compare their logit with an adjustable threshold when `deterministic` (`nnx.view(model, deterministic=True)`). Their
+logits start open.
 
 Letters: B examples, H W pixels, C features, h w tiles, K branches, G channel groups.
 """
@@ -11,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
 from dynjax.decision import Decision
@@ -41,7 +43,8 @@ def threshold(logits: Float[Array, "..."], at: Float[Array, ""] | float = 0.0) -
 
 
 def gumbel_sigmoid(logits: Float[Array, "..."], key: jax.Array, temperature: float = 2 / 3) -> Float[Array, "..."]:
-    """Binary straight-through Gumbel choice: 1 with probability sigmoid(logits) (Maddison et al. 2017, arXiv:1611.00712, eq. 13).
+    """Binary straight-through Gumbel choice: 1 with probability sigmoid(logits) (Maddison et al. 2017,
+    arXiv:1611.00712, eq. 13).
 
     The difference of two Gumbel variables is logistic, so one logistic sample is drawn. `temperature` at most 1.
     """
@@ -93,21 +96,22 @@ class _Logits(nnx.Module):
 
     def __init__(self, features: int, units: int, *, hidden: int, bias: float, temperature: float, rngs: nnx.Rngs):
         if not 0 < temperature <= 1:
-            raise ValueError(f"temperature={temperature} must be in (0, 1]: above 1 straight-through gradients are badly biased")
+            raise ValueError(
+                f"temperature={temperature} must be in (0, 1]: above 1 straight-through gradients are badly biased"
+            )
         init = nnx.initializers.lecun_normal()
         self.scale = GateParam(jnp.ones((features,)))
         self.hidden = GateParam(init(rngs.params(), (features, hidden)))
         self.hidden_bias = GateParam(jnp.zeros((hidden,)))
         self.out = GateParam(init(rngs.params(), (hidden, units)) * 0.1)
-        self.bias = GateParam(jnp.full((units,), bias))
+        self.bias = GateParam(jnp.full((units,), bias, jnp.float32))
         self.threshold = Threshold(jnp.zeros(()))
         self.rngs = nnx.Rngs(gate=rngs.params())
         self.features, self.temperature, self.deterministic = features, temperature, False
 
-    def set_view(self, deterministic: bool | None = None, **kwargs) -> dict:
+    def set_view(self, deterministic: bool | None = None) -> None:
         if deterministic is not None:
             self.deterministic = deterministic
-        return kwargs
 
     def __call__(self, pooled: jax.Array) -> jax.Array:
         pooled = pooled.astype(jnp.float32)
@@ -118,39 +122,53 @@ class _Logits(nnx.Module):
 
     def binary(self, logits: jax.Array, granularity: str) -> Decision:
         logits = logits - self.threshold[...]
-        keep = threshold(logits) if self.deterministic else gumbel_sigmoid(logits, self.rngs.gate(), self.temperature)
+        keep = threshold(logits) if self.deterministic else gumbel_sigmoid(logits, _key(self.rngs), self.temperature)
         return Decision(keep, jax.nn.sigmoid(logits), granularity)
 
     def categorical(self, logits: jax.Array, granularity: str) -> Decision:
         # Branches are ordered from the cheapest: a higher threshold makes every dearer branch less likely.
         logits = logits - self.threshold[...] * jax.lax.broadcasted_iota(logits.dtype, logits.shape, logits.ndim - 1)
-        keep = one_hot_argmax(logits) if self.deterministic else gumbel_softmax(logits, self.rngs.gate(), self.temperature)
+        if self.deterministic:
+            keep = one_hot_argmax(logits)
+        else:
+            keep = gumbel_softmax(logits, _key(self.rngs), self.temperature)
         return Decision(keep, jax.nn.softmax(logits), granularity)
 
 
 class SampleGate(nnx.Module):
-    """One decision per example, from the mean over the map (SkipNet, Wang et al. 2018; ConvNet-AIG, Veit & Belongie 2018).
+    """One decision per example, from the mean over the map.
 
-    `x` (B, ..., features) gives a decision of shape (B,).
+    `x` (B, ..., features) gives a decision of shape (B,). After SkipNet (Wang et al. 2018, arXiv:1711.09485) and
+    ConvNet-AIG (Veit & Belongie 2018, arXiv:1711.11503).
     """
 
-    def __init__(self, features: int, *, hidden: int = 16, bias: float = OPEN, temperature: float = 2 / 3, rngs: nnx.Rngs):
+    def __init__(
+        self, features: int, *, hidden: int = 16, bias: float = OPEN, temperature: float = 2 / 3, rngs: nnx.Rngs
+    ):
         self.logits = _Logits(features, 1, hidden=hidden, bias=bias, temperature=temperature, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B *axes C"]) -> Decision:
         _check_features(x, self.logits.features, "SampleGate")
-        return self.logits.binary(self.logits(x.mean(tuple(range(1, x.ndim - 1))))[:, 0], "sample")
+        return self.logits.binary(self.logits(_mean(x))[:, 0], "sample")
 
 
 class TileGate(nnx.Module):
-    """One decision per tile of `size` pixels, from the tile's mean and the whole map's (after DynConv, Verelst & Tuytelaars 2020).
+    """One decision per tile of `size` pixels, from the tile's mean and the whole map's.
 
-    `x` (B, H, W, features) gives a decision of shape (B, ceil(H / size), ceil(W / size)). DynConv decides per pixel; per tile the
-    skipped work is contiguous, which is what makes it save time.
+    `x` (B, H, W, features) gives a decision of shape (B, ceil(H / size), ceil(W / size)). After DynConv (Verelst &
+    Tuytelaars 2020, arXiv:1912.03203), which decides per pixel; per tile the skipped work is contiguous, which is what
+    makes it save time.
     """
 
     def __init__(
-        self, features: int, *, size: int = 16, hidden: int = 16, bias: float = OPEN, temperature: float = 2 / 3, rngs: nnx.Rngs
+        self,
+        features: int,
+        *,
+        size: int = 16,
+        hidden: int = 16,
+        bias: float = OPEN,
+        temperature: float = 2 / 3,
+        rngs: nnx.Rngs,
     ):
         self.logits = _Logits(2 * features, 1, hidden=hidden, bias=bias, temperature=temperature, rngs=rngs)
         self.size = _positive(size, "size")
@@ -177,66 +195,85 @@ class BranchGate(nnx.Module):
         rngs: nnx.Rngs,
     ):
         width = features if size is None else 2 * features
-        self.logits = _Logits(width, _positive(branches, "branches"), hidden=hidden, bias=bias, temperature=temperature, rngs=rngs)
-        self.branches, self.size = branches, size
+        self.logits = _Logits(
+            width, _positive(branches, "branches"), hidden=hidden, bias=bias, temperature=temperature, rngs=rngs
+        )
+        self.branches, self.size = branches, size if size is None else _positive(size, "size")
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Decision:
+    def __call__(self, x: Float[Array, "B *axes C"]) -> Decision:
         if self.size is None:
             _check_features(x, self.logits.features, "BranchGate")
-            return self.logits.categorical(self.logits(x.mean((1, 2))), "branch")
+            return self.logits.categorical(self.logits(_mean(x)), "branch")
         return self.logits.categorical(self.logits(_tile_features(x, self)), "tile branch")
 
 
 class ChannelGate(nnx.Module):
-    """One decision per example and group of channels, (B, groups), from the mean over the map (after Gao et al. 2019, FBS)."""
+    """One decision per example and group of channels, from the mean over the map.
+
+    `x` (B, ..., features) gives a decision of shape (B, groups). After Gao et al. 2019 (arXiv:1810.05331).
+    """
 
     def __init__(
-        self, features: int, groups: int, *, hidden: int = 16, bias: float = OPEN, temperature: float = 2 / 3, rngs: nnx.Rngs
+        self,
+        features: int,
+        groups: int,
+        *,
+        hidden: int = 16,
+        bias: float = OPEN,
+        temperature: float = 2 / 3,
+        rngs: nnx.Rngs,
     ):
-        self.logits = _Logits(features, _positive(groups, "groups"), hidden=hidden, bias=bias, temperature=temperature, rngs=rngs)
+        self.logits = _Logits(
+            features, _positive(groups, "groups"), hidden=hidden, bias=bias, temperature=temperature, rngs=rngs
+        )
         self.groups = groups
 
     def __call__(self, x: Float[Array, "B *axes C"]) -> Decision:
         _check_features(x, self.logits.features, "ChannelGate")
-        return self.logits.binary(self.logits(x.mean(tuple(range(1, x.ndim - 1)))), "channel")
+        return self.logits.binary(self.logits(_mean(x)), "channel")
 
 
 class FixedGate(nnx.Module):
-    """The same decision always, whatever the input: `keep` of shape (B,), (B, h, w), (B, K) or (B, h, w, K); `size` for tiles.
+    """The same decision always, whatever the input.
 
-    `keep` may have a first axis of 1, which is repeated for every example.
+    `keep` of 0s and 1s has shape (B,), (B, h, w), (B, K) or (B, h, w, K), with `size`, the side of a tile in pixels,
+    where there are tiles. Its first axis may be 1, which is repeated for every example.
     """
 
     def __init__(self, keep, size: int | None = None):
-        self.keep = nnx.Variable(jnp.asarray(keep, jnp.float32))
-        self.size = size
+        keep = jnp.asarray(keep, jnp.float32)
+        if keep.ndim not in (1, 2, 3, 4):
+            raise ValueError(f"keep has shape {keep.shape}; it must be (B,), (B, K), (B, h, w) or (B, h, w, K)")
+        self.keep = nnx.Variable(keep)
+        self.size = size if size is None else _positive(size, "size")
 
     def __call__(self, x: Float[Array, "B ..."]) -> Decision:
         keep = self.keep[...]
         if keep.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"keep has {keep.shape[0]} examples and the input has {x.shape[0]}; give it that many, or 1")
+            raise ValueError(
+                f"keep has {keep.shape[0]} examples and the input has {x.shape[0]}; give it that many, or 1"
+            )
         keep = jnp.broadcast_to(keep, (x.shape[0], *keep.shape[1:]))
-        tiles = ("tile", "tile branch")[keep.ndim - 3] if keep.ndim > 2 else None
-        return Decision(keep, keep, tiles or ("sample", "branch")[keep.ndim - 1])
+        return Decision(keep, keep, ("sample", "branch", "tile", "tile branch")[keep.ndim - 1])
 
 
 class RandomGate(nnx.Module):
-    """Keeps a share `rate` at random: the control of every table. Per example (B,), or per tile with `size`.
+    """Keeps a share `rate` at random: the control of every table.
 
-    When deterministic it looks just as random but is a function of the example's content, so that every execution agrees.
+    Per example (B,), or per tile (B, h, w) with `size`. When deterministic it looks just as random but is a function of
+    the example's content, so that every execution agrees.
     """
 
     def __init__(self, rate: float, *, size: int | None = None, rngs: nnx.Rngs):
         if not 0 < rate < 1:
             raise ValueError(f"rate={rate} must be in (0, 1)")
-        self.rate, self.size, self.deterministic = rate, size, False
+        self.rate, self.size, self.deterministic = rate, size if size is None else _positive(size, "size"), False
         self.threshold = Threshold(jnp.zeros(()))
         self.rngs = nnx.Rngs(gate=rngs.params())
 
-    def set_view(self, deterministic: bool | None = None, **kwargs) -> dict:
+    def set_view(self, deterministic: bool | None = None) -> None:
         if deterministic is not None:
             self.deterministic = deterministic
-        return kwargs
 
     def __call__(self, x: Float[Array, "B ..."]) -> Decision:
         shape = () if self.size is None else tuple(-(-n // self.size) for n in x.shape[1:3])
@@ -247,7 +284,7 @@ class RandomGate(nnx.Module):
             uniform = jnp.mod(jax.random.uniform(jax.random.key(0), (1, *shape)) + 97 * content, 1)
             noise = jax.scipy.special.logit(jnp.clip(uniform, 1e-6, 1 - 1e-6))
         else:
-            noise = jax.random.logistic(self.rngs.gate(), (x.shape[0], *shape))
+            noise = jax.random.logistic(_key(self.rngs), (x.shape[0], *shape))
         keep = threshold(logit + noise)
         probability = jnp.broadcast_to(jax.nn.sigmoid(logit), keep.shape)
         return Decision(keep, probability, "sample" if self.size is None else "tile")
@@ -260,6 +297,23 @@ def _tile_features(x: jax.Array, gate: TileGate | BranchGate) -> jax.Array:
     return jnp.concatenate([here, jnp.broadcast_to(here.mean((1, 2), keepdims=True), here.shape)], -1)
 
 
+def _mean(x: jax.Array) -> jax.Array:
+    """Mean over all axes but the first and the last."""
+    return x.mean(tuple(range(1, x.ndim - 1)))
+
+
+def _key(rngs: nnx.Rngs) -> jax.Array:
+    """The next key of a gate's stream."""
+    try:
+        return rngs.gate()
+    except TraceContextError as error:
+        raise TraceContextError(
+            "a gate that trains draws noise, which changes the model, and a function under jax.jit (or grad, scan) "
+            "closes over the model: pass it as an argument to nnx.jit, or nnx.merge it inside, or use "
+            "nnx.view(model, deterministic=True)"
+        ) from error
+
+
 def _row(vector: GateParam, like: jax.Array) -> jax.Array:
     """A vector over the last axis, with the rank of `like`."""
     return vector[...].reshape((1,) * (like.ndim - 1) + (-1,))
@@ -267,7 +321,10 @@ def _row(vector: GateParam, like: jax.Array) -> jax.Array:
 
 def _check_features(x: jax.Array, features: int, gate: str) -> None:
     if x.shape[-1] != features:
-        raise ValueError(f"{gate} was made for features={features}, but its input has shape {x.shape}: give it features={x.shape[-1]}")
+        raise ValueError(
+            f"{gate} was made for features={features}, but its input has shape {x.shape}: "
+            f"give it features={x.shape[-1]}"
+        )
 
 
 def _positive(value: int, name: str) -> int:
