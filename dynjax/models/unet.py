@@ -1,14 +1,13 @@
-"""A residual U-Net (Ronneberger et al. 2015, arXiv:1505.04597, with residual blocks and additive width), and dynamics put into it.
+"""A residual U-Net (after Ronneberger et al. 2015, arXiv:1505.04597), and dynamics put into it.
 
-The network is plain nnx and knows nothing of dynamics: `adaptive` wraps its blocks with `dynamize`. Static and adaptive forms have the same
-blocks, so a trained static twin's parameters go under the wrappers as they are.
+The network is plain nnx and knows nothing of dynamics: `adaptive` wraps its blocks with `dynamize`. Static and adaptive
+forms have the same blocks, so a trained static twin's parameters go under the wrappers as they are.
 
 Letters: B examples, H W pixels, C channels, K classes.
 """
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
@@ -44,7 +43,7 @@ class PlainBlock(nnx.Module):
 
 
 class Mix(nnx.Module):
-    """A linear layer over the channels, batch normalisation and ReLU: a 1x1 convolution, written as the matrix product that it is."""
+    """A linear layer over the channels, batch normalisation and ReLU: a 1x1 convolution as the product that it is."""
 
     def __init__(self, before: int, after: int, *, rngs: nnx.Rngs):
         self.linear = nnx.Linear(before, after, use_bias=False, rngs=rngs)
@@ -54,30 +53,52 @@ class Mix(nnx.Module):
         return nnx.relu(self.norm(self.linear(x)))
 
 
+class Merge(nnx.Module):
+    """`Mix` of a fine map beside a coarse one repeated to its size; the coarse one is multiplied before it is repeated."""
+
+    def __init__(self, fine: int, coarse: int, *, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(fine + coarse, fine, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(fine, momentum=0.95, rngs=rngs)
+
+    def __call__(self, fine: Float[Array, "B H W C"], coarse: Float[Array, "B h w D"]) -> Float[Array, "B H W C"]:
+        own, other = jnp.split(self.linear.kernel[...], [fine.shape[-1]])
+        y = fine @ own + repeat_pixels(coarse @ other)[:, : fine.shape[1], : fine.shape[2]]
+        return nnx.relu(self.norm(y))
+
+
 class UNet(nnx.Module):
     """Logits for every pixel: (B, H, W, 3) bytes to (B, H, W, K) float32.
 
-    Level 0 works at 1/`stem_stride` of the picture, each further level at half of the one before. Odd sizes are rounded up going down and
-    cut going up. The head gives every pixel of level 0 the logits of the `stem_stride`^2 pixels of the picture under it.
+    Level 0 works at 1/`stem_stride` of the picture, each further level at half of the one before. Odd sizes are rounded
+    up going down and cut going up. The head gives every pixel of level 0 the logits of the `stem_stride`^2 pixels of
+    the picture under it.
 
     Args:
         widths: channels of each level, the finest first.
         blocks: residual blocks of each level in the encoder, and, but for the last level, again in the decoder.
     """
 
-    def __init__(self, classes: int, widths: Sequence[int], blocks: Sequence[int], stem_stride: int = 2, *, rngs: nnx.Rngs):
+    def __init__(
+        self, classes: int, widths: Sequence[int], blocks: Sequence[int], stem_stride: int = 2, *, rngs: nnx.Rngs
+    ):
         if len(widths) != len(blocks):
             raise ValueError(f"widths={tuple(widths)} and blocks={tuple(blocks)} must have one entry for each level")
         if stem_stride not in (1, 2, 4):
             raise ValueError(f"stem_stride={stem_stride} must be 1, 2 or 4")
         self.stem_stride = stem_stride
-        self.stem = nnx.Conv(3, widths[0], (max(3, 2 * stem_stride - 1),) * 2, (stem_stride, stem_stride), use_bias=False, rngs=rngs)
+        self.stem = nnx.Conv(
+            3, widths[0], (max(3, 2 * stem_stride - 1),) * 2, (stem_stride, stem_stride), use_bias=False, rngs=rngs
+        )
         self.stem_norm = nnx.BatchNorm(widths[0], momentum=0.95, rngs=rngs)
         pairs = list(zip(widths[:-1], widths[1:], strict=True))
-        self.encoder = nnx.List([nnx.List([Block(w, rngs=rngs) for _ in range(n)]) for w, n in zip(widths, blocks, strict=True)])
+        self.encoder = nnx.List(
+            [nnx.List([Block(w, rngs=rngs) for _ in range(n)]) for w, n in zip(widths, blocks, strict=True)]
+        )
         self.down = nnx.List([Mix(4 * fine, coarse, rngs=rngs) for fine, coarse in pairs])
-        self.up = nnx.List([Mix(fine + coarse, fine, rngs=rngs) for fine, coarse in pairs])
-        self.decoder = nnx.List([nnx.List([Block(w, rngs=rngs) for _ in range(n)]) for w, n in zip(widths[:-1], blocks, strict=False)])
+        self.up = nnx.List([Merge(fine, coarse, rngs=rngs) for fine, coarse in pairs])
+        self.decoder = nnx.List(
+            [nnx.List([Block(w, rngs=rngs) for _ in range(n)]) for w, n in zip(widths[:-1], blocks, strict=False)]
+        )
         self.head = nnx.Linear(widths[0], classes * stem_stride**2, rngs=rngs)
 
     def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W K"]:
@@ -91,9 +112,7 @@ class UNet(nnx.Module):
                 x = block(x)
             maps.append(x)
         for level in reversed(range(len(self.decoder))):
-            fine = maps[level]
-            coarse = repeat_pixels(x)[:, : fine.shape[1], : fine.shape[2]]
-            x = self.up[level](jnp.concatenate([fine, coarse], -1))
+            x = self.up[level](maps[level], x)
             for block in self.decoder[level]:
                 x = block(x)
         logits = spread_pixels(self.head(x).astype(jnp.float32), self.stem_stride)
@@ -101,8 +120,10 @@ class UNet(nnx.Module):
 
 
 def gather_pixels(x: Float[Array, "B H W C"]) -> Float[Array, "B h w 4*C"]:
-    """Every 2x2 pixels as one with four times the channels; an odd last row or column is doubled. Strides without a strided convolution,
-    whose weight gradient is slow on CPUs."""
+    """Every 2x2 pixels as one with four times the channels; an odd last row or column is doubled.
+
+    A stride without a strided convolution, whose weight gradient is slow on CPUs.
+    """
     x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), "edge")
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).swapaxes(2, 3)
@@ -114,7 +135,7 @@ def repeat_pixels(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
     return jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
 
 
-def spread_pixels(x: Float[Array, "B H W C"], factor: int) -> Float[Array, "B H*factor W*factor D"]:
+def spread_pixels(x: Float[Array, "B H W C"], factor: int) -> Float[Array, "B H*{factor} W*{factor} D"]:
     """Channels as factor x factor pixels each (sub-pixel convolution, Shi et al. 2016, arXiv:1609.05158, eq. 4)."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height, width, factor, factor, channels // factor**2).swapaxes(2, 3)
@@ -122,7 +143,10 @@ def spread_pixels(x: Float[Array, "B H W C"], factor: int) -> Float[Array, "B H*
 
 
 def build(config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
-    """The U-Net of `config`, adaptive if it says so; `twin_params` are a static twin's variables to put under the wrappers."""
+    """The U-Net of `config`, adaptive if it says so.
+
+    `twin_params`: variables of a static twin, which go under the wrappers.
+    """
     model = UNet(num_classes, config.widths, config.blocks, config.stem_stride, rngs=rngs)
     if twin_params is not None:
         nnx.update(model, twin_params)
@@ -136,14 +160,20 @@ def adaptive(model: UNet, config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     residual block or a plain 1x1 one, per tile.
     """
     if config.dynamics == "skip":
-        gate = (lambda c: RandomGate(0.5, rngs=rngs)) if config.gate == "random" else (lambda c: SampleGate(c, rngs=rngs))
+        gate = (
+            (lambda c: RandomGate(0.5, rngs=rngs)) if config.gate == "random" else (lambda c: SampleGate(c, rngs=rngs))
+        )
         return dynamize(model, {r"(encoder|decoder)/\d+/\d+": lambda block, c, rngs: Skip(block, gate(c))}, rngs=rngs)
     if len(config.tiles) > len(config.widths):
         raise ValueError(f"tiles={config.tiles} names more levels than widths={config.widths} has")
 
     def wrap(size):
         def tiles(block, channels, rngs):
-            gate = RandomGate(0.5, size=size, rngs=rngs) if config.gate == "random" else TileGate(channels, size=size, rngs=rngs)
+            gate = (
+                RandomGate(0.5, size=size, rngs=rngs)
+                if config.gate == "random"
+                else TileGate(channels, size=size, rngs=rngs)
+            )
             return Tiles(block, gate)
 
         def select(block, channels, rngs):
