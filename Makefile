@@ -23,10 +23,10 @@ demo: venv
 	$(BIN)/python -m experiments.evaluate --workdir $(DEMO)
 
 test: venv
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: venv
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 lint: venv
 	$(BIN)/ruff check .

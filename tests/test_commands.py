@@ -17,6 +17,8 @@ from PIL import Image
 from dynjax import train
 from experiments import cli, evaluate, predict, results, rows
 
+pytestmark = pytest.mark.xdist_group("commands")  # one worker, so that the row is trained once
+
 ROOT = Path(__file__).parents[1]
 COMMANDS = {"evaluate": evaluate, "predict": predict, "results": results}
 

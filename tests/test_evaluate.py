@@ -23,6 +23,8 @@ from dynjax.evaluate import (
 )
 from dynjax.tasks.segmentation import SegmentationTask
 
+pytestmark = pytest.mark.xdist_group("evaluate")
+
 TASK = SegmentationTask(3, ("a", "b", "c"), losses=LossConfig())
 
 
