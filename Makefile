@@ -43,7 +43,8 @@ bench: venv
 
 # Runs every notebook's text form from start to end and writes the .ipynb with its outputs.
 notebooks: venv
-	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
+	$(BIN)/jupytext --to ipynb --update notebooks/*.py
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 results: venv
 	$(BIN)/python -m experiments.results render

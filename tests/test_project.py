@@ -24,17 +24,6 @@ def test_imports_point_down_only():
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def test_every_module_has_a_test_of_its_name():
-    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
-    missing = []
-    for path in (ROOT / "dynjax").rglob("*.py"):
-        name = "_".join(path.relative_to(ROOT / "dynjax").with_suffix("").parts)
-        alone = f"test_{path.stem}"
-        if path.name != "__init__.py" and not any(test.startswith((f"test_{name}", alone)) for test in tests):
-            missing.append(str(path.relative_to(ROOT)))
-    assert missing == []
-
-
 def test_jaxtyping_works_in_every_module():
     """Deferred annotations would turn the shape checks off."""
     deferred = [
