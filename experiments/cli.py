@@ -32,13 +32,15 @@ def parse(kind: type[T], arguments: Sequence[str], *, command: str, default: T |
 
 def _one_line(box: str) -> str:
     """The message in tyro's box, and the options that it suggests."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines() if line and line[0] not in "╭╰"]
-    breaks = [i for i, line in enumerate(lines) if line.startswith("───")] + [len(lines)]
+    lines = [line.strip("│ ") for line in box.splitlines() if line.strip()]
+    # The title is in the frame; where the terminal is not UTF-8 it is a line of its own with a rule under it.
+    lines = lines[1:-1] if lines and lines[0].startswith("╭") else lines[2:]
+    breaks = [i for i, line in enumerate(lines) if not line.strip("─-")] + [len(lines)]
+    options = [line.split()[0] for line in lines if line.startswith("--") and line.strip("-")]
     message = " ".join(" ".join(lines[: breaks[0]]).split()).partition(" Got errors:")[0]
     if message.startswith("Missing from"):
-        message = "missing: " + ", ".join(line.split()[0] for line in lines if line.startswith("--"))
-    near = [line.split()[0] for line in lines[breaks[0] :] if line.startswith("--") and "Perhaps you meant:" in lines]
-    return message + (f"; perhaps you meant {' or '.join(near)}" if near else "")
+        return f"missing: {', '.join(options)}"
+    return message + (f"; perhaps you meant {' or '.join(options)}" if "Perhaps you meant:" in lines else "")
 
 
 def use_compilation_cache() -> None:
