@@ -38,6 +38,8 @@ def initialize() -> bool:
         count, index = int(given["JAX_NUM_PROCESSES"]), int(given["JAX_PROCESS_ID"])
     except ValueError as error:
         raise UserError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers: {error}") from None
+    if not given["JAX_COORDINATOR_ADDRESS"].rpartition(":")[2].isdigit():
+        raise UserError(f"JAX_COORDINATOR_ADDRESS is {given['JAX_COORDINATOR_ADDRESS']!r}: it must be HOST:PORT")
     if not 0 <= index < count:
         raise UserError(f"JAX_PROCESS_ID is {index}: it must be from 0 to JAX_NUM_PROCESSES - 1, which is {count - 1}")
     jax.distributed.initialize(given["JAX_COORDINATOR_ADDRESS"], count, index)
