@@ -27,34 +27,41 @@ def check(budget: float, name: str = "budget") -> float:
 def budget_loss(
     trace: Trace, target: Float[Array, ""] | float, released: Float[Array, ""] | float = 1.0
 ) -> Float[Array, ""]:
-    """Squared distance of the MACs really spent from `target`, and of each gate's share from bounds that open with `released`.
+    """How far the MACs spent are from `target`, and each gate's share from bounds that open with `released`, squared.
 
-    After DynConv (Verelst & Tuytelaars 2020, section 3.3): (spent / full - target)^2 plus the mean over gates of the squared violation
-    of [lower, upper]. With `released` = 0 the bounds close on the target, with 1 they allow everything, so that no gate dies or saturates
-    before its layer is trained. Deviation: the target for the gates is what is left of it after the static part, which no gate can save.
+    After DynConv (Verelst & Tuytelaars 2020, section 3.3): (spent / full - target)^2 plus the mean over gates of the
+    squared violation of [lower, upper]. With `released` = 0 the bounds close on the target, with 1 they allow
+    everything, so that no gate dies or saturates before its layer is trained. Deviation: the target for the gates is
+    what is left of it after the static part, which no gate can save.
     """
     if isinstance(target, int | float):
         check(target, "target")
-    network = (trace.macs().mean() / trace.full_macs - target) ** 2
-    if not trace.decisions:
+    network = (trace.fraction().mean() - target) ** 2
+    # What costs nothing has no share; a pooling layer under a gate is an example.
+    decisions = [d for d in trace.decisions.values() if d.full_macs]
+    if not decisions:
         return network
-    dynamic = sum(d.full_macs for d in trace.decisions.values())
-    own = jnp.clip((target * trace.full_macs - trace.static_macs) / dynamic, 0.0, 1.0)
+    own = (target * trace.full_macs - trace.static_macs) / sum(d.full_macs for d in decisions)
+    own = jnp.clip(own, 0.0, 1.0)
     lower, upper = (1 - released) * own, own + released * (1 - own)
-    shares = jnp.stack([d.macs().mean() / d.full_macs for d in trace.decisions.values()])
+    shares = jnp.stack([d.macs().mean() / d.full_macs for d in decisions])
     violation = jax.nn.relu(lower - shares) ** 2 + jax.nn.relu(shares - upper) ** 2
     return network + violation.mean()
 
 
 def release(progress: Float[Array, ""] | float, until: float = 1 / 3) -> Float[Array, ""]:
-    """How far the bounds are open at `progress` of the training: 0 at its start, 1 from `until` on, a squared cosine between."""
+    """How far the bounds are open at `progress` of the training, both in [0, 1].
+
+    0 at its start and 1 from `until` on, with a squared cosine between.
+    """
     return 1 - jnp.cos(jnp.pi / 2 * jnp.clip(jnp.asarray(progress) / until, 0.0, 1.0)) ** 2
 
 
 def load_balance(trace: Trace) -> Float[Array, ""]:
-    """Mean over branch decisions of K * sum_k f_k p_k, 1 when all K branches are used alike (Fedus et al. 2022, arXiv:2101.03961, eq. 4).
+    """Mean over branch decisions of K * sum_k f_k p_k, which is 1 when all K branches are used alike.
 
-    f_k is the share of units that took branch k, p_k the mean probability; 0 where there are no branches.
+    Fedus et al. 2022 (arXiv:2101.03961, eq. 4). f_k is the share of units that took branch k, p_k the mean probability;
+    0 where there are no branches.
     """
     losses = []
     for d in trace.decisions.values():
@@ -66,8 +73,11 @@ def load_balance(trace: Trace) -> Float[Array, ""]:
 
 
 def statistics(trace: Trace) -> dict[str, Float[Array, ""]]:
-    """What to watch while gates train: `gate_entropy` in bits (0: the gates no longer explore), `dead` and `always`, the shares of
-    gates that keep fewer than 1% and more than 99% of their units in this batch, and the realised `macs_fraction`."""
+    """What to watch while gates train: scalars by name.
+
+    `macs_fraction` is the share of the MACs really spent, `gate_entropy` is in bits (0: the gates no longer explore),
+    `dead` and `always` are the shares of gates that keep fewer than 1% and more than 99% of their units in this batch.
+    """
     result = {"macs_fraction": trace.fraction().mean()}
     if not trace.decisions:
         return result
@@ -96,8 +106,8 @@ def set_threshold(model: nnx.Module, value: Float[Array, ""] | float) -> None:
 def sampled_threshold(target: Float[Array, ""] | float) -> Float[Array, ""]:
     """The threshold under which gates that know nothing keep a share `target`: its logit, negated.
 
-    Training under a target drawn anew at every step, with the threshold moved to match, leaves gates whose logits order the units for
-    every budget at once.
+    Training under a target drawn anew at every step, with the threshold moved to match, leaves gates whose logits order
+    the units for every budget at once.
     """
     target = jnp.clip(jnp.asarray(target, jnp.float32), 0.02, 0.98)
     return jnp.log1p(-target) - jnp.log(target)
@@ -106,18 +116,21 @@ def sampled_threshold(target: Float[Array, ""] | float) -> Float[Array, ""]:
 LOWEST, HIGHEST = -30.0, 30.0
 
 
-def solve_threshold(spent: Callable[[float], float], budget: float, *, tolerance: float = 0.005, trials: int = 16) -> float:
+def solve_threshold(
+    spent: Callable[[float], float], budget: float, *, tolerance: float = 0.005, trials: int = 20
+) -> float:
     """The lowest threshold found under which `spent(threshold)`, the mean share of the full MACs, is at most `budget`.
 
-    Bisection: spending falls as the threshold rises, up to what earlier decisions change for later ones. Stops when spending is within
-    `tolerance` below the budget. Where even the highest threshold spends more, that one is returned: see the report of `deploy`.
+    Bisection: spending falls as the threshold rises, up to what earlier decisions change for later ones. Stops when
+    spending is within `tolerance` below the budget. Where even the highest threshold spends more, that one is returned:
+    see the report of `deploy`.
     """
     check(budget)
     if spent(LOWEST) <= budget:
         return LOWEST
-    low, high = -8.0, 8.0
+    low, high = LOWEST, HIGHEST
     if spent(high) > budget:
-        return HIGHEST
+        return high
     for _ in range(trials):
         middle = (low + high) / 2
         share = spent(middle)

@@ -20,12 +20,13 @@ class Decision:
     """What was kept, how probable that was, and what it costs.
 
     `keep` is exactly 0 or 1; when training its gradient is that of the relaxed choice (straight through).
-    `probability` is the relaxed choice in [0, 1], differentiable, without noise. Branches are one-hot over the last axis; exits say for
-    each stage, on the last axis, whether it is run.
+    `probability` is the relaxed choice in [0, 1], differentiable, without noise. Branches are one-hot over the last
+    axis; exits say for each stage, on the last axis, whether it is run.
 
-    A gate fills the two arrays and `granularity`; the wrapper that executes the decision adds the costs, in MACs per example, one value or
-    one per branch, stage or group: `unit_macs` for one kept unit, the border that a tile's window needs included, and `whole_macs` for the
-    whole input, which is the most that an executor spends and what the masked execution always computes.
+    A gate fills the two arrays and `granularity`; the wrapper that executes the decision adds the costs, in MACs per
+    example, one value or one per branch, stage or group: `unit_macs` for one kept unit, the border that a tile's window
+    needs included, and `whole_macs` for the whole input, which is the most that an executor spends and what the masked
+    execution always computes. Where there are tiles, `tile` has their sides as shares of the map's height and width.
     """
 
     keep: Float[Array, "..."]
@@ -33,6 +34,7 @@ class Decision:
     granularity: Granularity = dataclasses.field(metadata=dict(static=True))
     unit_macs: tuple[float, ...] = dataclasses.field(default=(0.0,), metadata=dict(static=True))
     whole_macs: tuple[float, ...] = dataclasses.field(default=(0.0,), metadata=dict(static=True))
+    tile: tuple[float, float] | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     @property
     def masked_macs(self) -> float:
@@ -62,7 +64,8 @@ class Decision:
 
     def _macs(self, chosen: jax.Array) -> jax.Array:
         spent = self._units(chosen).sum(1) * jnp.asarray([self.unit_macs], jnp.float32)
-        # The executor takes the whole input rather than spend more; open gates must still feel a pull, so the cap has no gradient.
+        # The executor takes the whole input rather than spend more; open gates must still feel a pull, so the cap has
+        # no gradient.
         capped = jnp.minimum(spent, jnp.asarray([self.whole_macs], jnp.float32))
         return (spent + jax.lax.stop_gradient(capped - spent)).sum(1)
 

@@ -32,9 +32,9 @@ class Report:
     """MACs of an example with everything kept."""
 
     def __str__(self) -> str:
-        share = self.mean / self.full
+        met = "met" if self.met else "NOT met"
         return (
-            f"budget {self.budget:.0%} {'met' if self.met else 'NOT met'}: mean {self.mean / 1e6:.1f} MMAC ({share:.1%} of "
+            f"budget {self.budget:.0%} {met}: mean {self.mean / 1e6:.1f} MMAC ({self.mean / self.full:.1%} of "
             f"{self.full / 1e6:.1f}), p95 {self.p95 / 1e6:.1f}, max {self.max / 1e6:.1f}"
         )
 
@@ -51,9 +51,7 @@ class Deployed(nnx.Module):
 
 def compact(model: nnx.Module) -> nnx.Module:
     """A view of `model` that skips for real: compact, no noise, running averages. It shares the variables."""
-    return nnx.view(
-        model, execution="compact", deterministic=True, use_running_average=True, raise_if_not_found=False
-    )
+    return nnx.view(model, execution="compact", deterministic=True, use_running_average=True, raise_if_not_found=False)
 
 
 def deploy(model: nnx.Module, budget: float, calibration: Iterable) -> Deployed:
@@ -98,7 +96,9 @@ class Solver:
     def spent(self, threshold: float) -> np.ndarray:
         """MACs of every calibration example under `threshold`."""
         if threshold not in self._spent:
-            self._spent[threshold] = np.concatenate([np.asarray(self._macs(self._state, threshold, x)) for x in self.batches])
+            self._spent[threshold] = np.concatenate(
+                [np.asarray(self._macs(self._state, threshold, x)) for x in self.batches]
+            )
         return self._spent[threshold]
 
     def deploy(self, budget: float) -> Deployed:

@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float
@@ -94,7 +95,7 @@ def pool_tiles(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]
 class _Logits(nnx.Module):
     """Logits from pooled features: normalise, a hidden layer, a linear layer. The state that every learned gate has."""
 
-    def __init__(self, features: int, units: int, *, hidden: int, bias: float, temperature: float, rngs: nnx.Rngs):
+    def __init__(self, features: int, units: int, *, hidden: int, bias, temperature: float, rngs: nnx.Rngs):
         if not 0 < temperature <= 1:
             raise ValueError(
                 f"temperature={temperature} must be in (0, 1]: above 1 straight-through gradients are badly biased"
@@ -104,7 +105,7 @@ class _Logits(nnx.Module):
         self.hidden = GateParam(init(rngs.params(), (features, hidden)))
         self.hidden_bias = GateParam(jnp.zeros((hidden,)))
         self.out = GateParam(init(rngs.params(), (hidden, units)) * 0.1)
-        self.bias = GateParam(jnp.full((units,), bias, jnp.float32))
+        self.bias = GateParam(jnp.broadcast_to(jnp.asarray(bias, jnp.float32), (units,)))
         self.threshold = Threshold(jnp.zeros(()))
         self.rngs = nnx.Rngs(gate=rngs.params())
         self.features, self.temperature, self.deterministic = features, temperature, False
@@ -180,7 +181,8 @@ class TileGate(nnx.Module):
 class BranchGate(nnx.Module):
     """Which of `branches` modules to run: one-hot, per example (B, K), or per tile (B, h, w, K) with `size`.
 
-    Order the branches from the cheapest: `threshold` moves the choice towards the first.
+    Order the branches from the cheapest: `threshold` moves the choice towards the first. Starts open: the logits of the
+    branches rise from 0 to `bias`, so that the last is taken most.
     """
 
     def __init__(
@@ -190,14 +192,14 @@ class BranchGate(nnx.Module):
         *,
         size: int | None = None,
         hidden: int = 16,
-        bias: float = 0.0,
+        bias: float = OPEN,
         temperature: float = 2 / 3,
         rngs: nnx.Rngs,
     ):
         width = features if size is None else 2 * features
-        self.logits = _Logits(
-            width, _positive(branches, "branches"), hidden=hidden, bias=bias, temperature=temperature, rngs=rngs
-        )
+        # One bias for all would change nothing under a softmax: open means that the dearest branch leads.
+        biases = bias * np.linspace(0, 1, _positive(branches, "branches"))
+        self.logits = _Logits(width, branches, hidden=hidden, bias=biases, temperature=temperature, rngs=rngs)
         self.branches, self.size = branches, size if size is None else _positive(size, "size")
 
     def __call__(self, x: Float[Array, "B *axes C"]) -> Decision:

@@ -4,10 +4,12 @@ Letters: B examples, H W pixels, h w tiles.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -20,8 +22,8 @@ from dynjax.decision import Decision, Decisions
 class Trace:
     """What one call of a model decided and spent; a pytree, so it passes through `jit` and `grad`.
 
-    `decisions` maps the path of each wrapper to its decision. `static_macs` is what every example costs whatever is decided (the gates
-    included), `full_macs` what it costs with everything kept; both in MACs per example.
+    `decisions` maps the path of each wrapper to its decision. `static_macs` is what every example costs whatever is
+    decided (the gates included), `full_macs` what it costs with everything kept; both in MACs per example.
     """
 
     decisions: dict[str, Decision]
@@ -42,7 +44,7 @@ class Trace:
         return self.macs() / self.full_macs
 
     def heatmap(self, size: tuple[int, int]) -> Float[Array, "B H W"]:
-        """Where the MACs went: MACs per pixel of a picture of `size` (H, W). Its sum over a picture is that example's `macs`.
+        """Where the MACs went: MACs per pixel of a picture of `size` (H, W), which sum to that example's `macs`.
 
         A tile's share lies on its pixels; what has no place (the static part, decisions per example) is spread evenly.
         """
@@ -55,14 +57,15 @@ class Trace:
                 even = even + spent
                 continue
             units = (decision.unit_keep() * jnp.asarray(decision.unit_macs, jnp.float32)[None, None]).sum(-1)
-            units = units.reshape(decision.keep.shape[:3])
-            fine = jax.image.resize(units, (self.examples, height, width), "nearest")
-            share = fine / jnp.maximum(fine.sum((1, 2), keepdims=True), 1.0)
+            fine = _pixels(units.reshape(decision.keep.shape[:3]), decision.tile, size)
+            whole = fine.sum((1, 2), keepdims=True)
+            # A picture smaller than the grid of tiles may miss those that were kept.
+            share = jnp.where(whole > 0, fine / jnp.where(whole > 0, whole, 1), 1 / (height * width))
             total = total + share * spent[:, None, None]
         return total + even[:, None, None] / (height * width)
 
     def shares(self) -> dict[str, dict[str, Float[Array, ""]]]:
-        """Per wrapper: `kept`, the share of its units kept, and `macs`, its share of all MACs spent; means over the batch."""
+        """Per wrapper `kept`, the share of its units kept, and `macs`, its share of all MACs; means over the batch."""
         total = self.macs().mean()
         return {path: {"kept": d.kept(), "macs": d.macs().mean() / total} for path, d in self.decisions.items()}
 
@@ -71,33 +74,51 @@ class Trace:
         return sum((macs(d) for d in self.decisions.values()), start)
 
 
-def traced(fn: Callable) -> Callable:
-    """`traced(model)(x)` gives `(model(x), trace)`; also for a function whose first argument is the model.
+def _pixels(units: jax.Array, tile: tuple[float, float] | None, size: tuple[int, int]) -> jax.Array:
+    """For every pixel (B, H, W) the value (B, h, w) of the tile that its centre lies in."""
+    tile = tile or (1 / units.shape[1], 1 / units.shape[2])
+    rows, columns = (
+        np.minimum((np.arange(pixels) + 0.5) / pixels / side, tiles - 1).astype(int)
+        for pixels, side, tiles in zip(size, tile, units.shape[1:], strict=True)
+    )
+    return units[:, rows[:, None], columns[None]]
 
-    The batch size is the first axis of the first array among the arguments. Works under `jit` and `grad`.
+
+def traced(fn: Callable) -> Callable:
+    """`traced(model)(x)` gives `(model(x), trace)`; also for a method, or a function whose first argument is the model.
+
+    The batch size is the first axis of the first array among the other arguments. Works under `jit` and `grad`; gates
+    that train change the model, which must then be an argument of `nnx.jit`, or be merged inside of `jax.jit`.
 
     Raises:
-        ValueError: if no argument is an array.
+        ValueError: if there is no model, or no argument is an array.
     """
+    if isinstance(getattr(fn, "__self__", None), nnx.Module):
+        return functools.partial(traced(fn.__func__), fn.__self__)
 
     def call(*args, **kwargs):
         is_module = isinstance(fn, nnx.Module)
+        if not is_module and not (args and isinstance(args[0], nnx.Module)):
+            raise ValueError("traced: give it a model, a method of one, or a function whose first argument is one")
         model, rest = (fn, args) if is_module else (args[0], args[1:])
-        # A view shares the variables but is made of new modules: capturing writes to modules, which those of an outer trace refuse.
+        # A view shares the variables but is made of new modules: capturing writes to modules, which those of an outer
+        # trace refuse.
         model = nnx.view(model, raise_if_not_found=False)
 
         def run(model, *rest, **kwargs):
             for _, module in nnx.iter_modules(model):
                 if isinstance(module, nnx.List) and hasattr(module, "__captures__"):
-                    # Flax 0.12.8 captures on lists too. They sow nothing, and a name among their numbers cannot be sorted,
-                    # which nnx.split and nnx.view do.
+                    # Flax 0.12.8 captures on lists too. They sow nothing, and a name among their numbers cannot be
+                    # sorted, which nnx.split and nnx.view do.
                     del module.__captures__
             return model(*rest, **kwargs) if is_module else fn(model, *rest, **kwargs)
 
         output, captured = nnx.capture(run, Decisions)(model, *rest, **kwargs)
         examples = _examples(rest, kwargs)
         decisions = _by_path(captured)
-        still = nnx.view(model, execution="masked", deterministic=True, use_running_average=True, raise_if_not_found=False)
+        still = nnx.view(
+            model, execution="masked", deterministic=True, use_running_average=True, raise_if_not_found=False
+        )
         whole = cost.macs(*((still, *rest) if is_module else (fn, still, *rest)), **kwargs) / examples
         static = whole - sum(d.masked_macs for d in decisions.values())
         full = static + sum(d.full_macs for d in decisions.values())

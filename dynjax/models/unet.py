@@ -6,6 +6,7 @@ forms have the same blocks, so a trained static twin's parameters go under the w
 Letters: B examples, H W pixels, C channels, K classes.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -54,7 +55,10 @@ class Mix(nnx.Module):
 
 
 class Merge(nnx.Module):
-    """`Mix` of a fine map beside a coarse one repeated to its size; the coarse one is multiplied before it is repeated."""
+    """`Mix` of a fine map beside a coarse one repeated to its size.
+
+    The coarse one is multiplied before it is repeated: a quarter of the work, with the same result.
+    """
 
     def __init__(self, fine: int, coarse: int, *, rngs: nnx.Rngs):
         self.linear = nnx.Linear(fine + coarse, fine, use_bias=False, rngs=rngs)
@@ -90,7 +94,7 @@ class UNet(nnx.Module):
             3, widths[0], (max(3, 2 * stem_stride - 1),) * 2, (stem_stride, stem_stride), use_bias=False, rngs=rngs
         )
         self.stem_norm = nnx.BatchNorm(widths[0], momentum=0.95, rngs=rngs)
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.encoder = nnx.List(
             [nnx.List([Block(w, rngs=rngs) for _ in range(n)]) for w, n in zip(widths, blocks, strict=True)]
         )
@@ -156,8 +160,8 @@ def build(config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params:
 def adaptive(model: UNet, config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     """A copy of `model` with wrappers around its residual blocks.
 
-    "skip": every block, per example. "tiles": blocks of the levels that have a tile size, per tile. "select": on the same blocks, the
-    residual block or a plain 1x1 one, per tile.
+    "skip": every block, per example. "tiles": blocks of the levels that have a tile size, per tile. "select": on the
+    same blocks, the residual block or a plain 1x1 one, per tile.
     """
     if config.dynamics == "skip":
         gate = (

@@ -15,17 +15,16 @@ from dynjax import execute
 from dynjax.decision import Decision
 from dynjax.gates import Threshold, pool_tiles, threshold
 from dynjax.ops import wrapping
-from dynjax.ops.spatial import receptive_radius, window_macs
+from dynjax.ops.receptive import receptive_radius
+from dynjax.ops.spatial import window_macs
 
 
 class Skip(nnx.Module):
     """Run `block` for the examples that the gate keeps; the others pass unchanged, or through `otherwise`.
 
     SkipNet (Wang et al. 2018, arXiv:1711.09485, eq. 1) and ConvNet-AIG (Veit & Belongie 2018, arXiv:1711.11503, eq. 3),
-    around any module.
-    Deviation: both multiply the residual branch; here the block with its shortcut is skipped whole, so it may be any
-        module that keeps its
-    input's shape (or has that of `otherwise`).
+    around any module. Deviation: both multiply the residual branch; here the block with its shortcut is skipped whole,
+    so it may be any module that keeps its input's shape (or has that of `otherwise`).
 
     Args:
         block: what to skip, (B, ...) to (B, ...).
@@ -41,9 +40,8 @@ class Skip(nnx.Module):
         self.block, self.gate, self.otherwise = block, gate, otherwise
         self.execution, self.strategy = "masked", "auto"
 
-    def set_view(self, execution: str | None = None, strategy: str | None = None, **kwargs) -> dict:
+    def set_view(self, execution: str | None = None, strategy: str | None = None) -> None:
         self.execution, self.strategy = execution or self.execution, strategy or self.strategy
-        return kwargs
 
     def __call__(self, x: Float[Array, "B ..."]) -> Array:
         hint = "use SampleGate, or FixedGate of shape (B,)"
@@ -71,8 +69,9 @@ class Exits(nnx.Module):
     Args:
         stages: modules run one after the other; with `size`, stages after the first must keep height and width and have
             stride 1.
-        heads: one for each stage, (B, ...) to logits (B, K), or (B, H, W, K) with `size`.
-        confidence: "max_prob" is the largest class probability, "entropy" is one minus the entropy over its maximum.
+        heads: one for each stage, (B, ...) to logits (B, K) or (B, H, W, K), which `size` needs.
+        confidence: "max_prob" is the largest class probability, "entropy" is one minus the entropy over its maximum; of
+            several pixels, their mean.
         at: confidence in (0, 1) at which to stop when the threshold is 0; a budget moves the threshold.
         size: side of a tile in pixels of the stages' map; None decides per example.
 
@@ -93,8 +92,12 @@ class Exits(nnx.Module):
             raise ValueError(
                 f"Exits needs one head for each stage; there are {len(stages)} stages and {len(heads)} heads"
             )
+        if confidence not in ("max_prob", "entropy"):
+            raise ValueError(f"confidence={confidence!r} must be 'max_prob' or 'entropy'")
         if not 0 < at < 1:
             raise ValueError(f"at={at} must be a confidence in (0, 1)")
+        if size is not None and size < 1:
+            raise ValueError(f"size={size} must be at least 1 pixel, or None to decide per example")
         for part in (*stages, *heads):
             wrapping.refuse_nested("Exits", part)
         self.stages, self.heads = nnx.List(stages), nnx.List(heads)
@@ -103,11 +106,10 @@ class Exits(nnx.Module):
         self.execution, self.strategy, self.deterministic = "masked", "auto", False
 
     def set_view(
-        self, execution: str | None = None, strategy: str | None = None, deterministic: bool | None = None, **kwargs
-    ) -> dict:
+        self, execution: str | None = None, strategy: str | None = None, deterministic: bool | None = None
+    ) -> None:
         self.execution, self.strategy = execution or self.execution, strategy or self.strategy
         self.deterministic = self.deterministic if deterministic is None else deterministic
-        return kwargs
 
     def predictions(self, x: Array) -> list[Array]:
         """The logits of every head, to train them all."""
@@ -124,7 +126,9 @@ class Exits(nnx.Module):
             sure = jnp.exp(log_p.max(-1))
         else:
             sure = 1 + (jnp.exp(log_p) * log_p).sum(-1) / jnp.log(logits.shape[-1])
-        if self.size is not None:
+        if self.size is None:
+            sure = sure.mean(tuple(range(1, sure.ndim)))
+        else:
             sure = pool_tiles(sure[..., None], self.size)[..., 0]
         doubt = jnp.clip(1 - sure, 1e-6, 1 - 1e-6)
         return jax.scipy.special.logit(doubt) - jax.scipy.special.logit(1 - self.at)
@@ -133,7 +137,7 @@ class Exits(nnx.Module):
         inputs = [x]
         x = self.stages[0](x)
         out = self.heads[0](x)
-        active = jnp.ones((x.shape[0],) if self.size is None else self._grid(x), jnp.float32)
+        active = jnp.ones((x.shape[0], *(() if self.size is None else wrapping.grid(x, self.size))), jnp.float32)
         keeps, probabilities = [active], [active]
         for stage, head in zip(self.stages[1:], self.heads[1:], strict=True):
             inputs.append(x)
@@ -143,7 +147,7 @@ class Exits(nnx.Module):
             keeps.append(active)
             x, out = self._step(stage, head, x, out, active)
         if wrapping.tracing(self):
-            self._account(inputs, jnp.stack(keeps, -1), jnp.stack(probabilities, -1))
+            self._account(inputs, jnp.stack(keeps, -1), jnp.stack(probabilities, -1), wrapping.tile_of(x, self.size))
         return out
 
     def _step(self, stage, head, x, out, active):
@@ -159,7 +163,7 @@ class Exits(nnx.Module):
         x = execute.tiles(stage, x, active, radius=receptive_radius(stage, x), otherwise=lambda _: rest, **ways)
         return x, execute.tiles(head, x, active, radius=receptive_radius(head, x), otherwise=lambda _: out, **ways)
 
-    def _account(self, inputs, keep, probability):
+    def _account(self, inputs, keep, probability, tile):
         unit, whole = [], []
         tiles = keep[0, ..., 0].size
         for number, (stage, head, x) in enumerate(zip(self.stages, self.heads, inputs, strict=True)):
@@ -172,7 +176,4 @@ class Exits(nnx.Module):
                     sum(window_macs(b, v, self.size, receptive_radius(b, v)) for b, v in ((stage, x), (head, after)))
                 )
         granularity = "exit" if self.size is None else "tile exit"
-        wrapping.account(self, Decision(keep, probability, granularity), tuple(unit), tuple(whole))
-
-    def _grid(self, x):
-        return (x.shape[0], *(-(-n // self.size) for n in x.shape[1:3]))
+        wrapping.account(self, Decision(keep, probability, granularity), tuple(unit), tuple(whole), tile)

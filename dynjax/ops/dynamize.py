@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 
+import jax
 from flax import nnx
 
 from dynjax.gates import SampleGate, TileGate
@@ -24,49 +25,93 @@ def dynamize(
 
     Args:
         model: any nnx module; it is not changed, and shares no parameters with the copy.
-        wrappers: regular expression for a path such as "encoder/0/conv" to `Skip`, `Tiles`, or a function
-            `(block, features, rngs) -> module` that wraps it: `lambda block, features, rngs: Tiles(block, TileGate(features, size=8, rngs=rngs))`.
-            The first pattern that matches counts.
-        features: channels of the wrapped modules' input, for their gates: a number, a function `(path, module) -> channels`, or None to
-            take the input channels of the first layer inside the module that has them.
+        wrappers: regular expression for a path such as "encoder/0/conv" to `Skip`, `Tiles`, or a function that wraps a
+            module, `(block, features, rngs) -> module`, for example
+            `lambda block, features, rngs: Tiles(block, TileGate(features, size=8, rngs=rngs))`. The first pattern that
+            matches counts; containers (`nnx.List`, `nnx.Dict`) are no modules to match.
+        features: channels of the wrapped modules' input, for their gates: a number, a function
+            `(path, module) -> channels`, or None to take the input channels of the first layer made inside the module.
         rngs: for the gates' parameters and noise.
 
     Raises:
-        ValueError: for a pattern that matches nothing (near matches are listed), or where the input channels are not to be found.
+        ValueError: for a pattern that matches nothing (near matches are listed), or where the input channels are not to
+            be found.
     """
-    model = nnx.clone(model)
-    paths = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model) if path}
-    chosen: dict[str, str] = {}
-    for pattern in wrappers:
+    copy = nnx.clone(model)
+    # Lists and dicts are modules too; wrapping one would hide its items from the model that indexes it.
+    paths = {_name(path): m for path, m in nnx.iter_modules(copy) if path and not isinstance(m, nnx.List | nnx.Dict)}
+    chosen: dict[str, Callable] = {}
+    for pattern, wrapper in wrappers.items():
         matches = [path for path in paths if re.fullmatch(pattern, path)]
         if not matches:
-            near = difflib.get_close_matches(re.sub(r"[\\^$.*+?()\[\]{}|]", "", pattern), paths, n=5, cutoff=0.3) or sorted(paths)[:5]
-            raise ValueError(f"no module's path matches {pattern!r}; near: {', '.join(near)}")
+            plain = re.sub(r"[\\^$.*+?()\[\]{}|]", "", pattern)
+            near = difflib.get_close_matches(plain, paths, n=5, cutoff=0.3) or sorted(paths)[:5]
+            raise ValueError(
+                f"no module's path matches {pattern!r}; near: {', '.join(near) or 'the model has no modules'}"
+            )
         for path in matches:
-            chosen.setdefault(path, pattern)
-    outermost = [path for path in sorted(chosen) if not any(path.startswith(f"{other}/") for other in chosen)]
-    # List containers are modules too; wrapping one would hide its items from the model that indexes it.
-    outermost = [path for path in outermost if not isinstance(paths[path], nnx.List | nnx.Dict)]
-    for path in outermost:
-        block, wrapper = paths[path], wrappers[chosen[path]]
-        channels = _features(path, block, features)
-        wrapped = wrapper(block, _GATES[wrapper](channels, rngs=rngs)) if wrapper in _GATES else wrapper(block, channels, rngs)
-        parent, _, name = path.rpartition("/")
-        parent = paths[parent] if parent else model
+            chosen.setdefault(path, wrapper)
+    inner = [path for path in chosen if any(path.startswith(f"{other}/") for other in chosen)]
+    originals = {_name(path): module for path, module in nnx.iter_modules(model)}
+    new = {}
+    for path in sorted(chosen.keys() - inner):
+        block, wrapper = paths[path], chosen[path]
+        channels = _features(path, originals[path], features)
+        gated = (_GATES[wrapper](channels, rngs=rngs),) if wrapper in _GATES else (channels, rngs)
+        new[id(block)] = wrapper(block, *gated)
+    _replace(copy, new)
+    return copy
+
+
+def _replace(model: nnx.Module, new: Mapping[int, Callable]) -> None:
+    """Put new[id(module)] into every place where the module is: what was shared stays shared."""
+
+    def swap(value):
+        return new.get(id(value), value)
+
+    for _, parent in list(nnx.iter_modules(model)):
         if isinstance(parent, nnx.List):
-            parent[int(name)] = wrapped
-        elif isinstance(parent, nnx.Dict):
-            parent[name] = wrapped
-        else:
-            setattr(parent, name, wrapped)
-    return model
+            for index, item in enumerate(parent):
+                if id(item) in new:
+                    parent[index] = swap(item)
+            continue
+        for name, value in list(vars(parent).items()):
+            if id(value) in new:
+                setattr(parent, name, swap(value))
+            elif isinstance(value, tuple | list | dict) and not name.startswith("_pytree__"):
+                leaves = jax.tree.leaves(value, is_leaf=_is_node)
+                if any(id(leaf) in new for leaf in leaves):
+                    setattr(parent, name, nnx.data(jax.tree.map(swap, value, is_leaf=_is_node)))
 
 
-def _features(path: str, block: nnx.Module, features) -> int:
+def _is_node(value) -> bool:
+    return isinstance(value, nnx.Module | nnx.Variable)
+
+
+def _name(path: tuple) -> str:
+    return "/".join(map(str, path))
+
+
+def _features(path: str, block: nnx.Module, features: int | Callable | None) -> int:
     if features is not None:
         return features(path, block) if callable(features) else features
-    for _, module in nnx.iter_modules(block):
-        for name in ("in_features", "num_features"):
-            if isinstance(getattr(module, name, None), int):
-                return getattr(module, name)
-    raise ValueError(f"the input channels of {path!r} ({type(block).__name__}) are not to be seen from its layers: give features=")
+    found = _input_channels(block)
+    if found is None:
+        raise ValueError(
+            f"the input channels of {path!r} ({type(block).__name__}) are not to be seen from its layers: "
+            "give features=, a number or a function (path, module) -> channels"
+        )
+    return found
+
+
+def _input_channels(module: nnx.Module) -> int | None:
+    """Those of the first layer that has them, in the order in which the layers were made."""
+    for name in ("in_features", "num_features"):
+        if isinstance(getattr(module, name, None), int):
+            return getattr(module, name)
+    for value in module if isinstance(module, nnx.List) else vars(module).values():
+        for item in jax.tree.leaves(value, is_leaf=_is_node):
+            channels = _input_channels(item) if isinstance(item, nnx.Module) else None
+            if channels is not None:
+                return channels
+    return None

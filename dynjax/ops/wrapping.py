@@ -1,4 +1,4 @@
-"""What every wrapper does: look at the wrapped module without changing it, count it, and refuse what cannot be skipped."""
+"""What every wrapper does: look at the wrapped module without changing it, count it, refuse what cannot be skipped."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,22 +21,24 @@ def ready(block: Callable, execution: str) -> Callable:
     """`block` for this execution.
 
     Raises:
-        ValueError: for compact execution of a block that still updates its BatchNorm statistics.
+        ValueError: for compact execution of a block that still trains: BatchNorm that updates its statistics, dropout.
     """
     if execution not in ("masked", "compact"):
         raise ValueError(f"execution={execution!r} must be 'masked' or 'compact'")
     if execution == "compact" and isinstance(block, nnx.Module):
         for path, module in nnx.iter_modules(block):
-            if isinstance(module, nnx.BatchNorm) and not module.use_running_average:
+            training = "updates its statistics" if getattr(module, "use_running_average", None) is False else ""
+            training = "draws noise" if getattr(module, "deterministic", None) is False else training
+            if training:
                 raise ValueError(
-                    f"compact execution cannot train: BatchNorm at {_name(path)} still updates its statistics; "
+                    f"compact execution cannot train: {type(module).__name__} at {_name(path)} still {training}; "
                     "use nnx.view(model, execution='compact', deterministic=True, use_running_average=True)"
                 )
     return block
 
 
 def refuse_nested(wrapper: str, block: Callable) -> None:
-    """Raise ValueError if `block` holds dynamic modules itself: two decisions about one piece of work cannot be accounted."""
+    """Raise ValueError if `block` holds dynamic modules: two decisions about one piece of work cannot be accounted."""
     if isinstance(block, nnx.Module):
         for path, module in nnx.iter_modules(block):
             if hasattr(module, "execution"):
@@ -58,15 +60,32 @@ def macs_per_example(block: Callable, x: jax.Array) -> float:
 def expect(decision: Decision, granularity: str, shape: tuple[int, ...], wrapper: str, hint: str) -> Decision:
     """`decision` if it has this granularity and shape, else a ValueError that says which gate fits."""
     if decision.keep.shape != shape:
-        raise ValueError(f"{wrapper} needs a decision per {granularity} of shape {shape}, its gate gave {decision.keep.shape}; {hint}")
+        raise ValueError(
+            f"{wrapper} needs a decision per {granularity} of shape {shape}, its gate gave {decision.keep.shape}; "
+            f"{hint}"
+        )
     return dataclasses.replace(decision, granularity=granularity)
 
 
-def account(wrapper: nnx.Module, decision: Decision, unit_macs: tuple[float, ...], whole_macs: tuple[float, ...]) -> Decision:
-    """The decision with its costs, recorded for the trace."""
-    decision = dataclasses.replace(decision, unit_macs=unit_macs, whole_macs=whole_macs)
-    record(wrapper, decision)
-    return decision
+def account(
+    wrapper: nnx.Module,
+    decision: Decision,
+    unit_macs: tuple[float, ...],
+    whole_macs: tuple[float, ...],
+    tile: tuple[float, float] | None = None,
+) -> None:
+    """Record the decision for the trace, with its costs and the place of its tiles."""
+    record(wrapper, dataclasses.replace(decision, unit_macs=unit_macs, whole_macs=whole_macs, tile=tile))
+
+
+def grid(x: jax.Array, size: int) -> tuple[int, int]:
+    """Rows and columns of tiles of `size` pixels on `x`; the last ones may be cut by the border."""
+    return -(-x.shape[1] // size), -(-x.shape[2] // size)
+
+
+def tile_of(x: jax.Array, size: int | None) -> tuple[float, float] | None:
+    """Sides of a tile of `size` pixels as shares of the height and width of `x`."""
+    return None if size is None else (size / x.shape[1], size / x.shape[2])
 
 
 def tracing(module: nnx.Module) -> bool:
