@@ -99,6 +99,13 @@ def _stop_signals() -> Iterator[threading.Event]:
         restore()
 
 
+def _agree_to_stop(asked: bool, step: int, every: int = 10) -> bool:
+    """Whether to stop before `step`. Several processes stop together and ask each other only now and then: it waits."""
+    if jax.process_count() == 1:
+        return asked
+    return step % every == 0 and meshes.any_process(asked)
+
+
 def _position(batches: Iterator, step: int) -> Any:
     return batches.get_state() if hasattr(batches, "get_state") else step
 
@@ -162,7 +169,7 @@ def fit(
             scores, pending = {}, None
             # The order is an invariant: evaluate, checkpoint, fetch, step, log the step before.
             for step in range(start, config.steps + 1):
-                last, stopping = step == config.steps, meshes.any_process(stop.is_set())
+                last, stopping = step == config.steps, _agree_to_stop(stop.is_set(), step)
                 due = step > start and config.evaluate_every and step % config.evaluate_every == 0
                 if evaluate is not None and (last or due) and not (stopping and not last):
                     pending = _report(log, pending, workdir)
@@ -247,7 +254,7 @@ def validator(task: Any, source: Any, config: Config) -> Callable[[nnx.Module], 
     sums = jax.jit(sums, static_argnums=0, out_shardings=meshes.replicated(mesh))
 
     def evaluate(model: nnx.Module) -> dict:
-        if task.budget is not None:
+        if task.budget is not None and task.budget.sampled:
             budget.set_threshold(model, budget.sampled_threshold(task.budget.target))
         graphdef, state = nnx.split(model)
         state = meshes.replicate(mesh, state)

@@ -1,6 +1,7 @@
 """Train a row: python -m experiments.train ROW --workdir W [any field of the row]; --list names the rows.
 
-The same command goes on where it stopped: after Ctrl-C or SIGKILL it ends with the same parameters, bit for bit.
+The same command goes on where it stopped: after Ctrl-C or SIGKILL it ends with the same parameters, bit for bit (on
+CPU; on a GPU as far as XLA's operations are deterministic there). Several hosts: see dynjax/mesh.py.
 """
 
 import dataclasses
