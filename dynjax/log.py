@@ -98,7 +98,9 @@ class Log:
         """Record the scores of an evaluation after `step` steps; its time does not count as training time."""
         self._write(step, {f"val/{name}": value for name, value in scores.items()})
         if "miou" in scores:
-            self.shown = {"mIoU": f"{scores['miou']:.3f}"} | self.shown
+            self.shown = {"mIoU": f"{scores['miou']:.3f}"} | {k: v for k, v in self.shown.items() if k != "mIoU"}
+            if self.bar is not None:
+                self.bar.set_postfix(self.shown, refresh=False)
         self.clock = time.perf_counter()
 
     def pause(self) -> None:

@@ -53,7 +53,8 @@ def main(arguments: list[str]) -> int | None:
     except train.Interrupted as stop:
         print(stop, file=sys.stderr)
         return cli.STOPPED
-    print(json.dumps(log.finite({"row": config.row, "step": config.steps, "val": scores})))
+    if mesh.processes()["process_index"] == 0:
+        print(json.dumps(log.finite({"row": config.row, "step": config.steps, "val": scores})))
     return None
 
 
