@@ -19,8 +19,9 @@ $(STAMP): requirements.txt pyproject.toml
 # Train, evaluate, predict: minutes on two cores.
 demo: venv
 	$(BIN)/python -m experiments.train digits_unet_tiles --workdir $(DEMO)
-	$(BIN)/python -m experiments.predict --workdir $(DEMO) --out $(DEMO)/predictions --budget 0.5 $(DEMO)/examples/*.png
 	$(BIN)/python -m experiments.evaluate --workdir $(DEMO)
+	$(BIN)/python -m experiments.predict --workdir $(DEMO) --out $(DEMO)/predictions --budget 0.5 $(DEMO)/examples/*.png
+	@echo; cat $(DEMO)/table.txt
 
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

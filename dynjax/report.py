@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
+from dynjax.deploy import Report
 from dynjax.evaluate import Example, Point
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers: one per curve, with a marker of its own.
@@ -119,6 +120,20 @@ def layer_table(shares: dict[float, dict[str, dict[str, float]]]) -> str:
     paths = next(iter(shares.values()))
     rows = [[path, *(f"{100 * each[path]['kept']:.0f}" for each in shares.values())] for path in paths]
     return table(["% of units kept", *(f"at {budget:g}" for budget in shares)], rows)
+
+
+def calibration_table(reports: dict[float, Report]) -> str:
+    """What each budget came to on the calibration pictures, in MMAC per image."""
+    rows = [
+        [
+            f"{budget:g}",
+            *(f"{value / 1e6:.1f}" for value in (each.mean, each.p95, each.max, each.full)),
+            f"{each.threshold:.2f}",
+            "yes" if each.met else "no",
+        ]
+        for budget, each in reports.items()
+    ]
+    return table(["on calibration", "mean MMAC", "p95", "max", "all kept", "threshold", "met"], rows)
 
 
 def _style(axes: Axes) -> None:

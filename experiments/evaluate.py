@@ -1,7 +1,7 @@
 """Score, MACs and latency at several budgets: python -m experiments.evaluate --workdir W [--budgets 0.25 0.5 1.0]
 
-Writes into W: curve.csv, curve.png, heatmaps.png, compute_histogram.png, evaluation.json, and as examples/*.png the
-pictures that heatmaps.png shows.
+Writes into W: curve.csv, curve.png, heatmaps.png, compute_histogram.png, table.txt, evaluation.json, and as
+examples/*.png the pictures that heatmaps.png shows.
 """
 
 import dataclasses
@@ -96,6 +96,15 @@ def calibration_size(available: int, arguments: Arguments) -> tuple[int, int]:
     return size, -(-min(arguments.calibration, available) // size)
 
 
+def without_nan(value: Any) -> Any:
+    """None in place of NaN (the IoU of a class that does not occur), which JSON has not."""
+    if isinstance(value, dict):
+        return {name: without_nan(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [without_nan(each) for each in value]
+    return None if value != value else value
+
+
 def commit() -> str:
     """The commit of the code that runs, with + when files differ from it; empty outside a repository."""
     here = Path(__file__).parent
@@ -107,6 +116,23 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return name.stdout.strip() + ("+" if changed.returncode else "")
+
+
+def summarise(title: str, points: list[Any], twin_score: float | None, static: bool) -> str:
+    """The table that the command ends in."""
+    from dynjax.report import curve_table
+
+    lines = [title, curve_table(points)]
+    if twin_score is None:
+        lines.append("static twin: timed with fresh weights; --twin WORKDIR scores a trained one")
+    elif not static:
+        lines.append(f"static twin: mIoU {100 * twin_score:.1f} %, {points[0].static_macs / 1e6:.1f} MMAC/image")
+    for point in points:
+        if not point.met:
+            lines.append(
+                f"budget {point.budget:g} is not met: the least this model can spend on val's pictures is more"
+            )
+    return "\n".join(lines)
 
 
 def main(raw: list[str]) -> None:
@@ -127,6 +153,8 @@ def main(raw: list[str]) -> None:
     source, val = make_source(config.data, arguments.split), make_source(config.data, "val")
     print(source.describe())
     classes = tuple(source.classes)
+    if classes != (trained_on := checkpoint.read_config(arguments.workdir)[1]):
+        raise UserError(f"{arguments.workdir} was trained for the classes {trained_on}, {source.name} has {classes}")
     task = SegmentationTask(len(classes), classes, config.loss)
     static = config.model.dynamics == "static"
     twin, trained = (model, True) if static else find_twin(config, len(classes), arguments.twin)
@@ -167,9 +195,11 @@ def main(raw: list[str]) -> None:
         "classes": list(classes),
         "static_score": twin_score,
         "thresholds": {f"{budget:g}": float(each.threshold) for budget, each in found.reports.items()},
-        "scores": {f"{budget:g}": each.scores for budget, each in found.scored.items()},
+        "calibration": {f"{budget:g}": dataclasses.asdict(each) for budget, each in found.reports.items()},
+        "scores": {f"{budget:g}": without_nan(each.scores) for budget, each in found.scored.items()},
         "layers": {f"{budget:g}": each.shares for budget, each in found.scored.items()},
     }
+    summary = summarise(f"{title}; step {step}; {report.hardware()}", found.points, twin_score, static)
     try:
         write_curve(workdir / "curve.csv", found.points)
         report.plot_curve(
@@ -180,22 +210,16 @@ def main(raw: list[str]) -> None:
         shown = examples(found, middle, source, arguments.batch_size)
         report.plot_heatmaps(workdir / "heatmaps.png", shown, class_names=classes, title=f"{title}, budget {middle:g}")
         report.save_pictures(workdir / "examples", {example.name: example.image for example in shown})
+        (workdir / "table.txt").write_text(f"{summary}\n")
         (workdir / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write in workdir {workdir}: {error.strerror or error}") from None
 
     if not static:
         print(f"\n{report.layer_table({budget: each.shares for budget, each in found.scored.items()})}")
-    print(f"\n{title}; step {step}; {report.hardware()}")
-    print(report.curve_table(found.points))
-    if twin_score is None:
-        print("static twin: timed with fresh weights; --twin WORKDIR scores a trained one")
-    elif not static:
-        print(f"static twin: mIoU {100 * twin_score:.1f} %, {found.points[0].static_macs / 1e6:.1f} MMAC/image")
-    for point in found.points:
-        if not point.met:
-            print(f"budget {point.budget:g} is not met: the least this model can spend on the pictures of val is more")
-    print(f"{workdir}: curve.csv curve.png heatmaps.png compute_histogram.png evaluation.json")
+        print(f"\n{report.calibration_table(found.reports)}")
+    print(f"\n{summary}")
+    print(f"{workdir}: curve.csv curve.png heatmaps.png compute_histogram.png evaluation.json table.txt")
 
 
 if __name__ == "__main__":

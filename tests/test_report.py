@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 from dynjax import report
+from dynjax.deploy import Report
 from dynjax.evaluate import Example, Point
 
 
@@ -58,6 +59,11 @@ def test_tables_are_aligned():
         "25",
         "100",
     ]
+
+
+def test_calibration_table_is_in_millions():
+    found = Report(0.5, 1.25, False, 2e6, 3e6, 4e6, 8e6)
+    assert report.calibration_table({0.25: found}).splitlines()[2].split() == "0.25 2.0 3.0 4.0 8.0 1.25 no".split()
 
 
 def test_curve_shows_every_curve_and_the_twin(tmp_path):
