@@ -193,6 +193,8 @@ class Evaluation:
     model: nnx.Module
     """One of the deployed models; the others differ from it in their state alone."""
     states: dict[float, nnx.State]
+    cores: float
+    """Cores that this process kept busy while it was timed: on a CPU, well below 1 says that others took them."""
 
 
 def evaluate(
@@ -224,7 +226,9 @@ def evaluate(
     twin_runner, twin_state = make_runner(twin, task), nnx.state(twin)
     functions: dict[Any, Callable] = {"static": lambda image: twin_runner.infer(twin_state, image)}
     functions |= {b: (lambda image, s=s: runner.infer(s, image)) for b, s in states.items() if not static}
+    wall, cpu = time.perf_counter(), time.process_time()
     times = alternate(functions, [jax.device_put(image) for image in timing], repeats=repeats)
+    cores = (time.process_time() - cpu) / (time.perf_counter() - wall)
     if static:
         times[1.0] = times["static"]
 
@@ -251,7 +255,7 @@ def evaluate(
             )
         )
     reports = {budget: each.report for budget, each in deployed.items()}
-    return Evaluation(points, scored, reports, runner, one, states)
+    return Evaluation(points, scored, reports, runner, one, states, cores)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dynjax.config import Config, UserError
 from experiments import cli
 
 COMMAND = "experiments.evaluate"
+BUSY = 0.8  # cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +119,18 @@ def commit() -> str:
     return name.stdout.strip() + ("+" if changed.returncode else "")
 
 
-def summarise(title: str, points: list[Any], twin_score: float | None, static: bool) -> str:
+def summarise(title: str, found: Any, twin_score: float | None, static: bool) -> str:
     """The table that the command ends in."""
+    import jax
+
     from dynjax.report import curve_table
 
+    points = found.points
     lines = [title, curve_table(points)]
+    if jax.default_backend() == "cpu" and found.cores < BUSY:
+        lines.append(
+            f"latencies are not to be trusted: others left this process {found.cores:.1f} cores while it was timed"
+        )
     if twin_score is None:
         lines.append("static twin: timed with fresh weights; --twin WORKDIR scores a trained one")
     elif not static:
@@ -189,6 +197,7 @@ def main(raw: list[str]) -> None:
         "seed": config.seed,
         "step": step,
         "hardware": report.hardware(),
+        "cores": round(found.cores, 2),
         "commit": commit(),
         "command": f"python -m {COMMAND} {shlex.join(raw)}",
         "size": list(source.size),
@@ -199,7 +208,7 @@ def main(raw: list[str]) -> None:
         "scores": {f"{budget:g}": without_nan(each.scores) for budget, each in found.scored.items()},
         "layers": {f"{budget:g}": each.shares for budget, each in found.scored.items()},
     }
-    summary = summarise(f"{title}; step {step}; {report.hardware()}", found.points, twin_score, static)
+    summary = summarise(f"{title}; step {step}; {report.hardware()}", found, twin_score, static)
     try:
         write_curve(workdir / "curve.csv", found.points)
         report.plot_curve(

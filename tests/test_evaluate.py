@@ -117,6 +117,10 @@ def test_latency_columns_agree(found):
     assert found.points[0].static_latency_ms_p50 == found.points[1].static_latency_ms_p50
 
 
+def test_the_share_of_the_machine_is_known(found):
+    assert 0 < found.cores < 1000
+
+
 def test_every_budget_runs_the_same_compiled_program(found):
     assert found.runner.infer._cache_size() == 1
     assert found.runner.examine._cache_size() == 1
