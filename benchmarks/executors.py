@@ -1,10 +1,11 @@
 """How much faster compact execution is than running everything: dense and compact timed alternately in one process.
 
-    python -m benchmarks.executors [--out benchmarks/results/executors.csv] [--repeats 15] [--cases tiles_bottleneck ...]
+    python -m benchmarks.executors [--out benchmarks/results/executors.csv] [--repeats 15] [--cases tiles_bottleneck
+    ...]
 
-For every case and share of kept units: the median milliseconds of the dense block and of the compact executor (with its fall-back to dense),
-the speed-up, the ideal 1 / kept, and the executor with the fall-back turned off, whose crossing with dense is the break-even that
-`dynjax/execute.py` states. Also checks each result against the masked execution.
+For every case and share of kept units: the median milliseconds of the dense block and of the compact executor (with its
+fall-back to dense), the speed-up, the ideal 1 / kept, and the executor with the fall-back turned off, whose crossing
+with dense is the break-even that `dynjax/execute.py` states. Also checks each result against the masked execution.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 from dynjax import execute
-from dynjax.ops.spatial import receptive_radius
+from dynjax.ops.receptive import receptive_radius
 
 KEPT = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0)
 
@@ -114,7 +115,9 @@ def run(name: str, case: Case, repeats: int, strategy: str) -> list[dict]:
         keep = (order < round(share * units)).astype(x.dtype)
         error = float(jnp.abs(compact(x, keep) - masked(x, keep)).max())
         assert error <= 1e-5 * float(jnp.abs(x).max()), f"{name}: compact differs from masked by {error}"
-        whole, fast, raw = median_ms([lambda: dense(x), lambda k=keep: compact(x, k), lambda k=keep: alone(x, k)], repeats)
+        whole, fast, raw = median_ms(
+            [lambda: dense(x), lambda k=keep: compact(x, k), lambda k=keep: alone(x, k)], repeats
+        )
         rows.append(
             dict(
                 case=name,
@@ -146,7 +149,10 @@ def main() -> None:
     parser.add_argument("--strategy", choices=("auto", "loop", "buckets"), default="auto")
     arguments = parser.parse_args()
     device = jax.devices()[0]
-    print(f"{device.device_kind or device.platform}, {os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}", file=sys.stderr)
+    print(
+        f"{device.device_kind or device.platform}, {os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}",
+        file=sys.stderr,
+    )
     rows = [row for name in arguments.cases for row in run(name, CASES[name], arguments.repeats, arguments.strategy)]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("w", newline="") as file:

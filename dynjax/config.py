@@ -1,4 +1,5 @@
-"""Configuration: frozen dataclasses. A row is a function that returns one `Config`; the command line overrides any field of it."""
+"""Configuration: frozen dataclasses. A row is a function that returns one `Config`; the command line overrides any
+field of it."""
 
 import dataclasses
 from typing import Literal
@@ -29,7 +30,8 @@ class DataConfig:
     path: str = ""
     """Folder of the data set; not used by digits."""
     size: tuple[int, int] | None = None
-    """Height and width in pixels that pictures are resized to; None keeps the pictures' own size, which must then be one."""
+    """Height and width in pixels that pictures are resized to; None keeps the pictures' own size, which must then be
+    one."""
     classes: int = 0
     """Number of classes of a folder or TFDS set; 0 reads it from the data."""
     examples: int = 2000
@@ -64,7 +66,8 @@ class BudgetConfig:
     target: float = 0.5
     """Share of the MACs, in (0, 1], that training steers to."""
     sampled: bool = True
-    """Draw a new target from [target, 1] at every step, so that one checkpoint serves every budget from target up."""
+    """Draw a new target from [target, 1] at every step, low ones more often, so that one checkpoint serves every budget
+    from target up."""
     weight: float = 10.0
     """Weight of the budget loss."""
 

@@ -1,9 +1,10 @@
 """Executors carry a decision out. One signature, two executions with the same answer.
 
-`masked` computes everything and blends: differentiable, for training. `compact` computes only what was kept, under `jit`, with static shapes.
-How compact skips is a `strategy`: "loop" has a trip count known at run time (a CPU pays for exactly what is kept), "buckets" picks one of a
-few capacities and makes one large launch (what a GPU or TPU wants; an overflow takes the next capacity, nothing is dropped), "auto" chooses by
-platform. Where nearly everything is kept, both run the block on the whole input, past a break-even that `benchmarks/executors.py` measures.
+`masked` computes everything and blends: differentiable, for training. `compact` computes only what was kept, under
+`jit`, with static shapes. How compact skips is a `strategy`: "loop" has a trip count known at run time (a CPU pays for
+exactly what is kept), "buckets" picks one of a few capacities and makes one large launch (what a GPU or TPU wants; an
+overflow takes the next capacity, nothing is dropped), "auto" chooses by platform. Where nearly everything is kept, both
+run the block on the whole input, past a break-even that `benchmarks/executors.py` measures.
 
 Blocks are called as they are and must not change state (BatchNorm on running averages) when compact.
 Letters: B examples, H W pixels, C channels, h w tiles, K branches.
@@ -75,15 +76,18 @@ def tiles(
 ) -> Array:
     """`block(x)` on the kept tiles of `size` pixels and `otherwise(x)` (default: `x` itself) on the others.
 
-    `block` must have stride 1, SAME padding and a receptive radius of at most `radius` pixels. The last row and column of tiles are cut by
-    the border where H or W is no multiple of `size`.
+    `block` must have stride 1, SAME padding and a receptive radius of at most `radius` pixels. The last row and column
+    of tiles are cut by the border where H or W is no multiple of `size`.
 
     Raises:
         ValueError: if `keep` has another number of tiles, or `block` and `otherwise` give different shapes.
     """
     grid = tuple(-(-n // size) for n in x.shape[1:3])
     if keep.shape != (x.shape[0], *grid):
-        raise ValueError(f"keep has shape {keep.shape}; {x.shape[1]}x{x.shape[2]} pixels in tiles of {size} need {(x.shape[0], *grid)}")
+        raise ValueError(
+            f"keep has shape {keep.shape}; "
+            f"{x.shape[1]}x{x.shape[2]} pixels in tiles of {size} need {(x.shape[0], *grid)}"
+        )
     other = x if otherwise is None else otherwise(x)
     if execution == "masked":
         return blend(tile_pixels(keep, size, x.shape[1:3]), _like(block(x), other), other)
@@ -170,74 +174,78 @@ def _samples_compact(block, x, keep, other, strategy):
 
 def _tiles_compact(block, x, keep, other, size, radius, strategy):
     examples, height, width, _ = x.shape
-    rows, columns = keep.shape[1:]
     kept = (keep > 0.5).reshape(-1)
     total, number = kept.size, kept.sum(dtype=jnp.int32)
-    order = jnp.argsort(~kept, stable=True)
+    order = jnp.argsort(~kept, stable=True).astype(jnp.int32)
     window = size + 2 * radius
-    # A map smaller than one window grows to it; `inside` keeps what was added from counting.
+    # A map smaller than one window grows to it; the strip's `inside` keeps what was added from counting.
     grow = tuple(max(0, window - n) for n in (height, width))
-    source = jnp.pad(x, ((0, 0), (0, grow[0]), (0, grow[1]), (0, 0))) if any(grow) else x
+    source, base = _grown(x, grow), _grown(other, grow)
     closed = windows.trace(block, x.shape, x.dtype)
     stripped = windows.supported(closed, size=size, radius=radius)
-    if not stripped and any(grow):
-        # Whole windows rely on the block's own padding at the border of the map, so they cannot be larger than the map.
-        return blend(tile_pixels(keep, size, (height, width)), block(x), other)
-
-    def place(tile):
-        """Example, first row and column of a tile; one that the border cuts starts earlier, so that it is whole."""
-        example, rest = jnp.divmod(tile, rows * columns)
-        row, column = jnp.divmod(rest, columns)
-        return example, jnp.minimum(row * size, source.shape[1] - size), jnp.minimum(column * size, source.shape[2] - size)
-
-    def run(tiles_):
-        """The output (1, size, size, C') of each of these tiles."""
-        places = [place(t) for t in tiles_]
-        cut = functools.partial(windows.cut, source, size=size, radius=radius)
-        if stripped:
-            strip = jnp.concatenate([cut(*p) for p in places], axis=2)
-            inside = jnp.concatenate([windows.inside(p[1], p[2], (height, width), size=size, radius=radius) for p in places], 2)
-            y = windows.run_strip(closed, strip, inside, size=size, radius=radius)
-            return [lax.slice_in_dim(y, k * window + radius, k * window + radius + size, axis=2) for k in range(len(places))]
-        starts = [tuple(jnp.clip(p[i] - radius, 0, source.shape[i] - window) for i in (1, 2)) for p in places]
-        cuts = [
-            lax.dynamic_slice(source, (p[0], *s, 0), (1, window, window, x.shape[-1])) for p, s in zip(places, starts, strict=True)
-        ]
-        y = block(jnp.concatenate(cuts))
-        return [
-            lax.dynamic_slice(y, (k, p[1] - s[0], p[2] - s[1], 0), (1, size, size, y.shape[-1]))
-            for k, (p, s) in enumerate(zip(places, starts, strict=True))
-        ]
-
-    def write(out, tile, y):
-        example, top, left = place(tile)
-        if height % size or width % size:
-            row, column = jnp.divmod(tile % (rows * columns), columns)
-            own = (jnp.arange(size) + top >= row * size)[:, None] & (jnp.arange(size) + left >= column * size)
-            y = jnp.where(own[None, :, :, None], y, lax.dynamic_slice(out, (example, top, left, 0), y.shape))
-        return lax.dynamic_update_slice(out, y, (example, top, left, 0))
+    pixels = jnp.arange(size, dtype=jnp.int32)
 
     def whole():
         mask = tile_pixels(kept.reshape(keep.shape).astype(other.dtype), size, (height, width))
         return blend(mask, block(x), other)
 
-    def grown():
-        return jnp.pad(other, ((0, 0), (0, grow[0]), (0, grow[1]), (0, 0))) if any(grow) else other
+    if not stripped and any(grow):
+        # Whole windows rely on the block's own padding at the border of the map, so they cannot be larger than the map.
+        return whole()
+
+    def place(tiles):
+        """Example, row and column of the first pixel that a tile owns, and row and column where it is computed.
+
+        The latter start earlier where the border cuts the tile, so that it is computed whole.
+        """
+        rows, columns = keep.shape[1:]
+        row, column = tiles // columns % rows * size, tiles % columns * size
+        return (
+            tiles // (rows * columns),
+            row,
+            column,
+            _at_most(row, source.shape[1] - size),
+            _at_most(column, source.shape[2] - size),
+        )
+
+    def strip(tiles):
+        """Outputs (1, size, size, C') of a few tiles, computed side by side."""
+        example, _, _, top, left = place(tiles)
+        cuts = [
+            windows.cut(source, example[k], top[k], left[k], size=size, radius=radius, shift=stripped)
+            for k in range(tiles.size)
+        ]
+        if stripped:
+            inside = windows.inside(top, left, (height, width), size=size, radius=radius)
+            y = windows.run_strip(closed, lax.concatenate(cuts, 2), inside, size=size, radius=radius)
+            return [
+                lax.slice_in_dim(y, k * window + radius, k * window + radius + size, axis=2) for k in range(tiles.size)
+            ]
+        y = block(lax.concatenate(cuts, 0))
+        skip = [(t - jnp.clip(t - radius, 0, n - window)) for t, n in ((top, source.shape[1]), (left, source.shape[2]))]
+        return [
+            lax.dynamic_slice(y, (k, skip[0][k], skip[1][k], 0), (1, size, size, y.shape[3])) for k in range(tiles.size)
+        ]
 
     def loop():
         group = windows.strip_tiles(size, radius, total)
         last = order[jnp.maximum(number - 1, 0)]
 
         def body(i, out):
-            places = i * group + jnp.arange(group)
+            places = i * group + jnp.arange(group, dtype=jnp.int32)
             # The last strip may have places to spare; they repeat the last tile, and write the same pixels again.
-            chosen = jnp.where(places < number, order[jnp.minimum(places, total - 1)], last)
-            for tile, y in zip(chosen, run(list(chosen)), strict=True):
-                out = write(out, tile, y)
+            tiles = jnp.where(places < number, order[jnp.minimum(places, total - 1)], last)
+            example, row, column, top, left = place(tiles)
+            for k, y in enumerate(strip(tiles)):
+                at = (example[k], top[k], left[k], jnp.int32(0))
+                if height % size or width % size:
+                    own = (pixels + top[k] >= row[k])[:, None] & (pixels + left[k] >= column[k])[None, :]
+                    y = jnp.where(own[None, :, :, None], y, lax.dynamic_slice(out, at, y.shape))
+                out = lax.dynamic_update_slice(out, y, at)
             return out
 
         def some():
-            return lax.fori_loop(0, -(-number // group), body, grown())[:, :height, :width]
+            return lax.fori_loop(0, -(-number // group), body, base)[:, :height, :width]
 
         if total == 1:
             return lax.cond(number > 0, whole, lambda: other)
@@ -245,20 +253,27 @@ def _tiles_compact(block, x, keep, other, size, radius, strategy):
 
     def buckets():
         def some(capacity):
-            chosen = order[:capacity]
-            y = lax.map(lambda tile: run([tile])[0][0], chosen, batch_size=capacity)
-            example, top, left = place(chosen)
-            row, column = jnp.divmod(chosen % (rows * columns), columns)
-            r, c = top[:, None] + jnp.arange(size)[None], left[:, None] + jnp.arange(size)[None]
-            used = (jnp.arange(capacity) < number)[:, None, None]
-            own = used & (r >= (row * size)[:, None])[:, :, None] & (c >= (column * size)[:, None])[:, None, :]
-            at = jnp.where(own, example[:, None, None], examples)
-            out = grown().at[at, r[:, :, None], c[:, None, :]].set(y, mode="drop")
-            return out[:, :height, :width]
+            tiles = order[:capacity]
+            y = jax.vmap(lambda tile: strip(tile[None])[0][0])(tiles)
+            example, row, column, top, left = place(tiles)
+            rows, columns = top[:, None] + pixels[None, :], left[:, None] + pixels[None, :]
+            own = (rows >= row[:, None])[:, :, None] & (columns >= column[:, None])[:, None, :]
+            # The places beyond the kept ones point past the last example: their result is written nowhere.
+            used = own & (jnp.arange(capacity) < number)[:, None, None]
+            at = jnp.where(used, example[:, None, None], examples)
+            return base.at[at, rows[:, :, None], columns[:, None, :]].set(y, mode="drop")[:, :height, :width]
 
         return _buckets(number, total, some, whole, other)
 
     return _by_platform(strategy, loop, buckets)
+
+
+def _grown(x, grow):
+    return jnp.pad(x, ((0, 0), (0, grow[0]), (0, grow[1]), (0, 0))) if any(grow) else x
+
+
+def _at_most(value, limit):
+    return jnp.minimum(value, jnp.int32(limit))
 
 
 def break_even(size: int, radius: int) -> float:
@@ -278,7 +293,9 @@ def _buckets(number, total, run, whole, other):
 
 def _by_platform(strategy, loop, buckets):
     if strategy == "auto":
-        return lax.platform_dependent(cpu=loop, default=buckets)
+        # Not lax.platform_dependent: it traces both ways, which takes longer than all the rest. To export for another
+        # platform than this process runs on, name the strategy.
+        strategy = "loop" if jax.default_backend() == "cpu" else "buckets"
     if strategy not in ("loop", "buckets"):
         raise ValueError(f"strategy={strategy!r} must be 'auto', 'loop' or 'buckets'")
     return loop() if strategy == "loop" else buckets()
@@ -294,6 +311,7 @@ def _like(y, other):
     """`y`, once its shape is known to be that of what it is put together with."""
     if y.shape != other.shape:
         raise ValueError(
-            f"the block gives shape {y.shape} and what it is put together with has {other.shape}; give an `otherwise` (or branches) of one shape"
+            f"the block gives shape {y.shape} and what it is put together with has {other.shape}; "
+            "give an `otherwise`, or branches, of one shape"
         )
     return y

@@ -89,6 +89,13 @@ def pool_tiles(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]
     return sums(x) / sums(jnp.ones((1, height, width, 1), x.dtype))
 
 
+def max_tiles(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]:
+    """Maximum over each tile of `size` pixels."""
+    pad = ((0, 0), (0, -x.shape[1] % size), (0, -x.shape[2] % size), (0, 0))
+    x = jnp.pad(x, pad, constant_values=-jnp.inf)
+    return x.reshape(x.shape[0], x.shape[1] // size, size, x.shape[2] // size, size, x.shape[3]).max((2, 4))
+
+
 # Modules
 
 
@@ -154,7 +161,7 @@ class SampleGate(nnx.Module):
 
 
 class TileGate(nnx.Module):
-    """One decision per tile of `size` pixels, from the tile's mean and the whole map's.
+    """One decision per tile of `size` pixels, from the tile's mean and maximum and the map's mean.
 
     `x` (B, H, W, features) gives a decision of shape (B, ceil(H / size), ceil(W / size)). After DynConv (Verelst &
     Tuytelaars 2020, arXiv:1912.03203), which decides per pixel; per tile the skipped work is contiguous, which is what
@@ -171,7 +178,7 @@ class TileGate(nnx.Module):
         temperature: float = 2 / 3,
         rngs: nnx.Rngs,
     ):
-        self.logits = _Logits(2 * features, 1, hidden=hidden, bias=bias, temperature=temperature, rngs=rngs)
+        self.logits = _Logits(3 * features, 1, hidden=hidden, bias=bias, temperature=temperature, rngs=rngs)
         self.size = _positive(size, "size")
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Decision:
@@ -196,7 +203,7 @@ class BranchGate(nnx.Module):
         temperature: float = 2 / 3,
         rngs: nnx.Rngs,
     ):
-        width = features if size is None else 2 * features
+        width = features if size is None else 3 * features
         # One bias for all would change nothing under a softmax: open means that the dearest branch leads.
         biases = bias * np.linspace(0, 1, _positive(branches, "branches"))
         self.logits = _Logits(width, branches, hidden=hidden, bias=biases, temperature=temperature, rngs=rngs)
@@ -293,10 +300,12 @@ class RandomGate(nnx.Module):
 
 
 def _tile_features(x: jax.Array, gate: TileGate | BranchGate) -> jax.Array:
-    """A tile's mean beside the map's mean: what is here, and where here is."""
-    _check_features(x, gate.logits.features // 2, type(gate).__name__)
+    """A tile's mean and maximum beside the map's mean: what is here, what thin thing is here, and where here is."""
+    _check_features(x, gate.logits.features // 3, type(gate).__name__)
     here = pool_tiles(x, gate.size)
-    return jnp.concatenate([here, jnp.broadcast_to(here.mean((1, 2), keepdims=True), here.shape)], -1)
+    # The block is not trained through the maxima: their gradient is slow on a CPU.
+    most = max_tiles(jax.lax.stop_gradient(x), gate.size)
+    return jnp.concatenate([here, most, jnp.broadcast_to(here.mean((1, 2), keepdims=True), here.shape)], -1)
 
 
 def _mean(x: jax.Array) -> jax.Array:

@@ -1,11 +1,13 @@
 """Run a convolutional block on windows cut from a map, layer by layer, with no more border than each layer needs.
 
-A tile of `size` pixels after a block of receptive radius `r` needs a window of `size + 2r`. Running the block as it is on that window computes
-the whole window in every layer. Here the block's jaxpr is walked instead: every convolution eats its own part of the border, so later layers
-work on fewer rows, and pixels outside the map are set to zero before each convolution, which is what its SAME padding does on the whole map.
+A tile of `size` pixels after a block of receptive radius `r` needs a window of `size + 2r`. Running the block as it is
+on that window computes the whole window in every layer. Here the block's jaxpr is walked instead: every convolution
+eats its own part of the border, so later layers work on fewer rows, and pixels outside the map are set to zero before
+each convolution, which is what its SAME padding does on the whole map.
 
-The windows of several tiles lie side by side in one strip (1, rows, tiles * (size + 2r), C). One wide convolution uses all cores of a CPU where
-many small ones use one. Columns near a seam mix two windows; they are the border columns that no tile reads.
+The windows of several tiles lie side by side in one strip (1, rows, tiles * (size + 2r), C). One wide convolution uses
+all cores of a CPU where many small ones use one. Columns near a seam mix two windows; they are the border columns that
+no tile reads.
 
 Letters: H W map, C channels, T tiles in a strip.
 """
@@ -20,14 +22,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex
 
-# Primitives that treat every pixel alike, whose operands have one shape (or are scalars) and whose parameters hold no shape.
+# Primitives that treat every pixel alike, whose operands have one shape (or are scalars) and whose parameters hold no
+# shape.
 _POINTWISE = frozenset(
-    """abs add and cbrt ceil clamp convert_element_type copy copy_p cos div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log
-    log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sqrt square stop_gradient sub tan
-    tanh xor add_any optimization_barrier""".split()
+    """abs add add_any and cbrt ceil clamp convert_element_type copy copy_p cos div eq erf erf_inv erfc exp exp2 expm1
+    floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not optimization_barrier or
+    pow reduce_precision rem round rsqrt select_n sign sin sqrt square stop_gradient sub tan tanh xor""".split()
 )
-_CALLS = ("pjit", "jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "remat", "remat2", "checkpoint")
-# The block is traced on a map of these sides: primes that no parameter has, so that a spatial axis is known by its length.
+_CALLS = frozenset(
+    """pjit jit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr remat remat2
+    checkpoint""".split()
+)
+# The block is traced on a map of these sides: primes that no parameter has, so that a spatial axis is known by its
+# length.
 _HEIGHT, _WIDTH = 509, 521
 
 
@@ -37,7 +44,7 @@ class Unsupported(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Strip:
-    """A value on the strip. `margin`: rows and columns around each tile that are still right. `clean`: it is zero outside the map."""
+    """A value on the strip: right up to `margin` rows and columns around each tile; `clean` if zero outside the map."""
 
     value: jax.Array
     margin: tuple[int, int]
@@ -61,7 +68,8 @@ def run_strip(closed: jex.ClosedJaxpr, strip: jax.Array, inside: jax.Array, *, s
 
     Args:
         closed: what `trace` gave.
-        strip: (1, size + 2 radius, T * (size + 2 radius), C), the windows side by side, zero outside the map: see `cut`.
+        strip: (1, size + 2 radius, T * (size + 2 radius), C), the windows side by side, zero outside the map: see
+            `cut`.
         inside: same shape with one channel, True where the pixel lies in the map.
         size: side of a tile, in pixels.
         radius: receptive radius of the block, in pixels.
@@ -99,7 +107,7 @@ def supported(closed: jex.ClosedJaxpr, *, size: int, radius: int) -> bool:
 
 
 def reach(closed: jex.ClosedJaxpr, limit: int = 64) -> int | None:
-    """Receptive radius in pixels, at most `limit`, as the jaxpr tells it; None for a block that `run_strip` cannot run."""
+    """Receptive radius in pixels, at most `limit`, as the jaxpr tells it; None if `run_strip` cannot run the block."""
     (spec,) = closed.in_avals
     side = 1 + 2 * limit
     margins = []
@@ -173,7 +181,9 @@ class _Walk:
             values = [a.value if isinstance(a, _Uniform) else a for a in args]
             return [_Uniform(v) for v in _bind(eqn, _broadcast(values))]
         margin = tuple(min(s.margin[i] for s in strips) for i in (0, 1))
-        values = [_rows(a, margin[0], self.size).value if isinstance(a, _Strip) else getattr(a, "value", a) for a in args]
+        values = [
+            _rows(a, margin[0], self.size).value if isinstance(a, _Strip) else getattr(a, "value", a) for a in args
+        ]
         return [_Strip(v, margin) for v in _bind(eqn, _broadcast(values))]
 
     def convolution(self, eqn, args):
@@ -190,7 +200,10 @@ class _Walk:
         reach = [r // 2 for r in reach]
         margin = (x.margin[0] - reach[0], x.margin[1] - reach[1])
         if min(margin) < 0:
-            raise ValueError(f"radius={self.radius} is too small: the block reaches further than {self.radius} pixels; leave radius out to have it found")
+            raise ValueError(
+                f"radius={self.radius} is too small: the block reaches further than {self.radius} pixels; "
+                "leave radius out to have it found"
+            )
         value = x.value
         if kernel.shape[numbers.rhs_spec[2]] == kernel.shape[numbers.rhs_spec[3]] == p["feature_group_count"] == 1:
             # As a matrix product it uses all cores of a CPU, which a convolution of one pixel does not.
@@ -207,7 +220,7 @@ class _Walk:
         return [_Strip(out, margin)]
 
     def matrix_product(self, eqn, args):
-        (left, right), (left_batch, _) = eqn.params["dimension_numbers"]
+        (left, _), (left_batch, _) = eqn.params["dimension_numbers"]
         x, weights = args
         last = isinstance(x, _Strip) and tuple(left) == (x.value.ndim - 1,) and x.value.ndim == 4
         if not last or left_batch or isinstance(weights, _Strip | _Uniform):
@@ -223,7 +236,7 @@ class _Walk:
 
     def reshape(self, eqn, args):
         (x,), shape = args, eqn.outvars[0].aval.shape
-        if not _is_map(shape) or eqn.params.get("dimensions") not in (None, ()) and eqn.primitive.name == "reshape":
+        if not _is_map(shape) or (eqn.primitive.name == "reshape" and eqn.params.get("dimensions")):
             raise Unsupported(eqn.primitive.name)
         return [dataclasses.replace(x, value=x.value.reshape(*x.value.shape[:3], *shape[3:]))]
 
@@ -279,25 +292,33 @@ def _filled(eqn, operand) -> set[int]:
     return {d for d, n in zip(eqn.params["broadcast_dimensions"], jnp.shape(operand), strict=True) if n != 1}
 
 
-def cut(x: jax.Array, example: jax.Array, top: jax.Array, left: jax.Array, *, size: int, radius: int) -> jax.Array:
-    """The window (1, size + 2 radius, size + 2 radius, C) around the tile at (top, left); what lies outside the map is zero."""
-    side = size + 2 * radius
-    row = jnp.clip(top - radius, 0, x.shape[1] - side)
-    column = jnp.clip(left - radius, 0, x.shape[2] - side)
-    part = lax.dynamic_slice(x, (example, row, column, 0), (1, side, side, x.shape[3]))
+def cut(
+    x: jax.Array, example: jax.Array, top: jax.Array, left: jax.Array, *, size: int, radius: int, shift: bool = True
+) -> jax.Array:
+    """The window (1, size + 2 radius, size + 2 radius, C) around the tile at (top, left), zero outside the map.
+
+    Without `shift` a window that would leave the map is the nearest one that does not.
+    """
+    side, zero = size + 2 * radius, jnp.int32(0)
+    row = lax.clamp(zero, top - radius, jnp.int32(x.shape[1] - side))
+    column = lax.clamp(zero, left - radius, jnp.int32(x.shape[2] - side))
+    part = lax.dynamic_slice(x, (example, row, column, zero), (1, side, side, x.shape[3]))
+    if not shift:
+        return part
     # At the border the slice was pushed inwards: shift it back, which is a copy of one window and not of the map.
-    part = jnp.pad(part, ((0, 0), (radius, radius), (radius, radius), (0, 0)))
-    return lax.dynamic_slice(part, (0, top - row, left - column, 0), (1, side, side, x.shape[3]))
+    part = lax.pad(part, jnp.zeros((), x.dtype), ((0, 0, 0), (radius, radius, 0), (radius, radius, 0), (0, 0, 0)))
+    return lax.dynamic_slice(part, (zero, top - row, left - column, zero), (1, side, side, x.shape[3]))
 
 
 def inside(top: jax.Array, left: jax.Array, pixels: tuple[int, int], *, size: int, radius: int) -> jax.Array:
-    """Which pixels (1, rows, columns, 1) of the window around the tile at (top, left) lie in a map of `pixels`."""
-    offsets = jnp.arange(size + 2 * radius) - radius
-    rows, columns = top + offsets, left + offsets
+    """Which pixels (1, rows, T * columns, 1) of the windows around T tiles lie in a map of `pixels` (H, W)."""
+    offsets = jnp.arange(size + 2 * radius, dtype=jnp.int32)[None, :] - radius
+    rows, columns = top[:, None] + offsets, left[:, None] + offsets
     rows, columns = (rows >= 0) & (rows < pixels[0]), (columns >= 0) & (columns < pixels[1])
-    return (rows[:, None] & columns[None, :])[None, :, :, None]
+    both = rows.T[:, :, None] & columns[None, :, :]
+    return both.reshape(1, both.shape[0], -1, 1)
 
 
 def strip_tiles(size: int, radius: int, total: int, columns: int = 108) -> int:
-    """Tiles in one strip: enough to make it about `columns` wide, at most a quarter of all, so that little is computed in vain."""
+    """Tiles in one strip: about `columns` wide, at most a quarter of all tiles, so that little is computed in vain."""
     return max(1, min(total // 4, math.ceil(columns / (size + 2 * radius))))

@@ -6,7 +6,7 @@ python -m experiments.evaluate --workdir runs/ROW
 
 import dataclasses
 
-from dynjax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
+from dynjax.config import AugmentConfig, Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
 
 
 def digits_unet_static() -> Config:
@@ -16,10 +16,10 @@ def digits_unet_static() -> Config:
     """
     return Config(
         row="digits_unet_static",
-        data=DataConfig(name="digits"),
+        data=DataConfig(name="digits", augment=AugmentConfig(crop=0.8)),
         model=ModelConfig(widths=(24, 32, 48, 64), blocks=(1, 1, 1, 1), stem_stride=2, dynamics="static"),
         loss=LossConfig(class_weights="sqrt"),
-        optimizer=OptimizerConfig(learning_rate=3e-3),
+        optimizer=OptimizerConfig(learning_rate=3e-3, gate_learning_rate=2.0),
         steps=600,
         batch_size=16,
         checkpoint_every=100,

@@ -150,8 +150,9 @@ class SegmentationTask:
         """Loss and metrics of a batch {"image" (B,H,W,3), "mask" (B,H,W)}; `progress` of the training is 0 to 1.
 
         The model is in its training view, and its statistics and random counts move on. With a budget that is sampled,
-        the target of the step is drawn from `key`, uniform in [target, 1], and the gates' threshold moves with it; the
-        model is left at the threshold of the row's own target, ready to be evaluated or saved.
+        the target of the step is drawn from `key`, in [target, 1] and more often near `target`, and the gates'
+        threshold moves with it; the model is left at the threshold of the row's own target, ready to be evaluated or
+        saved.
         """
         if self.budget is None:
             logits, spent, budget_loss = model(batch["image"]), {"macs_fraction": 1.0}, 0.0
@@ -185,7 +186,8 @@ class SegmentationTask:
         """Logits, what they cost (`budget.statistics` and the step's target), and the weighted budget loss."""
         target = self.budget.target
         if self.budget.sampled:
-            target = jax.random.uniform(key, minval=self.budget.target, maxval=1.0)
+            # The square: low budgets are the hard ones, so they come more often.
+            target = target + (1 - target) * jax.random.uniform(key) ** 2
             budget.set_threshold(model, budget.sampled_threshold(target))
         logits, decisions = trace.traced(model)(image)
         if self.budget.sampled:
