@@ -32,17 +32,17 @@ def start(workdir: Path, steps: int) -> subprocess.Popen:
 
 def signal_after(process: subprocess.Popen, workdir: Path, steps: int, number: int) -> tuple[str, str]:
     """Send a signal once that many steps are logged; returns what the process said."""
-    end = time.monotonic() + 300
+    end = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < end:
         if any(record["step"] >= steps for record in log.read_metrics(workdir)):
             process.send_signal(number)
-            return process.communicate(timeout=300)
+            return process.communicate(timeout=600)
         time.sleep(0.005)
     raise AssertionError(f"ended with {process.returncode} before step {steps}: {process.communicate()[1]}")
 
 
 def finish(process: subprocess.Popen) -> dict:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return json.loads(out)
 

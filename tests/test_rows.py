@@ -50,7 +50,7 @@ def test_rows_of_a_family_differ_in_what_they_are_for():
     small = {name: rows.get_row(name) for name in rows.ROWS if name.startswith("camvid_small")}
     static = small["camvid_small_static"]
     for name, config in small.items():
-        assert (config.data, config.loss, config.steps) == (static.data, static.loss, static.steps), name
+        assert (config.data, config.loss, config.batch_size) == (static.data, static.loss, static.batch_size), name
     assert small["camvid_small_random"].model.gate == "random"
     assert rows.get_row("camvid_unet_static").data.size == (360, 480)
     assert static.data.size == (180, 240)
