@@ -188,6 +188,11 @@ def steps(workdir: str | Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
 
+def any_finished(workdir: str | Path) -> bool:
+    """Whether there is a checkpoint that was written to its end, readable or not."""
+    return any((Path(workdir) / "checkpoints" / str(step) / SEAL).exists() for step in steps(workdir))
+
+
 def save(workdir: str | Path, step: int, state: Any, position: Any) -> None:
     """Write every array of `state` and the JSON value `position` as checkpoint `step`; the oldest beyond KEEP go.
 

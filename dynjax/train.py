@@ -275,6 +275,9 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
 
     check(config)
     checkpoint.check_workdir(workdir, config)
+    from_twin = config.init_from and not checkpoint.any_finished(workdir)
+    if from_twin:
+        checkpoint.read_config(config.init_from)  # before minutes of reading data
     source, val = make_source(config.data, "train"), make_source(config.data, "val")
     for part in (source, val):
         _say(part.describe()) if not quiet else None
@@ -284,8 +287,7 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
         weights = segmentation.class_weights(config.loss.class_weights, segmentation.class_frequencies(source))
     spends = None if config.model.dynamics == "static" else config.budget
     task = segmentation.SegmentationTask(len(classes), classes, config.loss, weights, spends)
-    fresh = not checkpoint.steps(workdir)
-    twin = _twin(config, len(classes)) if config.init_from and fresh else None
+    twin = _twin(config, len(classes)) if from_twin else None
     model = checkpoint.build(config, len(classes), twin)
     augment = config.data.augment
     loader = make_loader(source, config.batch_size, seed=config.seed, augment=augment, **meshes.processes())

@@ -202,7 +202,8 @@ def test_init_from_puts_the_twin_under_the_wrappers(static, row):
     model = checkpoint.evaluation_view(checkpoint.build(config, 11, train._twin(config, 11)))
     budget.set_threshold(model, -30.0)
     x = jax.random.bits(jax.random.key(0), (2, 48, 48, 3), np.uint8)
-    np.testing.assert_allclose(model(x), twin(x), rtol=1e-5, atol=1e-5)
+    adaptive, static_twin = (jax.jit(lambda x, net=net: net(x))(x) for net in (model, twin))
+    np.testing.assert_allclose(adaptive, static_twin, rtol=1e-5, atol=1e-5)
     statistics = checkpoint.named_arrays(nnx.state(twin, nnx.BatchStat))
     assert any(np.abs(array).max() > 0 for name, array in statistics.items() if name.endswith("mean"))
 
@@ -214,6 +215,19 @@ def test_init_from_trains_and_resumes_without_the_twin(static, tmp_path, monkeyp
     assert command.main(arguments) is None
     moved.unlink()
     assert command.main(arguments) is None
+
+
+def test_init_from_again_when_killed_before_the_first_checkpoint_was_finished(static, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "fit", lambda *args, **kwargs: train.Fitted(nnx.Module(), {}, 1))
+    monkeypatch.setattr(train, "_twin", lambda config, classes: asked.append(config.init_from))
+    unfinished = tmp_path / "w" / "checkpoints" / "1"
+    unfinished.mkdir(parents=True)
+    arguments = ["digits_unet_skip", "--workdir", str(tmp_path / "w"), *TINY, "--init-from", str(static)]
+    command.main(arguments)
+    (unfinished / checkpoint.SEAL).write_text("{}")
+    command.main(arguments)
+    assert asked == [str(static)]
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,12 @@ def start(out: Path, workdir: Path | str, changes: dict, **environment: str) -> 
 
 
 def finish(*processes: subprocess.Popen) -> None:
-    outputs = [process.communicate(timeout=600) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     for process, (_, err) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, err[-3000:]
 
