@@ -12,7 +12,7 @@ from dynjax.config import AugmentConfig, Config, DataConfig, LossConfig, ModelCo
 def digits_unet_static() -> Config:
     """Static twin: the U-Net without dynamics, 96x96 digits.
 
-    Protocol: 2000 training, 200 val, 200 test scenes, difficulty 0.5; 600 steps of 16; choose on val, report test.
+    Protocol: 2000 training, 200 val, 200 test scenes, difficulty 0.5; 1000 steps of 16; choose on val, report test.
     """
     return Config(
         row="digits_unet_static",
@@ -20,7 +20,7 @@ def digits_unet_static() -> Config:
         model=ModelConfig(widths=(24, 32, 48, 64), blocks=(1, 1, 1, 1), stem_stride=2, dynamics="static"),
         loss=LossConfig(class_weights="sqrt"),
         optimizer=OptimizerConfig(learning_rate=3e-3, gate_learning_rate=2.0),
-        steps=600,
+        steps=1000,
         batch_size=16,
         checkpoint_every=100,
         evaluate_every=200,
