@@ -33,7 +33,7 @@ def _dynamic(name: str, dynamics: str) -> Config:
 
 
 def digits_unet_tiles() -> Config:
-    """Tiles: blocks run only where their gate keeps a tile, otherwise a cheap path; 96x96 digits. The demo.
+    """Tiles: blocks run only where their gate keeps a tile; 96x96 digits. The demo.
 
     Protocol: as digits_unet_static, from nothing; budget drawn from [0.5, 1] at every step.
     """
