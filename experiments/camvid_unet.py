@@ -45,8 +45,7 @@ def camvid_small_static() -> Config:
 def camvid_small_tiles() -> Config:
     """Tiles: blocks run only where their gate keeps a tile, CamVid 180x240.
 
-    Protocol: 800 steps from the weights of camvid_small_static (--init-from); budget drawn from [0.35, 1] at every
-    step.
+    Protocol: 800 steps from camvid_small_static (--init-from); a budget from [0.35, 1] is drawn at every step.
     """
     return _dynamic(camvid_small_static(), "camvid_small_tiles", "tiles")
 

@@ -1,7 +1,9 @@
 """The table of results: experiments/results.csv and RESULTS.md, which is generated from it.
 
 python -m experiments.results add --workdir W [W2 W3 ...]   # lines of an evaluated workdir, one a budget
-python -m experiments.results render                        # writes RESULTS.md again
+python -m experiments.results render                        # writes RESULTS.md and README.md's table again
+
+notes.md beside results.csv, kept by hand, goes into RESULTS.md.
 
 Several workdirs are seeds of one row. A line is known by row, data, split and budget: adding it again replaces it.
 A figure that nobody ran is empty.
@@ -22,6 +24,8 @@ from experiments import cli
 COMMAND = "experiments.results"
 HERE = Path(__file__).parent
 KEY = ("row", "data", "split", "budget")
+FIGURES = ("curve", "heatmaps", "compute_histogram")
+README_MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +146,8 @@ def merge(old: list[Result], new: list[Result]) -> list[Result]:
     return list(lines.values())
 
 
-def render(results: list[Result], figures: list[str]) -> str:
-    """RESULTS.md: a table per data set and split, then the curves."""
+def render(results: list[Result], figures: list[str], notes: str = "") -> str:
+    """RESULTS.md: a table per data set and split, `notes` (what was tried and what fell short), then the curves."""
     parts = [
         "# Results",
         "Generated from `results.csv` by `python -m experiments.results render`. Scores are mIoU in percent (mean ± "
@@ -170,8 +174,30 @@ def render(results: list[Result], figures: list[str]) -> str:
         for hardware in dict.fromkeys(line.hardware for line in lines):
             parts.append(f"Measured on {hardware}.")
         parts.append("\n".join(["```", *dict.fromkeys(line.command for line in lines), "```"]))
+    parts += [notes.strip()] if notes.strip() else []
     parts += [f"![{name}](figures/{name})" for name in figures]
     return "\n\n".join(parts) + "\n"
+
+
+def fill_readme(readme: str, results: list[Result]) -> str:
+    """`readme` with a short table of the results between its two markers; as it is without them."""
+    begin, end = README_MARKERS
+    if begin not in readme or end not in readme:
+        return readme
+    lines = [
+        "| row | data | budget | mIoU | MACs, % of the twin | ms | twin, ms | speed-up |",
+        "|---|---|" + "---:|" * 6,
+    ]
+    for r in results:
+        cells = [
+            f"`{r.row}`",
+            f"{r.data}, {r.split}",
+            r.budget,
+            f"{r.score} ± {r.score_std}" if r.score_std else r.score,
+        ]
+        lines.append(f"| {' | '.join([*cells, r.macs_percent, r.latency_ms, r.static_latency_ms, f'{r.speedup}x'])} |")
+    before, after = readme.split(begin)[0], readme.split(end)[1]
+    return before + "\n".join([begin, "", *lines, "", end]) + after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,9 +244,15 @@ def main(raw: list[str]) -> None:
         results = merge(results, new)
         write(folder / "results.csv", results)
         (folder / "figures").mkdir(exist_ok=True)
-        shutil.copyfile(Path(choice.workdir[0]) / "curve.png", folder / "figures" / f"{row}_curve.png")
+        # A static row's pictures of compute are plain.
+        for name in FIGURES if len(new) > 1 else FIGURES[:1]:
+            shutil.copyfile(Path(choice.workdir[0]) / f"{name}.png", folder / "figures" / f"{row}_{name}.png")
     figures = sorted(path.name for path in (folder / "figures").glob("*.png"))
-    (folder / "RESULTS.md").write_text(render(results, figures))
+    notes = folder / "notes.md"
+    (folder / "RESULTS.md").write_text(render(results, figures, notes.read_text() if notes.exists() else ""))
+    readme = folder.parent / "README.md"
+    if readme.exists():
+        readme.write_text(fill_readme(readme.read_text(), results))
     print(f"{folder / 'RESULTS.md'}: {len(results)} lines")
 
 
