@@ -1,0 +1,57 @@
+import itertools
+import pathlib
+import re
+
+import pytest
+
+from experiments.rows import ROWS
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_there_is_code_to_run():
+    assert BLOCKS
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_code_runs(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_links_point_to_files():
+    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_row_is_named_and_no_other():
+    named = set()
+    for stem, inner in re.findall(r"`(\w+_)\{([\w,]+)\}`", README):
+        named |= {stem + end for end in inner.split(",")}
+    assert named == set(ROWS)
+
+
+def test_commands_exist():
+    modules = set(re.findall(r"python -m ([\w.]+)", README))
+    assert modules
+    for module in modules:
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
+
+
+def test_arguments_of_commands_exist(capsys):
+    """Every --option of a training or evaluation command in the README is one of that command."""
+    from experiments import evaluate, predict, train
+
+    helps = {"train": (train.main, ["digits_unet_tiles", "--help"]), "evaluate": (evaluate.main, ["--help"])}
+    helps["predict"] = (predict.main, ["--help"])
+    known = {}
+    for name, (main, arguments) in helps.items():
+        with pytest.raises(SystemExit):
+            main(arguments)
+        known[name] = set(re.findall(r"--[\w.-]+", capsys.readouterr().out)) | {"--list"}
+    used = re.findall(r"python -m experiments\.(train|evaluate|predict)\b([^\n#]*)", README)
+    options = list(itertools.chain.from_iterable([(n, o) for o in re.findall(r"--[\w.-]+", rest)] for n, rest in used))
+    assert options
+    assert [(name, option) for name, option in options if option not in known[name]] == []
