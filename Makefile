@@ -42,10 +42,11 @@ bench: venv
 	$(BIN)/python -m benchmarks.executors
 	$(BIN)/python -m benchmarks.training
 
-# Runs every notebook's text form from start to end and writes the .ipynb with its outputs.
+# Writes every notebook from its text form, without outputs, and runs a copy of it into runs/notebooks.
 notebooks: venv
 	$(BIN)/jupytext --to ipynb --update notebooks/*.py
-	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+	mkdir -p runs/notebooks && cp notebooks/*.ipynb runs/notebooks
+	$(BIN)/jupyter-execute --inplace runs/notebooks/*.ipynb
 
 results: venv
 	$(BIN)/python -m experiments.results render
