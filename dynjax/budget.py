@@ -17,7 +17,7 @@ gate_filter = nnx.OfType(GateParam)
 """Selects the parameters of gates: `nnx.split(model, gate_filter, ...)`."""
 
 
-def check(budget: float, name: str = "budget") -> float:
+def check(budget: float | int, name: str = "budget") -> float | int:
     """`budget` if it is a share in (0, 1], else ValueError."""
     if not 0 < budget <= 1:
         raise ValueError(f"{name}={budget} must be in (0, 1]: it is the share of the full MACs that may be spent")
@@ -25,7 +25,7 @@ def check(budget: float, name: str = "budget") -> float:
 
 
 def budget_loss(
-    trace: Trace, target: Float[Array, ""] | float, released: Float[Array, ""] | float = 1.0
+    trace: Trace, target: Float[Array, ""] | float | int, released: Float[Array, ""] | float | int = 1.0
 ) -> Float[Array, ""]:
     """How far the MACs spent are from `target`, and each gate's share from bounds that open with `released`, squared.
 
@@ -49,7 +49,7 @@ def budget_loss(
     return network + violation.mean()
 
 
-def release(progress: Float[Array, ""] | float, until: float = 1 / 3) -> Float[Array, ""]:
+def release(progress: Float[Array, ""] | float | int, until: float = 1 / 3) -> Float[Array, ""]:
     """How far the bounds are open at `progress` of the training, both in [0, 1].
 
     0 at its start and 1 from `until` on, with a squared cosine between.
@@ -96,14 +96,14 @@ def statistics(trace: Trace) -> dict[str, Float[Array, ""]]:
 # Thresholds: one number moves every gate of a model
 
 
-def set_threshold(model: nnx.Module, value: Float[Array, ""] | float) -> None:
+def set_threshold(model: nnx.Module, value: Float[Array, ""] | float | int) -> None:
     """Set the threshold of all gates, a logit: higher keeps less. `value` may be traced."""
     for _, threshold in nnx.iter_graph(model):
         if isinstance(threshold, Threshold):
             threshold[...] = jnp.asarray(value, jnp.float32)
 
 
-def sampled_threshold(target: Float[Array, ""] | float) -> Float[Array, ""]:
+def sampled_threshold(target: Float[Array, ""] | float | int) -> Float[Array, ""]:
     """The threshold under which gates that know nothing keep a share `target`: its logit, negated.
 
     Training under a target drawn anew at every step, with the threshold moved to match, leaves gates whose logits order
@@ -117,7 +117,7 @@ LOWEST, HIGHEST = -30.0, 30.0
 
 
 def solve_threshold(
-    spent: Callable[[float], float], budget: float, *, tolerance: float = 0.005, trials: int = 20
+    spent: Callable[[float], float], budget: float | int, *, tolerance: float = 0.005, trials: int = 20
 ) -> float:
     """The lowest threshold found under which `spent(threshold)`, the mean share of the full MACs, is at most `budget`.
 

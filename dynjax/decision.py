@@ -4,7 +4,7 @@ Letters: B examples, h w tiles, K branches, N any of the granularities (B,), (B,
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,9 @@ class Decision:
     execution always computes. Where there are tiles, `tile` has their sides as shares of the map's height and width.
     """
 
-    keep: Float[Array, "..."]
-    probability: Float[Array, "..."]
+    # Any: in trees of shapes, or while JAX maps over one, the leaves are no arrays.
+    keep: Float[Array, "..."] | Any
+    probability: Float[Array, "..."] | Any
     granularity: Granularity = dataclasses.field(metadata=dict(static=True))
     unit_macs: tuple[float, ...] = dataclasses.field(default=(0.0,), metadata=dict(static=True))
     whole_macs: tuple[float, ...] = dataclasses.field(default=(0.0,), metadata=dict(static=True))

@@ -54,7 +54,7 @@ def compact(model: nnx.Module) -> nnx.Module:
     return nnx.view(model, execution="compact", deterministic=True, use_running_average=True, raise_if_not_found=False)
 
 
-def deploy(model: nnx.Module, budget: float, calibration: Iterable) -> Deployed:
+def deploy(model: nnx.Module, budget: float | int, calibration: Iterable) -> Deployed:
     """A copy of `model` whose mean MACs over `calibration` meet `budget`, ready for `jax.jit`.
 
     Args:
@@ -101,7 +101,7 @@ class Solver:
             )
         return self._spent[threshold]
 
-    def deploy(self, budget: float) -> Deployed:
+    def deploy(self, budget: float | int) -> Deployed:
         """As the function `deploy`."""
         self.spent(budgets.LOWEST)
         threshold = budgets.solve_threshold(lambda t: float(self.spent(t).mean() / self.full), budget)

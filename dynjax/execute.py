@@ -59,7 +59,7 @@ def samples(
     other = x if otherwise is None else otherwise(x)
     if execution == "masked":
         return blend(keep, _like(block(x), other), other)
-    _like(shape_of(block, x), other)
+    block, other = _one_type(block, _like(shape_of(block, x), other), other)
     return _samples_compact(block, x, keep, other, strategy)
 
 
@@ -91,7 +91,7 @@ def tiles(
     other = x if otherwise is None else otherwise(x)
     if execution == "masked":
         return blend(tile_pixels(keep, size, x.shape[1:3]), _like(block(x), other), other)
-    _like(shape_of(block, x), other)
+    block, other = _one_type(block, _like(shape_of(block, x), other), other)
     return _tiles_compact(block, x, keep, other, size, radius, strategy)
 
 
@@ -118,10 +118,10 @@ def branches(
         weights = weights if size is None else [tile_pixels(w, size, x.shape[1:3]) for w in weights]
         zero = jnp.zeros_like(outs[0])
         return sum((blend(w, _like(y, zero), zero) for w, y in zip(weights, outs, strict=True)), zero)
-    spec = shape_of(blocks[0], x)
-    y = jnp.zeros(spec.shape, spec.dtype)
-    for k, block in enumerate(blocks):
-        _like(shape_of(block, x), y)
+    specs = [shape_of(block, x) for block in blocks]
+    y = jnp.zeros(specs[0].shape, jnp.result_type(*(spec.dtype for spec in specs)))
+    for k, (block, spec) in enumerate(zip(blocks, specs, strict=True)):
+        block, y = _one_type(block, _like(spec, y), y)
         if size is None:
             y = _samples_compact(block, x, choice[..., k], y, strategy)
         else:
@@ -305,6 +305,12 @@ def shape_of(block: Callable, x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeD
     """Shape and type of `block(x)`."""
     # A module handed to JAX itself is named by its repr, which prints every parameter: seconds for one block.
     return jax.eval_shape(lambda x: block(x), jax.ShapeDtypeStruct(x.shape, x.dtype))
+
+
+def _one_type(block, spec, other):
+    """`block`, whose output is like `spec`, and `other` with numbers of the type that blending them would give."""
+    dtype = jnp.promote_types(spec.dtype, other.dtype)
+    return (block if spec.dtype == dtype else lambda x: block(x).astype(dtype)), other.astype(dtype)
 
 
 def _like(y, other):

@@ -46,7 +46,7 @@ class Trace:
     def heatmap(self, size: tuple[int, int]) -> Float[Array, "B H W"]:
         """Where the MACs went: MACs per pixel of a picture of `size` (H, W), which sum to that example's `macs`.
 
-        A tile's share lies on its pixels; what has no place (the static part, decisions per example) is spread evenly.
+        A tile's MACs lie on its pixels; what has no place (the static part, decisions per example) is spread evenly.
         """
         height, width = size
         even = jnp.full((self.examples,), self.static_macs, jnp.float32)
@@ -75,13 +75,14 @@ class Trace:
 
 
 def _pixels(units: jax.Array, tile: tuple[float, float] | None, size: tuple[int, int]) -> jax.Array:
-    """For every pixel (B, H, W) the value (B, h, w) of the tile that its centre lies in."""
+    """Values of tiles (B, h, w) shared out evenly to the pixels (B, H, W) whose centres lie in them."""
     tile = tile or (1 / units.shape[1], 1 / units.shape[2])
     rows, columns = (
         np.minimum((np.arange(pixels) + 0.5) / pixels / side, tiles - 1).astype(int)
         for pixels, side, tiles in zip(size, tile, units.shape[1:], strict=True)
     )
-    return units[:, rows[:, None], columns[None]]
+    pixels = np.bincount(rows)[rows][:, None] * np.bincount(columns)[columns][None]
+    return units[:, rows[:, None], columns[None]] / pixels[None]
 
 
 def traced(fn: Callable) -> Callable:

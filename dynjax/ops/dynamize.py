@@ -1,13 +1,17 @@
 """Put wrappers into a model that nobody here wrote, by the paths that nnx shows for its modules."""
 
+import contextlib
 import difflib
 import re
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from dynjax import execute
 from dynjax.gates import SampleGate, TileGate
+from dynjax.ops import wrapping
 from dynjax.ops.depth import Skip
 from dynjax.ops.spatial import Tiles
 
@@ -30,7 +34,7 @@ def dynamize(
             `lambda block, features, rngs: Tiles(block, TileGate(features, size=8, rngs=rngs))`. The first pattern that
             matches counts; containers (`nnx.List`, `nnx.Dict`) are no modules to match.
         features: channels of the wrapped modules' input, for their gates: a number, a function
-            `(path, module) -> channels`, or None to take the input channels of the first layer made inside the module.
+            `(path, module) -> channels`, or None to find those that the module runs on.
         rngs: for the gates' parameters and noise.
 
     Raises:
@@ -52,11 +56,10 @@ def dynamize(
         for path in matches:
             chosen.setdefault(path, wrapper)
     inner = [path for path in chosen if any(path.startswith(f"{other}/") for other in chosen)]
-    originals = {_name(path): module for path, module in nnx.iter_modules(model)}
     new = {}
     for path in sorted(chosen.keys() - inner):
         block, wrapper = paths[path], chosen[path]
-        channels = _features(path, originals[path], features)
+        channels = _features(path, block, features)
         gated = (_GATES[wrapper](channels, rngs=rngs),) if wrapper in _GATES else (channels, rngs)
         new[id(block)] = wrapper(block, *gated)
     _replace(copy, new)
@@ -98,20 +101,23 @@ def _features(path: str, block: nnx.Module, features: int | Callable | None) -> 
     found = _input_channels(block)
     if found is None:
         raise ValueError(
-            f"the input channels of {path!r} ({type(block).__name__}) are not to be seen from its layers: "
+            f"the input channels of {path!r} ({type(block).__name__}) cannot be told from its layers: "
             "give features=, a number or a function (path, module) -> channels"
         )
     return found
 
 
-def _input_channels(module: nnx.Module) -> int | None:
-    """Those of the first layer that has them, in the order in which the layers were made."""
-    for name in ("in_features", "num_features"):
-        if isinstance(getattr(module, name, None), int):
-            return getattr(module, name)
-    for value in module if isinstance(module, nnx.List) else vars(module).values():
-        for item in jax.tree.leaves(value, is_leaf=_is_node):
-            channels = _input_channels(item) if isinstance(item, nnx.Module) else None
-            if channels is not None:
+def _input_channels(block: nnx.Module) -> int | None:
+    """Channels that the first layer takes: of those that any layer inside takes, the number that the block runs on."""
+    found = []
+    for _, module in nnx.iter_modules(block):
+        found += [getattr(module, name) for name in ("in_features", "num_features") if hasattr(module, name)]
+    numbers = sorted({number for number in found if isinstance(number, int)})
+    still = wrapping.still(block)
+    for channels in numbers:
+        for shape in ((1, 32, 32, channels), (1, 32, channels), (1, channels)):
+            # Whatever a block raises on channels that it was not made for.
+            with contextlib.suppress(Exception):
+                execute.shape_of(still, jax.ShapeDtypeStruct(shape, jnp.float32))
                 return channels
-    return None
+    return numbers[0] if len(numbers) == 1 else None

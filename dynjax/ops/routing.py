@@ -30,6 +30,8 @@ class Select(nnx.Module):
     """
 
     def __init__(self, blocks: Sequence[Callable], gate: Callable):
+        if not blocks:
+            raise ValueError("Select needs at least one module; blocks is empty")
         for block in blocks:
             wrapping.refuse_nested("Select", block)
         self.blocks, self.gate = nnx.List(blocks), gate

@@ -48,11 +48,12 @@ def refuse_nested(wrapper: str, block: Callable) -> None:
                 )
 
 
-def one_example(x: jax.Array) -> jax.ShapeDtypeStruct:
+def one_example(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The shape of one example of `x`."""
     return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
 
 
-def macs_per_example(block: Callable, x: jax.Array) -> float:
+def macs_per_example(block: Callable, x: jax.Array | jax.ShapeDtypeStruct) -> float:
     """MACs of `block` on one example of `x`."""
     return cost.macs(still(block), one_example(x))
 

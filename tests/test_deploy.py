@@ -1,0 +1,111 @@
+"""Deployed models meet their budget, say what they came to, and answer as the masked model does."""
+
+import blocks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from blocks import CHANNELS, image, make, still
+from flax import nnx
+
+import dynjax as dj
+from dynjax import budget
+from dynjax.deploy import Report, Solver, compact
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(1, CHANNELS, (3, 3), rngs=rngs)
+        self.tiles = dj.Tiles(blocks.Residual(rngs), dj.TileGate(CHANNELS, size=4, rngs=rngs))
+        self.skip = dj.Skip(blocks.ConvNeXt(rngs), dj.SampleGate(CHANNELS, rngs=rngs))
+        self.head = nnx.Linear(CHANNELS, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.skip(self.tiles(self.stem(x))))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make(Net)
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    return [np.asarray(image(6, 12, 16, 1, seed=seed)) * np.linspace(0.1, 3, 6)[:, None, None, None] for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def solver(model, calibration):
+    return Solver(model, calibration)
+
+
+def test_budgets_are_met_and_the_report_says_what_they_came_to(model, calibration, solver):
+    trace = jax.jit(lambda model, x: dj.traced(still(model))(x)[1])
+    thresholds = []
+    for share in (0.3, 0.5, 0.8, 1.0):
+        deployed = solver.deploy(share)
+        report = deployed.report
+        budget.set_threshold(model, report.threshold)
+        traces = [trace(model, x) for x in calibration]
+        macs = np.concatenate([t.macs() for t in traces])
+        np.testing.assert_allclose(
+            [report.mean, report.p95, report.max], [macs.mean(), np.percentile(macs, 95), macs.max()], rtol=1e-5
+        )
+        assert report.full == traces[0].full_macs and report.budget == share
+        assert report.met and report.mean <= share * report.full * (1 + 1e-6)
+        thresholds.append(report.threshold)
+    assert thresholds == sorted(thresholds, reverse=True) and len({*thresholds}) == 4
+    budget.set_threshold(model, 0.0)
+
+
+def test_a_deployed_model_answers_as_the_masked_one_at_its_threshold(model, calibration, solver):
+    deployed = solver.deploy(0.6)
+    masked = nnx.clone(still(model))
+    budget.set_threshold(masked, deployed.report.threshold)
+    run = jax.jit(deployed)
+    for x in (calibration[0], calibration[1][:1]):
+        expected = jax.jit(lambda x: masked(x))(x)
+        np.testing.assert_allclose(run(x), expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_deploy_neither_changes_nor_shares_the_model(model, calibration):
+    before = jax.tree.map(np.asarray, nnx.state(model, nnx.Not(nnx.RngState)))
+    deployed = dj.deploy(model, budget=0.6, calibration=iter(calibration[:1]))
+    assert model.tiles.execution == "masked" and not model.tiles.gate.logits.deterministic
+    inner = deployed.model
+    assert inner.tiles.execution == inner.skip.execution == "compact" and inner.tiles.gate.logits.deterministic
+    assert inner.tiles.block.norm1.use_running_average and inner.skip.block.drop.deterministic
+    deployed.model.head.bias[...] = jnp.full(3, 7.0)
+    after = jax.tree.map(np.asarray, nnx.state(model, nnx.Not(nnx.RngState)))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_a_budget_that_cannot_be_met_says_so(solver):
+    report = solver.deploy(0.01).report
+    assert not report.met and report.threshold == budget.HIGHEST and report.mean > 0.01 * report.full
+    assert str(report).startswith("budget 1% NOT met: mean ")
+
+
+def test_a_model_without_dynamics():
+    model = nnx.Sequential(make(blocks.Pointwise))
+    report = dj.deploy(model, 1.0, [image(2, 4, 4, CHANNELS)]).report
+    assert report.met and report.mean == report.max == report.full == 16 * CHANNELS**2
+    assert not dj.deploy(model, 0.5, [image(2, 4, 4, CHANNELS)]).report.met
+
+
+def test_report_reads_well():
+    report = Report(0.5, 0.1, True, 4.8e6, 5.04e6, 7e6, 10e6)
+    assert str(report) == "budget 50% met: mean 4.8 MMAC (48.0% of 10.0), p95 5.0, max 7.0"
+
+
+def test_compact_shares_the_variables(model):
+    view = compact(model)
+    assert view.head.kernel is model.head.kernel and view.tiles.execution == "compact"
+
+
+def test_errors(model, calibration):
+    with pytest.raises(ValueError, match="calibration is empty"):
+        dj.deploy(model, 0.5, [])
+    for share in (0, 1.5):
+        with pytest.raises(ValueError, match=f"budget={share} must be in"):
+            dj.deploy(model, share, calibration)

@@ -1,0 +1,241 @@
+"""Gates: the choice that they make, its gradient, its noise, and where they start from."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from blocks import image, make
+from flax import nnx
+from flax.errors import TraceContextError
+
+import dynjax as dj
+from dynjax import budget, cost, gates
+
+KEY = jax.random.key(0)
+LOGITS = jnp.asarray([-40.0, -2.0, 0.0, 1.0, 40.0])
+
+
+@nnx.jit
+def train(gate, x):
+    """The decision of a gate that trains, the gate being an argument of the compiled function."""
+    return gate(x)
+
+
+@nnx.jit
+def evaluated(gate, x, threshold):
+    gate = nnx.clone(nnx.view(gate, deterministic=True, raise_if_not_found=False))
+    budget.set_threshold(gate, threshold)
+    return gate(x)
+
+
+def evaluate(gate, x, threshold=0.0):
+    return evaluated(gate, x, jnp.float32(threshold))
+
+
+# Pure functions
+
+
+def test_straight_through_is_hard_forward_and_soft_backward():
+    hard = jnp.asarray([0.0, 1.0, 1.0])
+    soft = jnp.asarray([0.3, 1e-9, 0.9999999])
+    value, pull = jax.vjp(functools.partial(gates.straight_through, hard), soft)
+    np.testing.assert_array_equal(value, hard)
+    np.testing.assert_array_equal(pull(jnp.arange(3.0))[0], jnp.arange(3.0))
+    blocked = jax.grad(lambda hard: gates.straight_through(hard, soft).sum())(hard)
+    np.testing.assert_array_equal(blocked, jnp.zeros(3))
+
+
+def test_gumbel_sigmoid_keeps_with_the_probability_of_its_logit():
+    logits = jnp.broadcast_to(LOGITS[None], (4000, 5))
+    keep = jax.jit(gates.gumbel_sigmoid)(logits, KEY)
+    assert set(np.unique(keep)) == {0.0, 1.0}
+    np.testing.assert_allclose(keep.mean(0), jax.nn.sigmoid(LOGITS), atol=0.03)
+    slope = jax.jit(jax.grad(lambda logits: gates.gumbel_sigmoid(logits, KEY).sum()))(LOGITS)
+    assert np.isfinite(slope).all() and (np.asarray(slope) >= 0).all() and slope[2] > 0
+
+
+def test_gumbel_softmax_is_one_hot_with_the_softmax_probability():
+    logits = jnp.log(jnp.asarray([0.1, 0.2, 0.7]))
+    keep = jax.jit(gates.gumbel_softmax)(jnp.broadcast_to(logits[None], (4000, 3)), KEY)
+    assert set(np.unique(keep)) == {0.0, 1.0}
+    np.testing.assert_array_equal(keep.sum(-1), 1)
+    np.testing.assert_allclose(keep.mean(0), [0.1, 0.2, 0.7], atol=0.03)
+    slope = jax.grad(lambda logits: gates.gumbel_softmax(logits, KEY)[2])(logits)
+    assert slope[2] > 0 and float(slope.sum()) == pytest.approx(0, abs=1e-6)
+
+
+def test_threshold_and_argmax():
+    np.testing.assert_array_equal(gates.threshold(LOGITS), [0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(gates.threshold(LOGITS, 1.5), [0, 0, 0, 0, 1])
+    np.testing.assert_array_equal(gates.one_hot_argmax(jnp.asarray([[1.0, 3.0, 3.0]])), [[0, 1, 0]])
+
+
+def test_top_k_keeps_exactly_k_even_of_equals():
+    logits = jnp.asarray([[0.0, 5.0, 0.0, -1.0], [1.0, 1.0, 1.0, 1.0]])
+    np.testing.assert_array_equal(gates.top_k(logits, 2), [[1, 1, 0, 0], [1, 1, 0, 0]])
+    np.testing.assert_array_equal(gates.top_k(logits, 0), jnp.zeros((2, 4)))
+    np.testing.assert_array_equal(gates.top_k(logits, 4), jnp.ones((2, 4)))
+    slope = jax.grad(lambda logits: gates.top_k(logits, 2).sum())(logits)
+    np.testing.assert_allclose(slope, jax.nn.sigmoid(logits) * (1 - jax.nn.sigmoid(logits)), rtol=1e-6)
+    for k in (-1, 5):
+        with pytest.raises(ValueError, match=f"k={k}"):
+            gates.top_k(logits, k)
+
+
+def test_a_tile_that_the_border_cuts_counts_the_pixels_it_has():
+    x = jnp.arange(15.0).reshape(1, 3, 5, 1)
+    expected = [[[0, 1, 5, 6], [2, 3, 7, 8], [4, 9]], [[10, 11], [12, 13], [14]]]
+    pooled = gates.pool_tiles(x, 2)
+    np.testing.assert_allclose(pooled[0, ..., 0], [[np.mean(tile) for tile in row] for row in expected])
+    np.testing.assert_allclose(gates.pool_tiles(x, 8), x.mean((1, 2), keepdims=True), rtol=1e-6)
+
+
+# Modules
+
+MAKERS = {
+    "sample": (lambda rngs: dj.SampleGate(4, rngs=rngs), (3,)),
+    "tile": (lambda rngs: dj.TileGate(4, size=4, rngs=rngs), (3, 3, 2)),
+    "branch": (lambda rngs: dj.BranchGate(4, 3, rngs=rngs), (3, 3)),
+    "tile branch": (lambda rngs: dj.BranchGate(4, 3, size=4, rngs=rngs), (3, 3, 2, 3)),
+    "channel": (lambda rngs: dj.ChannelGate(4, 5, rngs=rngs), (3, 5)),
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def gate(request):
+    build, shape = MAKERS[request.param]
+    return request.param, make(build), shape
+
+
+def test_every_gate_decides_hard_and_draws_noise_only_when_it_trains(gate):
+    granularity, gate, shape = gate
+    x = image(3, 9, 7, 4)
+    drawn = [train(gate, x) for _ in range(6)]
+    still = [evaluate(gate, x) for _ in range(2)]
+    for decision in (*drawn, *still):
+        assert decision.keep.shape == decision.probability.shape == shape
+        assert decision.granularity == granularity
+        assert set(np.unique(decision.keep)) <= {0.0, 1.0}
+        keep, probability = np.asarray(decision.keep), np.asarray(decision.probability)
+        assert ((probability >= 0) & (probability <= 1)).all()
+        if "branch" in granularity:
+            np.testing.assert_array_equal(keep.sum(-1), 1)
+            np.testing.assert_allclose(probability.sum(-1), 1, rtol=1e-6)
+        np.testing.assert_allclose(decision.probability, still[0].probability, rtol=1e-5)
+    assert any((np.asarray(decision.keep) != np.asarray(drawn[0].keep)).any() for decision in drawn)
+    np.testing.assert_array_equal(still[0].keep, still[1].keep)
+
+
+def test_a_higher_threshold_spends_less(gate):
+    granularity, gate, _ = gate
+    x = image(3, 9, 7, 4)
+    rank = np.arange(3.0) if "branch" in granularity else 1.0
+
+    def spent(chosen):
+        return float((np.asarray(chosen) * rank).sum())
+
+    decisions = [evaluate(gate, x, at) for at in (-30.0, -1.0, 0.0, 1.0, 30.0)]
+    for field in ("keep", "probability"):
+        amounts = [spent(getattr(decision, field)) for decision in decisions]
+        assert amounts == sorted(amounts, reverse=True)
+    ends = [spent(decisions[i].keep) for i in (0, -1)]
+    most = np.asarray(decisions[0].keep).sum() * 2 if "branch" in granularity else decisions[0].keep.size
+    assert ends == [most, 0]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_gates_start_open(name):
+    build, _ = MAKERS[name]
+    probability = np.asarray(evaluate(nnx.jit(lambda: build(nnx.Rngs(0)))(), image(3, 9, 7, 4)).probability)
+    if "branch" in name:
+        assert (probability.argmax(-1) == 2).all() and (probability[..., 0] > 0.02).all()
+    else:
+        assert ((probability > 0.75) & (probability < 0.97)).all()
+
+
+def test_gradients_reach_every_parameter_of_a_gate(gate):
+    _, gate, _ = gate
+
+    def loss(gate, x):
+        decision = gate(x)
+        weights = jnp.arange(decision.keep.size, dtype=jnp.float32).reshape(decision.keep.shape)
+        return (decision.keep * weights).sum()
+
+    gradient = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, budget.gate_filter)))(gate, image(3, 9, 7, 4))
+    leaves = jax.tree.leaves(gradient)
+    assert len(leaves) == 5 and all(np.isfinite(leaf).all() and (np.asarray(leaf) != 0).any() for leaf in leaves)
+
+
+def test_the_scale_of_the_features_does_not_matter():
+    gate, x = make(MAKERS["tile"][0]), np.asarray(image(3, 9, 7, 4))
+    np.testing.assert_allclose(evaluate(gate, x).probability, evaluate(gate, 1000 * x).probability, rtol=1e-4)
+
+
+def test_gates_are_cheap_and_their_cost_is_counted():
+    gate = make(MAKERS["tile"][0])
+    # Six tiles of 3 * 4 features through 16 hidden units.
+    assert cost.macs(nnx.view(gate, deterministic=True), image(1, 9, 7, 4)) == 6 * (12 * 16 + 16)
+
+
+def test_a_sample_gate_takes_vectors():
+    gate = make(MAKERS["sample"][0])
+    assert evaluate(gate, image(3, 4)).keep.shape == (3,)
+    assert evaluate(make(MAKERS["branch"][0]), image(3, 4)).keep.shape == (3, 3)
+
+
+def test_fixed_gate():
+    x = image(3, 9, 7, 4)
+    keep = np.random.default_rng(0).integers(0, 2, (3, 3, 2))
+    np.testing.assert_array_equal(dj.FixedGate(keep, size=4)(x).keep, keep)
+    np.testing.assert_array_equal(dj.FixedGate([0])(x).keep, [0, 0, 0])
+    shapes = [((3,), "sample"), ((1, 2), "branch"), ((1, 3, 2), "tile"), ((3, 3, 2, 2), "tile branch")]
+    for shape, granularity in shapes:
+        decision = dj.FixedGate(np.ones(shape), size=4)(x)
+        assert decision.granularity == granularity and decision.keep.shape == (3, *shape[1:])
+    with pytest.raises(ValueError, match="keep has 2 examples and the input has 3"):
+        dj.FixedGate(np.ones(2))(x)
+    with pytest.raises(ValueError, match=r"keep has shape \(\)"):
+        dj.FixedGate(1)
+
+
+def test_random_gate_keeps_its_rate():
+    gate, x = dj.RandomGate(0.3, size=2, rngs=nnx.Rngs(0)), image(16, 20, 20, 1)
+    keep, again = (np.asarray(train(gate, x).keep) for _ in range(2))
+    assert keep.shape == (16, 10, 10) and keep.mean() == pytest.approx(0.3, abs=0.05)
+    assert (again != keep).any()
+    still = np.asarray(evaluate(gate, x).keep)
+    assert still.mean() == pytest.approx(0.3, abs=0.06)
+    np.testing.assert_array_equal(still, evaluate(gate, x).keep)
+    # A function of the content of each example alone, not of its place in the batch.
+    np.testing.assert_array_equal(still[::-1], evaluate(gate, np.asarray(x)[::-1]).keep)
+    assert (still[0] != still[1]).any()
+    shares = [np.asarray(evaluate(gate, x, at).keep).mean() for at in (-30.0, -1.0, 0.0, 1.0, 30.0)]
+    assert shares == sorted(shares, reverse=True) and shares[0] == 1 and shares[-1] == 0
+    assert evaluate(dj.RandomGate(0.5, rngs=nnx.Rngs(0)), x).keep.shape == (16,)
+
+
+def test_errors_name_the_argument():
+    rngs, x = nnx.Rngs(0), image(1, 8, 8, 4)
+    for build, message in [
+        (lambda: dj.SampleGate(4, temperature=1.5, rngs=rngs), "temperature=1.5"),
+        (lambda: dj.TileGate(4, size=0, rngs=rngs), "size=0"),
+        (lambda: dj.BranchGate(4, 0, rngs=rngs), "branches=0"),
+        (lambda: dj.BranchGate(4, 2, size=0, rngs=rngs), "size=0"),
+        (lambda: dj.ChannelGate(4, 0, rngs=rngs), "groups=0"),
+        (lambda: dj.FixedGate([1], size=0), "size=0"),
+        (lambda: dj.RandomGate(1.0, rngs=rngs), "rate=1.0"),
+        (lambda: dj.RandomGate(0.5, size=0, rngs=rngs), "size=0"),
+        (lambda: make(lambda rngs: dj.SampleGate(5, rngs=rngs))(x), "SampleGate was made for features=5.*features=4"),
+        (lambda: make(lambda rngs: dj.TileGate(5, rngs=rngs))(x), "TileGate was made for features=5.*features=4"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build()
+
+
+def test_noise_under_a_jit_that_closes_over_the_gate_says_what_to_do():
+    gate, x = make(MAKERS["sample"][0]), image(3, 4)
+    with pytest.raises(TraceContextError, match=r"pass it as an argument to nnx.jit.*deterministic=True"):
+        jax.jit(lambda x: gate(x).keep)(x)
+    jax.jit(lambda x: nnx.view(gate, deterministic=True)(x).keep)(x)

@@ -1,0 +1,156 @@
+"""The U-Net: shapes, odd sizes, half precision, and adaptive forms that hold the static twin's parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from blocks import make, still
+from flax import nnx
+
+import dynjax as dj
+from dynjax.config import ModelConfig
+from dynjax.models import unet
+
+SMALL = dict(widths=(4, 6, 8), blocks=(1, 1, 2), stem_stride=2)
+FORMS = {
+    "tiles": dict(dynamics="tiles", tiles=(4, 3)),
+    "select": dict(dynamics="select", tiles=(4, 3)),
+    "skip": dict(dynamics="skip"),
+}
+BLOCKS = ["decoder/0/0", "decoder/1/0", "encoder/0/0", "encoder/1/0", "encoder/2/0", "encoder/2/1"]
+
+
+def build(rngs, **form):
+    return unet.build(ModelConfig(**SMALL, **form), 3, rngs=rngs)
+
+
+def pictures(*shape):
+    return jnp.asarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def static():
+    return make(lambda rngs: build(rngs, dynamics="static"))
+
+
+def under(model, state):
+    """`model` with the variables of `state` under its wrappers."""
+    flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
+    for path, variable in nnx.to_flat_state(state):
+        inside = [path[:n] + middle + path[n:] for n in range(len(path)) for middle in ((), ("block",), ("blocks", 1))]
+        (place,) = {p for p in inside if p in flat}
+        flat.pop(place)[...] = variable[...]
+    return model, flat
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_adaptive_forms_have_the_static_parameters_under_their_wrappers(form, static):
+    adaptive = make(lambda rngs: build(rngs, **FORMS[form]), seed=1)
+    state = nnx.state(static, (nnx.Param, nnx.BatchStat))
+    adaptive, left = under(adaptive, state)
+    # What is left is of gates and of the plain branches.
+    assert left and all(
+        "gate" in path or (form == "select" and path[-4:-2] == ("blocks", 0)) or "blocks" in path for path in left
+    )
+    decisions = BLOCKS if form == "skip" else [b for b in BLOCKS if "/2/" not in b]
+    x = pictures(2, 21, 30)
+    dj.budget.set_threshold(adaptive, -30.0)
+    logits, trace = jax.jit(lambda x: dj.traced(still(adaptive))(x))(x)
+    assert sorted(trace.decisions) == decisions
+    np.testing.assert_allclose(logits, still(static)(x), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(trace.macs(), trace.full_macs, rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_twin_params_give_the_logits_of_the_static_twin(form, static):
+    twin_params = nnx.state(static, (nnx.Param, nnx.BatchStat))
+
+    def twin(rngs):
+        return unet.build(ModelConfig(**SMALL, **FORMS[form]), 3, rngs=rngs, twin_params=twin_params)
+
+    # Not by `make`, which would put other numbers in their place; compiled at once rather than layer by layer.
+    adaptive = nnx.jit(lambda: twin(nnx.Rngs(3)))()
+    dj.budget.set_threshold(adaptive, -30.0)
+    x = pictures(1, 16, 12)
+    np.testing.assert_allclose(still(adaptive)(x), still(static)(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_any_size_and_stride(stride):
+    config = ModelConfig(**SMALL | dict(stem_stride=stride, blocks=(1, 0, 1)), dynamics="static")
+    model = still(make(lambda rngs: unet.build(config, 5, rngs=rngs)))
+    for height, width in [(1, 1), (7, 5), (21, 30), (32, 16)]:
+        logits = jax.eval_shape(lambda x: model(x), jax.ShapeDtypeStruct((2, height, width, 3), jnp.uint8))
+        assert (logits.shape, logits.dtype) == ((2, height, width, 5), jnp.float32)
+
+
+def test_the_default_rows_compact_equals_masked(static):
+    adaptive = make(lambda rngs: build(rngs, **FORMS["tiles"]))
+    x = pictures(2, 21, 30)
+    run = jax.jit(lambda x: [still(adaptive, way)(x) for way in ("masked", "compact")])
+    np.testing.assert_allclose(*run(x), rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_parameters(static):
+    graphdef, state = nnx.split(static)
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), state)
+    run = jax.jit(lambda state, x: still(nnx.merge(graphdef, state))(x))
+    x = pictures(1, 16, 12)
+    logits = run(half, x)
+    assert logits.dtype == jnp.float32
+    expected = run(state, x)
+    assert np.abs(logits - expected).mean() < 0.1 * np.abs(expected).mean()
+
+
+def test_training_moves_statistics_and_has_gradients_everywhere(static):
+    adaptive = make(lambda rngs: build(rngs, **FORMS["select"]))
+
+    def loss(model, x):
+        logits, trace = dj.traced(model)(x)
+        return (logits**2).mean() + dj.budget_loss(trace, 0.5)
+
+    before = jax.tree.map(np.asarray, nnx.state(adaptive, nnx.BatchStat))
+    grads = nnx.jit(nnx.grad(loss))(adaptive, pictures(2, 21, 30))
+    for path, gradient in nnx.to_flat_state(grads):
+        assert np.isfinite(gradient[...]).all(), path
+    assert sum(bool(np.asarray(leaf).any()) for leaf in jax.tree.leaves(grads)) > 0.9 * len(jax.tree.leaves(grads))
+    after = jax.tree.map(np.asarray, nnx.state(adaptive, nnx.BatchStat))
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+
+
+def test_the_random_control():
+    config = ModelConfig(**SMALL, dynamics="tiles", tiles=(4, 3), gate="random")
+    model = make(lambda rngs: unet.build(config, 3, rngs=rngs))
+    gates = [module for _, module in nnx.iter_modules(model) if isinstance(module, dj.RandomGate)]
+    assert len(gates) == 4 and {gate.size for gate in gates} == {4, 3}
+    skip = make(lambda rngs: unet.build(ModelConfig(**SMALL, dynamics="skip", gate="random"), 3, rngs=rngs))
+    assert sum(isinstance(module, dj.RandomGate) for _, module in nnx.iter_modules(skip)) == len(BLOCKS)
+
+
+def test_gather_pixels_by_hand():
+    x = jnp.arange(12.0).reshape(1, 2, 3, 2)
+    # Pixels [0 1] [2 3] [4 5] over [6 7] [8 9] [10 11]; the odd last column is doubled.
+    expected = [[[0, 1, 2, 3, 6, 7, 8, 9], [4, 5, 4, 5, 10, 11, 10, 11]]]
+    np.testing.assert_array_equal(unet.gather_pixels(x), [expected])
+
+
+def test_spread_pixels_by_hand():
+    x = jnp.arange(16.0).reshape(1, 1, 2, 8)
+    first, second = [[[0, 1], [2, 3]], [[4, 5], [6, 7]]], [[[8, 9], [10, 11]], [[12, 13], [14, 15]]]
+    np.testing.assert_array_equal(unet.spread_pixels(x, 2)[0], np.concatenate([first, second], 1))
+    np.testing.assert_array_equal(unet.gather_pixels(unet.spread_pixels(x, 2)), x)
+
+
+def test_repeat_pixels():
+    x = jnp.arange(4.0).reshape(1, 2, 2, 1)
+    np.testing.assert_array_equal(unet.repeat_pixels(x)[0, ..., 0], np.kron([[0, 1], [2, 3]], np.ones((2, 2))))
+
+
+def test_errors():
+    for changes, message in [
+        (dict(widths=(4, 6)), r"widths=\(4, 6\) and blocks=\(1, 1, 2\)"),
+        (dict(stem_stride=3), "stem_stride=3"),
+        (dict(dynamics="tiles", tiles=(4, 3, 2, 2)), r"tiles=\(4, 3, 2, 2\) names more levels than widths=\(4, 6, 8\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(lambda c=changes: nnx.state(unet.build(ModelConfig(**SMALL | c), 3, rngs=nnx.Rngs(0))))
