@@ -71,7 +71,9 @@ def test_the_threshold_moves_the_choice_to_the_first():
         assert_same(masked, compact)
         spent.append(float(trace.macs().mean()))
         taken.append(float(trace.decisions[""].kept()))
-    assert spent == sorted(spent, reverse=True) and taken == sorted(taken, reverse=True)
+    assert taken == sorted(taken, reverse=True)
+    # Between the ends tiles of several branches pay for their borders, so spending need not fall at every step.
+    assert spent[-1] < min(spent[:-1])
     assert taken[0] == 1 and taken[-1] == 0
     np.testing.assert_allclose(spent[0], trace.full_macs, rtol=1e-6)
 
