@@ -16,9 +16,10 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt --editable .
 	@touch $(STAMP)
 
-# Train, evaluate, predict: minutes on two cores.
+# Train the static twin, then the adaptive net from its weights; evaluate, predict: minutes on two cores.
 demo: venv
-	$(BIN)/python -m experiments.train digits_unet_tiles --workdir $(DEMO)
+	$(BIN)/python -m experiments.train digits_unet_static --workdir $(DEMO)_static
+	$(BIN)/python -m experiments.train digits_unet_tiles --workdir $(DEMO) --init-from $(DEMO)_static
 	$(BIN)/python -m experiments.evaluate --workdir $(DEMO)
 	$(BIN)/python -m experiments.predict --workdir $(DEMO) --out $(DEMO)/predictions --budget 0.5 $(DEMO)/examples/*.png
 	@echo; cat $(DEMO)/table.txt
@@ -52,4 +53,4 @@ results: venv
 	$(BIN)/python -m experiments.results render
 
 clean:
-	rm -rf $(DEMO) .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(DEMO) $(DEMO)_static .pytest_cache .ruff_cache .import_linter_cache

@@ -174,10 +174,11 @@ def test_training_under_nnx_jit_and_grad():
     assert any((t.decisions["layers/2"].keep != trace.decisions["layers/2"].keep).any() for t in drawn)
 
 
-def test_training_in_a_jit_that_closes_over_the_model_says_what_to_do():
-    model = make(lambda rngs: dj.Skip(blocks.Pointwise(rngs), dj.SampleGate(CHANNELS, rngs=rngs)))
+@pytest.mark.parametrize("kind", [blocks.Pointwise, blocks.Residual], ids=lambda kind: kind.__name__)
+def test_training_in_a_jit_that_closes_over_the_model_says_what_to_do(kind):
+    model = make(lambda rngs: dj.Skip(kind(rngs), dj.SampleGate(CHANNELS, rngs=rngs)))
     x = image(2, 5, 5, CHANNELS)
-    with pytest.raises(TraceContextError, match=r"nnx\.jit"):
+    with pytest.raises(TraceContextError, match=r"traced: .*argument to nnx\.jit"):
         jax.jit(lambda x: dj.traced(model)(x)[1].macs())(x)
     graphdef, state = nnx.split(model)
     jax.jit(lambda state, x: dj.traced(nnx.merge(graphdef, state, copy=True))(x)[1].macs())(state, x)
