@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
 from dynjax import cost
@@ -114,7 +115,14 @@ def traced(fn: Callable) -> Callable:
                     del module.__captures__
             return model(*rest, **kwargs) if is_module else fn(model, *rest, **kwargs)
 
-        output, captured = nnx.capture(run, Decisions)(model, *rest, **kwargs)
+        try:
+            output, captured = nnx.capture(run, Decisions)(model, *rest, **kwargs)
+        except TraceContextError as error:
+            raise TraceContextError(
+                "traced: this call changes the model (the noise of gates, BatchNorm statistics), and a function under "
+                "jax.jit (or grad, scan) closes over it: pass the model as an argument to nnx.jit, or nnx.merge it "
+                "inside, or use nnx.view(model, deterministic=True, use_running_average=True)"
+            ) from error
         examples = _examples(rest, kwargs)
         decisions = _by_path(captured)
         still = nnx.view(

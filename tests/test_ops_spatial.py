@@ -288,6 +288,8 @@ def test_compact_execution_cannot_train(kind, message):
 def test_a_view_of_a_misspelt_name_is_an_error():
     with pytest.raises(ValueError, match="exection"):
         nnx.view(gated(make(blocks.Pointwise)), exection="compact")
+    # Names of what only some blocks and gates have are none.
+    nnx.view(gated(make(blocks.Pointwise)), execution="compact", deterministic=True, use_running_average=True)
 
 
 def test_a_function_is_a_block_too():

@@ -40,7 +40,14 @@ class Skip(nnx.Module):
         self.block, self.gate, self.otherwise = block, gate, otherwise
         self.execution, self.strategy = "masked", "auto"
 
-    def set_view(self, execution: str | None = None, strategy: str | None = None) -> None:
+    def set_view(
+        self,
+        execution: str | None = None,
+        strategy: str | None = None,
+        deterministic: bool | None = None,
+        use_running_average: bool | None = None,
+    ) -> None:
+        # The last two are for gates and blocks; named here, since nnx.view refuses names that no module has.
         self.execution, self.strategy = execution or self.execution, strategy or self.strategy
 
     def __call__(self, x: Float[Array, "B ..."]) -> Array:
@@ -106,7 +113,11 @@ class Exits(nnx.Module):
         self.execution, self.strategy, self.deterministic = "masked", "auto", False
 
     def set_view(
-        self, execution: str | None = None, strategy: str | None = None, deterministic: bool | None = None
+        self,
+        execution: str | None = None,
+        strategy: str | None = None,
+        deterministic: bool | None = None,
+        use_running_average: bool | None = None,
     ) -> None:
         self.execution, self.strategy = execution or self.execution, strategy or self.strategy
         self.deterministic = self.deterministic if deterministic is None else deterministic

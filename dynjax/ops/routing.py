@@ -37,7 +37,14 @@ class Select(nnx.Module):
         self.blocks, self.gate = nnx.List(blocks), gate
         self.execution, self.strategy = "masked", "auto"
 
-    def set_view(self, execution: str | None = None, strategy: str | None = None) -> None:
+    def set_view(
+        self,
+        execution: str | None = None,
+        strategy: str | None = None,
+        deterministic: bool | None = None,
+        use_running_average: bool | None = None,
+    ) -> None:
+        # The last two are for gates and blocks; named here, since nnx.view refuses names that no module has.
         self.execution, self.strategy = execution or self.execution, strategy or self.strategy
 
     def __call__(self, x: Float[Array, "B ..."]) -> Array:

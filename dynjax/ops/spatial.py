@@ -49,7 +49,14 @@ class Tiles(nnx.Module):
         self.block, self.gate, self.otherwise, self.radius = block, gate, otherwise, radius
         self.execution, self.strategy = "masked", "auto"
 
-    def set_view(self, execution: str | None = None, strategy: str | None = None) -> None:
+    def set_view(
+        self,
+        execution: str | None = None,
+        strategy: str | None = None,
+        deterministic: bool | None = None,
+        use_running_average: bool | None = None,
+    ) -> None:
+        # The last two are for gates and blocks; named here, since nnx.view refuses names that no module has.
         self.execution, self.strategy = execution or self.execution, strategy or self.strategy
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
