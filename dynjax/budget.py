@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dynjax.decision import Decision
 from dynjax.gates import GateParam, Threshold
 from dynjax.trace import Trace
 
@@ -37,8 +38,7 @@ def budget_loss(
     if isinstance(target, int | float):
         check(target, "target")
     network = (trace.fraction().mean() - target) ** 2
-    # What costs nothing has no share; a pooling layer under a gate is an example.
-    decisions = [d for d in trace.decisions.values() if d.full_macs]
+    decisions = _that_cost(trace)
     if not decisions:
         return network
     own = (target * trace.full_macs - trace.static_macs) / sum(d.full_macs for d in decisions)
@@ -47,6 +47,11 @@ def budget_loss(
     shares = jnp.stack([d.macs().mean() / d.full_macs for d in decisions])
     violation = jax.nn.relu(lower - shares) ** 2 + jax.nn.relu(shares - upper) ** 2
     return network + violation.mean()
+
+
+def _that_cost(trace: Trace) -> list[Decision]:
+    """The decisions that spend something: a pooling layer under a gate, or a mixture of kernels, has no share."""
+    return [d for d in trace.decisions.values() if d.full_macs]
 
 
 def release(progress: Float[Array, ""] | float | int, until: float = 1 / 3) -> Float[Array, ""]:
@@ -60,13 +65,13 @@ def release(progress: Float[Array, ""] | float | int, until: float = 1 / 3) -> F
 def load_balance(trace: Trace) -> Float[Array, ""]:
     """Mean over branch decisions of K * sum_k f_k p_k, which is 1 when all K branches are used alike.
 
-    Fedus et al. 2022 (arXiv:2101.03961, eq. 4). f_k is the share of units that took branch k, p_k the mean probability;
-    0 where there are no branches.
+    Fedus et al. 2022 (arXiv:2101.03961, eq. 4). f_k is branch k's share of all that was taken, p_k its mean
+    probability; 0 where there are no branches.
     """
     losses = []
     for d in trace.decisions.values():
         if "branch" in d.granularity:
-            taken = jax.lax.stop_gradient(d.keep).reshape(-1, d.keep.shape[-1]).mean(0)
+            taken = jax.lax.stop_gradient(d.keep).reshape(-1, d.keep.shape[-1]).mean(0) / (d.most or 1)
             probable = d.probability.reshape(-1, d.probability.shape[-1]).mean(0)
             losses.append(d.keep.shape[-1] * (taken * probable).sum())
     return jnp.stack(losses).mean() if losses else jnp.zeros(())
@@ -79,10 +84,11 @@ def statistics(trace: Trace) -> dict[str, Float[Array, ""]]:
     `dead` and `always` are the shares of gates that keep fewer than 1% and more than 99% of their units in this batch.
     """
     result = {"macs_fraction": trace.fraction().mean()}
-    if not trace.decisions:
+    decisions = _that_cost(trace)
+    if not decisions:
         return result
-    entropies, kept = [], jnp.stack([d.kept() for d in trace.decisions.values()])
-    for d in trace.decisions.values():
+    entropies, kept = [], jnp.stack([d.kept() for d in decisions])
+    for d in decisions:
         p = jnp.clip(d.probability, 1e-7, 1 - 1e-7)
         binary = -(p * jnp.log2(p) + (1 - p) * jnp.log2(1 - p))
         entropies.append((-p * jnp.log2(p)).sum(-1).mean() if "branch" in d.granularity else binary.mean())

@@ -1,6 +1,6 @@
 """A decision is data: what a gate chose for one input, and what one unit of the choice costs.
 
-Letters: B examples, h w tiles, K branches, N any of the granularities (B,), (B, h, w), (B, K), (B, h, w, K).
+Letters: B examples, h w tiles, K kinds of work on one unit (branches, stages, groups, steps, experts).
 """
 
 import dataclasses
@@ -11,7 +11,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-Granularity = Literal["sample", "tile", "branch", "tile branch", "exit", "tile exit", "channel"]
+Granularity = Literal[
+    "sample",  # (B,)
+    "tile",  # (B, h, w)
+    "token",  # (B, T)
+    "branch",  # (B, K), one of K
+    "tile branch",  # (B, h, w, K), one of K
+    "token branch",  # (B, T, K), a fixed number of the K
+    "exit",  # (B, K), the stages run, from the first to the last
+    "tile exit",  # (B, h, w, K)
+    "channel",  # (B, K), groups of channels
+    "path",  # (B, K), any of the K ways out of a cell
+    "kernel",  # (B, K) or (B, h, w, K), how much each of K kernels counts; always all kept, at no cost of their own
+]
+"""What a decision is about. With one kind of work on a unit there is no last axis for it."""
+
+ONE_KIND = ("sample", "tile", "token")
 
 
 @jax.tree_util.register_dataclass
@@ -21,12 +36,13 @@ class Decision:
 
     `keep` is exactly 0 or 1; when training its gradient is that of the relaxed choice (straight through).
     `probability` is the relaxed choice in [0, 1], differentiable, without noise. Branches are one-hot over the last
-    axis; exits say for each stage, on the last axis, whether it is run.
+    axis; exits say for each stage, on the last axis, whether it is run. Steps of a recurrence are stages too.
 
     A gate fills the two arrays and `granularity`; the wrapper that executes the decision adds the costs, in MACs per
     example, one value or one per branch, stage or group: `unit_macs` for one kept unit, the border that a tile's window
     needs included, and `whole_macs` for the whole input, which is the most that an executor spends and what the masked
-    execution always computes. Where there are tiles, `tile` has their sides as shares of the map's height and width.
+    execution always computes. `most` is how many of the kinds one unit can take at once (None: of branches one, else
+    all). Where there are tiles, `tile` has their sides as shares of the map's height and width.
     """
 
     # Any: in trees of shapes, or while JAX maps over one, the leaves are no arrays.
@@ -35,6 +51,7 @@ class Decision:
     granularity: Granularity = dataclasses.field(metadata=dict(static=True))
     unit_macs: tuple[float, ...] = dataclasses.field(default=(0.0,), metadata=dict(static=True))
     whole_macs: tuple[float, ...] = dataclasses.field(default=(0.0,), metadata=dict(static=True))
+    most: int | None = dataclasses.field(default=None, metadata=dict(static=True))
     tile: tuple[float, float] | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     @property
@@ -44,8 +61,9 @@ class Decision:
 
     @property
     def full_macs(self) -> float:
-        """MACs per example with everything kept; of branches, the dearest."""
-        return max(self.whole_macs) if "branch" in self.granularity else sum(self.whole_macs)
+        """MACs per example with everything kept; of kinds that exclude each other, the dearest."""
+        most = self.most or (1 if "branch" in self.granularity else len(self.whole_macs))
+        return sum(sorted(self.whole_macs, reverse=True)[:most])
 
     def macs(self) -> Float[Array, "B"]:
         """MACs spent per example; the gradient reaches the gate through `keep`."""
@@ -60,7 +78,7 @@ class Decision:
         return self._units(self.keep)
 
     def _units(self, chosen: jax.Array) -> jax.Array:
-        kinds = chosen.shape[-1] if self.granularity not in ("sample", "tile") else 1
+        kinds = 1 if self.granularity in ONE_KIND else chosen.shape[-1]
         return chosen.astype(jnp.float32).reshape(chosen.shape[0], -1, kinds)
 
     def _macs(self, chosen: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ Letters: B examples, H W pixels, C channels, h w tiles, K branches.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from jaxtyping import Array, Float
 from dynjax import windows
 
 Execution = Literal["masked", "compact"]
+Tree = Any
+"""An array, or a tree of arrays."""
 Strategy = Literal["auto", "loop", "buckets"]
 
 CAPACITIES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
@@ -43,22 +45,24 @@ def blend(keep: Float[Array, "..."], kept: Array, other: Array) -> Array:
 
 
 def samples(
-    block: Callable[[Array], Array],
-    x: Float[Array, "B ..."],
+    block: Callable[[Tree], Tree],
+    x: Tree,
     keep: Float[Array, "B"],
     *,
-    otherwise: Callable[[Array], Array] | None = None,
+    otherwise: Callable[[Tree], Tree] | None = None,
     execution: Execution = "masked",
     strategy: Strategy = "auto",
-) -> Array:
+) -> Tree:
     """`block(x)` for the kept examples and `otherwise(x)` (default: `x` itself) for the others.
+
+    `x`, and what `block` gives, are arrays or trees of arrays whose first axis is the examples.
 
     Raises:
         ValueError: if `block` and `otherwise` give different shapes.
     """
     other = x if otherwise is None else otherwise(x)
     if execution == "masked":
-        return blend(keep, _like(block(x), other), other)
+        return jax.tree.map(functools.partial(blend, keep), _like(block(x), other), other)
     block, other = _one_type(block, _like(shape_of(block, x), other), other)
     return _samples_compact(block, x, keep, other, strategy)
 
@@ -142,15 +146,15 @@ def _samples_compact(block, x, keep, other, strategy):
     kept = keep > 0.5
     order = jnp.argsort(~kept, stable=True)
     number = kept.sum(dtype=jnp.int32)
-    examples = x.shape[0]
+    examples = keep.shape[0]
 
     def whole():
-        return blend(kept.astype(other.dtype), block(x), other)
+        return jax.tree.map(lambda y, o: blend(kept.astype(o.dtype), y, o), block(x), other)
 
     def loop():
         def body(i, out):
-            one = lax.dynamic_index_in_dim(x, order[i], keepdims=True)
-            return lax.dynamic_update_index_in_dim(out, block(one), order[i], 0)
+            one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, order[i], keepdims=True), x)
+            return jax.tree.map(lambda o, y: lax.dynamic_update_index_in_dim(o, y, order[i], 0), out, block(one))
 
         def some():
             return lax.fori_loop(0, number, body, other)
@@ -162,7 +166,8 @@ def _samples_compact(block, x, keep, other, strategy):
             index = order[:capacity]
             # The places beyond the kept ones point past the end: their result is written nowhere.
             index = jnp.where(jnp.arange(capacity) < number, index, examples)
-            return other.at[index].set(block(x.at[index].get(mode="clip")), mode="drop")
+            y = block(jax.tree.map(lambda a: a.at[index].get(mode="clip"), x))
+            return jax.tree.map(lambda o, y: o.at[index].set(y, mode="drop"), other, y)
 
         return _buckets(number, examples, run, whole, other)
 
@@ -301,23 +306,27 @@ def _by_platform(strategy, loop, buckets):
     return loop() if strategy == "loop" else buckets()
 
 
-def shape_of(block: Callable, x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Shape and type of `block(x)`."""
+def shape_of(block: Callable, x: Tree) -> Tree:
+    """Shapes and types of `block(x)`, an array or a tree of arrays."""
     # A module handed to JAX itself is named by its repr, which prints every parameter: seconds for one block.
-    return jax.eval_shape(lambda x: block(x), jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return jax.eval_shape(lambda x: block(x), jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x))
 
 
 def _one_type(block, spec, other):
     """`block`, whose output is like `spec`, and `other` with numbers of the type that blending them would give."""
-    dtype = jnp.promote_types(spec.dtype, other.dtype)
-    return (block if spec.dtype == dtype else lambda x: block(x).astype(dtype)), other.astype(dtype)
+    types = jax.tree.map(lambda s, o: jnp.promote_types(s.dtype, o.dtype), spec, other)
+    other = jax.tree.map(lambda o, t: o.astype(t), other, types)
+    if all(s.dtype == t for s, t in zip(jax.tree.leaves(spec), jax.tree.leaves(types), strict=True)):
+        return block, other
+    return (lambda x: jax.tree.map(lambda y, t: y.astype(t), block(x), types)), other
 
 
 def _like(y, other):
     """`y`, once its shape is known to be that of what it is put together with."""
-    if y.shape != other.shape:
+    shapes = [jax.tree.map(lambda a: a.shape, tree) for tree in (y, other)]
+    if shapes[0] != shapes[1]:
         raise ValueError(
-            f"the block gives shape {y.shape} and what it is put together with has {other.shape}; "
+            f"the block gives shape {shapes[0]} and what it is put together with has {shapes[1]}; "
             "give an `otherwise`, or branches, of one shape"
         )
     return y

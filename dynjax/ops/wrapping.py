@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-from dynjax import cost
+from dynjax import cost, execute
 from dynjax.decision import Decision, record
 
 
@@ -48,12 +48,12 @@ def refuse_nested(wrapper: str, block: Callable) -> None:
                 )
 
 
-def one_example(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The shape of one example of `x`."""
-    return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+def one_example(x: execute.Tree) -> execute.Tree:
+    """The shapes of one example of `x`, an array or a tree of arrays."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
 
 
-def macs_per_example(block: Callable, x: jax.Array | jax.ShapeDtypeStruct) -> float:
+def macs_per_example(block: Callable, x: execute.Tree) -> float:
     """MACs of `block` on one example of `x`."""
     return cost.macs(still(block), one_example(x))
 
@@ -74,9 +74,10 @@ def account(
     unit_macs: tuple[float, ...],
     whole_macs: tuple[float, ...],
     tile: tuple[float, float] | None = None,
+    most: int | None = None,
 ) -> None:
-    """Record the decision for the trace, with its costs and the place of its tiles."""
-    record(wrapper, dataclasses.replace(decision, unit_macs=unit_macs, whole_macs=whole_macs, tile=tile))
+    """Record the decision for the trace, with its costs (see `Decision`) and the place of its tiles."""
+    record(wrapper, dataclasses.replace(decision, unit_macs=unit_macs, whole_macs=whole_macs, tile=tile, most=most))
 
 
 def grid(x: jax.Array, size: int) -> tuple[int, int]:
