@@ -91,23 +91,66 @@ class Head(nnx.Module):
         return 4 * self.linear(x.mean((1, 2)))
 
 
-def classifier(rngs):
+def classifier(rngs, **options):
     stages = [blocks.Residual(rngs), Down(rngs), blocks.Residual(rngs, channels=6)]
-    return dj.Exits(stages, [Head(features, rngs) for features in (CHANNELS, 6, 6)], at=0.6)
+    return dj.Exits(stages, [Head(features, rngs) for features in (CHANNELS, 6, 6)], **(dict(at=0.6) | options))
 
 
-def test_exits_stop_the_examples_that_a_head_is_sure_about():
-    model, x = make(classifier), 2 * image(8, 8, 8, CHANNELS)
+class Scales(nnx.Module):
+    """A stage of two scales, each a convolution, the coarse one of both."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.fine = nnx.Conv(CHANNELS, CHANNELS, (3, 3), rngs=rngs)
+        self.coarse = Down(rngs)
+
+    def __call__(self, x):
+        x = x if isinstance(x, dict) else {"fine": x, "coarse": 0.0}
+        return {"fine": nnx.relu(self.fine(x["fine"])), "coarse": self.coarse(x["fine"]) + x["coarse"]}
+
+
+class CoarseHead(Head):
+    def __call__(self, x):
+        return super().__call__(x["coarse"])
+
+
+def multi_scale(rngs, **options):
+    return dj.Exits([Scales(rngs) for _ in range(4)], [CoarseHead(6, rngs) for _ in range(4)], **options)
+
+
+def doubts(predictions, confidence, at, patience=1):
+    """Of every head but the last, and the largest probability, in NumPy."""
+    p = np.exp(predictions - predictions.max(-1, keepdims=True))
+    sure = np.clip((p / p.sum(-1, keepdims=True)).max(-1), 1e-6, 1 - 1e-6)
+    if confidence == "patience":
+        labels, agreed = predictions.argmax(-1), np.zeros(sure.shape)
+        for k in range(1, len(labels)):
+            agreed[k] = (agreed[k - 1] + 1) * (labels[k] == labels[k - 1])
+        return patience - agreed[:-1] - sure[:-1]
+    if confidence == "random":
+        sure = np.mod(97 * predictions.mean(-1), 1)
+    return (np.log((1 - sure) / sure) - np.log((1 - at) / at))[:-1]
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (classifier, dict(confidence="max_prob", at=0.6)),
+        (multi_scale, dict(confidence="random", at=0.4)),
+        (multi_scale, dict(confidence="patience", patience=2, at=0.9)),
+    ],
+    ids=["max_prob", "random of trees", "patience of trees"],
+)
+def test_exits_stop_the_examples_that_a_head_is_sure_about(build, options):
+    model, x = make(lambda rngs: build(rngs, **options)), 2 * image(8, 8, 8, CHANNELS)
     run = three_ways(lambda threshold, x: (at(threshold, model), x), jnp.zeros(()), x)
     trace = jax.jit(lambda threshold, x: dj.traced(at(threshold, still(model)))(x)[1])
     predictions = np.stack(jax.jit(lambda x: still(model).predictions(x))(x))
-    sure = np.asarray(jax.nn.softmax(predictions).max(-1))
-    sure = np.clip(sure, 1e-6, 1 - 1e-6)  # as `doubt` does
-    doubt = np.clip(1 - sure, 1e-6, 1 - 1e-6)
-    logit = np.log(doubt / (1 - doubt)) - np.log((1 - 0.6) / 0.6)
-    stages = set()
-    for threshold in (-30.0, *(np.sort(logit[:2].ravel())[[3, 7, 11]] + 1e-3), 30.0):
-        runs = np.cumprod(np.concatenate([np.ones((1, 8)), logit[:2] >= threshold]), 0).astype(bool)
+    doubt, stages = doubts(predictions, **options), set()
+    between = np.sort(doubt.ravel())
+    between = (between[1:] + between[:-1])[[2, doubt.size // 2, doubt.size - 4]] / 2
+    spent = []
+    for threshold in (-30.0, *between, 30.0):
+        runs = np.cumprod(np.concatenate([np.ones((1, 8)), doubt >= threshold]), 0).astype(bool)
         last = runs.sum(0) - 1
         stages |= set(last)
         masked, *compact = run(jnp.float32(threshold), x)
@@ -116,7 +159,33 @@ def test_exits_stop_the_examples_that_a_head_is_sure_about():
         (decision,) = trace(jnp.float32(threshold), x).decisions.values()
         assert decision.granularity == "exit"
         np.testing.assert_array_equal(decision.keep, runs.T)
-    assert stages == {0, 1, 2}
+        spent.append(float(decision.macs().sum()))
+    assert stages >= {0, len(model.stages) - 1} and len(stages) > 2
+    assert spent == sorted(spent, reverse=True)
+
+
+def test_patience_at_threshold_0_is_that_of_the_paper():
+    """Labels by hand: the third head is the first to agree, so patience 1 stops after it, and 2 after the fourth."""
+    labels = jnp.asarray([[0, 1, 1, 1, 2], [2, 2, 0, 1, 1], [0, 0, 0, 0, 0]])
+    stages = [lambda x: x, *[lambda x: x] * 4]
+    heads = [lambda x, k=k: jax.nn.one_hot(x[:, k], 3) * (20.0 + k) for k in range(5)]
+    for patience, runs in [(1, [3, 2, 2]), (2, [4, 5, 3]), (4, [5, 5, 5])]:
+        model = still(dj.Exits(stages, heads, confidence="patience", patience=patience))
+        logits, trace = dj.traced(model)(labels)
+        np.testing.assert_array_equal(trace.decisions[""].keep.sum(-1), runs)
+        np.testing.assert_array_equal(logits.max(-1), 20 + np.asarray(runs) - 1)
+        np.testing.assert_array_equal(trace.decisions[""].keep[:, 0], 1)
+        assert (dj.traced(at(30.0, model))(labels)[1].decisions[""].keep.sum(-1) == 1).all()
+        assert (dj.traced(at(-30.0, model))(labels)[1].decisions[""].keep.sum(-1) == 5).all()
+
+
+def test_random_exits_take_their_rate_and_no_gradient():
+    model = dj.Exits([lambda x: x] * 2, [lambda x: x] * 2, confidence="random", at=0.3)
+    logits = image(4000, 3)
+    kept = dj.traced(still(model))(logits)[1].decisions[""]
+    assert abs(float(kept.keep[:, 1].mean()) - 0.3) < 0.03
+    np.testing.assert_allclose(kept.probability[:, 1], 0.3, rtol=1e-5)
+    assert not jax.grad(lambda x: model.doubt(x).sum())(logits).any()
 
 
 def test_macs_of_exits():
@@ -199,12 +268,19 @@ def test_errors_of_exits():
         (lambda: dj.Exits([stage], [head], at=1.0), "at=1.0"),
         (lambda: dj.Exits([stage], [head], size=0), "size=0"),
         (
+            lambda: dj.Exits([stage] * 3, [head] * 3, confidence="patience", patience=3),
+            "patience=3 .* number of heads, 3",
+        ),
+        (lambda: dj.Exits([stage] * 3, [head] * 3, confidence="patience", size=4), "per example, so size=4"),
+        (
             lambda: dj.Exits([dj.Skip(stage, dj.FixedGate([1]))], [head]),
             "Exits around a module that is dynamic already",
         ),
     ]:
         with pytest.raises((ValueError, TypeCheckError), match=message):  # the latter where types are checked first
             build()
+    with pytest.raises(ValueError, match=r"patience' needs logits \(B, K\) .* give \(1, 8, 8, 3\)"):
+        dj.Exits([stage, stage], [head, head], confidence="patience")(image(1, 8, 8, CHANNELS))
     model = dj.Exits([stage, make(Down)], [head, head], size=4)
     with pytest.raises(ValueError, match="Down cannot be run on tiles: it turns a map of 32x32 pixels into 16x16"):
         model(image(1, 8, 8, CHANNELS))

@@ -71,15 +71,19 @@ class Exits(nnx.Module):
     tiles stay as they are for their neighbours.
 
     When training (not `deterministic`) everything is run and the last head's logits are returned; train all heads on
-    `predictions(x)`.
+    `predictions(x)`. Compact, the examples that stop leave the batch before the next stage.
 
     Args:
-        stages: modules run one after the other; with `size`, stages after the first must keep height and width and have
-            stride 1.
-        heads: one for each stage, (B, ...) to logits (B, K) or (B, H, W, K), which `size` needs.
+        stages: modules run one after the other. Per example, what they take and give may be trees of arrays (the scales
+            of MSDNet). With `size`, stages after the first must keep height and width and have stride 1.
+        heads: one for each stage, from what it gives to logits (B, K), or (B, H, W, K), which `size` needs.
         confidence: "max_prob" is the largest class probability, "entropy" is one minus the entropy over its maximum; of
-            several pixels, their mean.
+            several pixels, their mean. "patience" counts heads that agree, per example. "random", the control at the
+            same cost, is uniform over (0, 1), a function of the logits.
         at: confidence in (0, 1) at which to stop when the threshold is 0; a budget moves the threshold.
+        patience: stop once so many heads in a row have agreed with the one before them (PABEE, Zhou et al. 2020,
+            arXiv:2006.04152). Deviation: the threshold is taken off the patience, and the largest class probability
+            counts as a part of one agreement, which orders examples between whole thresholds and changes nothing at 0.
         size: side of a tile in pixels of the stages' map; None decides per example.
 
     Raises:
@@ -91,24 +95,29 @@ class Exits(nnx.Module):
         stages: Sequence[Callable],
         heads: Sequence[Callable],
         *,
-        confidence: Literal["max_prob", "entropy"] = "max_prob",
+        confidence: Literal["max_prob", "entropy", "patience", "random"] = "max_prob",
         at: float = 0.9,
+        patience: int = 1,
         size: int | None = None,
     ):
         if len(stages) != len(heads) or not stages:
             raise ValueError(
                 f"Exits needs one head for each stage; there are {len(stages)} stages and {len(heads)} heads"
             )
-        if confidence not in ("max_prob", "entropy"):
-            raise ValueError(f"confidence={confidence!r} must be 'max_prob' or 'entropy'")
+        if confidence not in ("max_prob", "entropy", "patience", "random"):
+            raise ValueError(f"confidence={confidence!r} must be 'max_prob', 'entropy', 'patience' or 'random'")
         if not 0 < at < 1:
             raise ValueError(f"at={at} must be a confidence in (0, 1)")
+        if not 1 <= patience <= max(len(stages) - 1, 1):
+            raise ValueError(f"patience={patience} must be at least 1 and less than the number of heads, {len(heads)}")
         if size is not None and size < 1:
             raise ValueError(f"size={size} must be at least 1 pixel, or None to decide per example")
+        if size is not None and confidence == "patience":
+            raise ValueError(f"confidence='patience' decides per example, so size={size} must be None")
         for part in (*stages, *heads):
             wrapping.refuse_nested("Exits", part)
         self.stages, self.heads = nnx.List(stages), nnx.List(heads)
-        self.confidence, self.at, self.size = confidence, at, size
+        self.confidence, self.at, self.patience, self.size = confidence, at, patience, size
         self.threshold = Threshold(jnp.zeros(()))
         self.execution, self.strategy, self.deterministic = "masked", "auto", False
 
@@ -122,54 +131,84 @@ class Exits(nnx.Module):
         self.execution, self.strategy = execution or self.execution, strategy or self.strategy
         self.deterministic = self.deterministic if deterministic is None else deterministic
 
-    def predictions(self, x: Array) -> list[Array]:
-        """The logits of every head, to train them all."""
+    def predictions(self, x: execute.Tree) -> list[Array]:
+        """The logits of every head, to train them all; `predictions(x)[k]` under jit runs no stage after the k-th."""
         outs = []
         for stage, head in zip(self.stages, self.heads, strict=True):
             x = stage(x)
             outs.append(head(x))
         return outs
 
-    def doubt(self, logits: Float[Array, "B *pixels K"]) -> Float[Array, "B *tiles"]:
-        """Logit of the doubt, one minus the confidence, above the doubt at which to stop."""
-        log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-        if self.confidence == "max_prob":
-            sure = jnp.exp(log_p.max(-1))
-        else:
+    def doubt(
+        self, logits: Float[Array, "B *pixels K"], agreed: Float[Array, "B"] | None = None
+    ) -> Float[Array, "B *tiles"]:
+        """How far one head is from stopping: it goes on where this is at least the threshold.
+
+        The logit of one minus the confidence, above that logit at `at`; with "patience" the agreements that are
+        missing, where `agreed` heads in a row have agreed so far (default: none).
+        """
+        logits = logits.astype(jnp.float32)
+        log_p = jax.nn.log_softmax(logits)
+        if self.confidence == "entropy":
             sure = 1 + (jnp.exp(log_p) * log_p).sum(-1) / jnp.log(logits.shape[-1])
+        elif self.confidence == "random":
+            sure = jax.lax.stop_gradient(logits).mean(-1)
+        else:
+            sure = jnp.exp(log_p.max(-1))
         if self.size is None:
             sure = sure.mean(tuple(range(1, sure.ndim)))
         else:
             sure = pool_tiles(sure[..., None], self.size)[..., 0]
+        if self.confidence == "random":
+            # A continuous function of the content: rounding in an earlier layer must not draw the whole choice anew.
+            sure = jnp.mod(97 * sure, 1)
         doubt = jnp.clip(1 - sure, 1e-6, 1 - 1e-6)
+        if self.confidence == "patience":
+            return self.patience - 1 - (jnp.zeros_like(doubt) if agreed is None else agreed) + doubt
         return jax.scipy.special.logit(doubt) - jax.scipy.special.logit(1 - self.at)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: execute.Tree) -> Array:
         inputs = [x]
         x = self.stages[0](x)
         out = self.heads[0](x)
-        active = jnp.ones((x.shape[0], *(() if self.size is None else wrapping.grid(x, self.size))), jnp.float32)
+        if self.confidence == "patience" and out.ndim != 2:
+            raise ValueError(f"confidence='patience' needs logits (B, K) of whole examples; the heads give {out.shape}")
+        active = jnp.ones((out.shape[0], *(() if self.size is None else wrapping.grid(x, self.size))), jnp.float32)
+        agreed = jnp.zeros((out.shape[0],), jnp.float32)
         keeps, probabilities = [active], [active]
-        for stage, head in zip(self.stages[1:], self.heads[1:], strict=True):
+        for number in range(1, len(self.stages)):
             inputs.append(x)
-            logits = self.doubt(out) - self.threshold[...]
-            probabilities.append(probabilities[-1] * jax.nn.sigmoid(logits))
-            active = active * threshold(logits) if self.deterministic else active
+            doubt = self.doubt(out, agreed)
+            # What is drawn by chance is no probability: there the one number that all draws are compared with counts.
+            chance = jnp.full_like(doubt, jax.scipy.special.logit(self.at)) if self.confidence == "random" else doubt
+            probabilities.append(probabilities[-1] * jax.nn.sigmoid(chance - self.threshold[...]))
+            active = active * threshold(doubt, self.threshold[...]) if self.deterministic else active
             keeps.append(active)
-            x, out = self._step(stage, head, x, out, active)
+            x, after = self._step(number, x, out, active)
+            if self.confidence == "patience":
+                agreed = (agreed + 1) * (after.argmax(-1) == out.argmax(-1))
+            out = after
         if wrapping.tracing(self):
-            self._account(inputs, jnp.stack(keeps, -1), jnp.stack(probabilities, -1), wrapping.tile_of(x, self.size))
+            tile = None if self.size is None else wrapping.tile_of(x, self.size)
+            self._account(inputs, jnp.stack(keeps, -1), jnp.stack(probabilities, -1), tile)
         return out
 
-    def _step(self, stage, head, x, out, active):
+    def _step(self, number, x, out, active):
         """One more stage and head where `active`; elsewhere the features pass on if they can, and the logits stay."""
-        stage, head = (wrapping.ready(part, self.execution) for part in (stage, head))
-        spec = execute.shape_of(wrapping.still(stage), x)
-        rest = x if spec.shape == x.shape else jnp.zeros(spec.shape, spec.dtype)
+        stage, head = (wrapping.ready(parts[number], self.execution) for parts in (self.stages, self.heads))
         ways = dict(execution=self.execution, strategy=self.strategy)
+        if self.size is None and number == len(self.stages) - 1:  # nobody needs the last features
+            return None, execute.samples(lambda x: head(stage(x)), x, active, otherwise=lambda _: out, **ways)
+        spec = execute.shape_of(wrapping.still(stage), x)
+        shapes = [jax.tree.map(lambda a: a.shape, tree) for tree in (x, spec)]
+        rest = x if shapes[0] == shapes[1] else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), spec)
         if self.size is None:
-            x = execute.samples(stage, x, active, otherwise=lambda _: rest, **ways)
-            return x, execute.samples(head, x, active, otherwise=lambda _: out, **ways)
+
+            def both(x):
+                features = stage(x)
+                return features, head(features)
+
+            return execute.samples(both, x, active, otherwise=lambda _: (rest, out), **ways)
         ways["size"] = self.size
         x = execute.tiles(stage, x, active, radius=receptive_radius(stage, x), otherwise=lambda _: rest, **ways)
         return x, execute.tiles(head, x, active, radius=receptive_radius(head, x), otherwise=lambda _: out, **ways)
