@@ -8,6 +8,7 @@ Letters: B examples, H W pixels, C features, h w tiles, K branches, G channel gr
 """
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -242,6 +243,76 @@ class ChannelGate(nnx.Module):
         return self.logits.binary(self.logits(_mean(x)), "channel")
 
 
+class PathGate(nnx.Module):
+    """Which of the `paths` out of a cell an example takes, and how much each counts: relu(tanh(logits)), 0 is closed.
+
+    `x` (B, ..., features) gives a decision of shape (B, paths), whose `probability` is that weight and whose `keep`
+    says where it is not 0. The soft conditional gate of dynamic routing (Li et al. 2020, arXiv:2003.10401, section
+    3.2), without noise, and as open at the start as theirs. Deviations: features are pooled before the hidden layer
+    rather than after it, which costs less; and `keep` has the gradient of a sigmoid, because relu has none where a path
+    is closed, and a budget could then never open it again.
+    """
+
+    def __init__(self, features: int, paths: int, *, hidden: int = 16, bias: float = 1.5, rngs: nnx.Rngs):
+        self.logits = _Logits(features, _positive(paths, "paths"), hidden=hidden, bias=bias, temperature=1.0, rngs=rngs)
+        self.paths = paths
+
+    def __call__(self, x: Float[Array, "B *axes C"]) -> Decision:
+        _check_features(x, self.logits.features, "PathGate")
+        logits = self.logits(_mean(x)) - self.logits.threshold[...]
+        weight = jax.nn.relu(jnp.tanh(logits))
+        return Decision(straight_through((weight > 0).astype(weight.dtype), jax.nn.sigmoid(logits)), weight, "path")
+
+
+class SampledPaths(nnx.Module):
+    """Paths drawn by chance: trains a supernet by sampling its sub-networks, and is the control of learned routing.
+
+    `x` (B, ...) gives a decision of shape (B, paths); an open path counts in full. `draw`, for each example anew:
+
+    - "single": one path, each as likely, so that one way leads through a supernet (Guo et al. 2020, arXiv:1904.00420,
+      uniform sampling of a single path). Deviation: an example, not a batch, has one way, so that every step trains
+      every cell.
+    - "sandwich": of three examples one has all paths open, one none, and one "independent" ones: the largest, the
+      smallest and a random sub-network (the sandwich rule of Yu & Huang 2019, arXiv:1903.05134), side by side in a
+      batch.
+    - "independent": each path is open with probability `rate`, which the threshold moves.
+
+    When deterministic all are "independent", by the example's content (see `RandomGate`).
+    """
+
+    def __init__(
+        self,
+        paths: int,
+        draw: Literal["single", "sandwich", "independent"] = "single",
+        *,
+        rate: float = 0.5,
+        rngs: nnx.Rngs,
+    ):
+        if draw not in ("single", "sandwich", "independent"):
+            raise ValueError(f"draw={draw!r} must be 'single', 'sandwich' or 'independent'")
+        if not 0 < rate < 1:
+            raise ValueError(f"rate={rate} must be in (0, 1)")
+        self.paths, self.draw, self.rate, self.deterministic = _positive(paths, "paths"), draw, rate, False
+        self.threshold = Threshold(jnp.zeros(()))
+        self.rngs = nnx.Rngs(gate=rngs.params())
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def __call__(self, x: Float[Array, "B ..."]) -> Decision:
+        shape = (x.shape[0], self.paths)
+        noise = _content_noise(x, shape[1:]) if self.deterministic else jax.random.logistic(_key(self.rngs), shape)
+        if self.draw == "single" and not self.deterministic:
+            keep = one_hot_argmax(noise)
+        else:
+            keep = threshold(math.log(self.rate) - math.log1p(-self.rate) - self.threshold[...] + noise)
+        if self.draw == "sandwich" and not self.deterministic:
+            turn = (jnp.arange(shape[0]) % 3)[:, None]
+            keep = jnp.where(turn == 2, keep, (turn == 0).astype(keep.dtype))
+        return Decision(keep, keep, "path")
+
+
 class FixedGate(nnx.Module):
     """The same decision always, whatever the input.
 
@@ -288,15 +359,22 @@ class RandomGate(nnx.Module):
         shape = () if self.size is None else tuple(-(-n // self.size) for n in x.shape[1:3])
         logit = math.log(self.rate) - math.log1p(-self.rate) - self.threshold[...]
         if self.deterministic:
-            # A continuous function of the content: rounding in an earlier layer must not draw the whole choice anew.
-            content = x.astype(jnp.float32).mean(tuple(range(1, x.ndim))).reshape(-1, *(1,) * len(shape))
-            uniform = jnp.mod(jax.random.uniform(jax.random.key(0), (1, *shape)) + 97 * content, 1)
-            noise = jax.scipy.special.logit(jnp.clip(uniform, 1e-6, 1 - 1e-6))
+            noise = _content_noise(x, shape)
         else:
             noise = jax.random.logistic(_key(self.rngs), (x.shape[0], *shape))
         keep = threshold(logit + noise)
         probability = jnp.broadcast_to(jax.nn.sigmoid(logit), keep.shape)
         return Decision(keep, probability, "sample" if self.size is None else "tile")
+
+
+def _content_noise(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Logistic noise (B, *shape) that is a function of each example's content.
+
+    A continuous one: rounding in an earlier layer must not draw the whole choice anew.
+    """
+    content = x.astype(jnp.float32).mean(tuple(range(1, x.ndim))).reshape(-1, *(1,) * len(shape))
+    uniform = jnp.mod(jax.random.uniform(jax.random.key(0), (1, *shape)) + 97 * content, 1)
+    return jax.scipy.special.logit(jnp.clip(uniform, 1e-6, 1 - 1e-6))
 
 
 def _tile_features(x: jax.Array, gate: TileGate | BranchGate) -> jax.Array:
