@@ -7,8 +7,8 @@ from dynjax import budget, cost, execute
 from dynjax.budget import budget_loss
 from dynjax.decision import Decision
 from dynjax.deploy import Deployed, deploy
-from dynjax.gates import BranchGate, ChannelGate, FixedGate, RandomGate, SampleGate, TileGate
-from dynjax.ops import Exits, Select, Skip, Tiles, dynamize
+from dynjax.gates import BranchGate, ChannelGate, FixedGate, PathGate, RandomGate, SampledPaths, SampleGate, TileGate
+from dynjax.ops import Cell, Exits, MixtureOfDepths, Select, Skip, Supernet, Tiles, TokenGate, dynamize
 from dynjax.trace import Trace, traced
 
 __version__ = "0.1.0"

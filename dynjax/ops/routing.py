@@ -1,14 +1,19 @@
-"""Dynamic routing: one of several modules for each example or tile.
+"""Dynamic routing: one of several modules for each example or tile, and any of the paths out of a cell.
 
-Letters: B examples, H W pixels, h w tiles, K branches.
+Letters: B examples, H W pixels, C D channels, h w tiles, K branches, P paths.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax import execute
+from dynjax.decision import Decision
 from dynjax.ops import wrapping
 from dynjax.ops.receptive import receptive_radius
 from dynjax.ops.spatial import window_macs
@@ -64,3 +69,137 @@ class Select(nnx.Module):
         return execute.branches(
             blocks, x, decision.keep, size=size, radius=radii, execution=self.execution, strategy=self.strategy
         )
+
+
+class Flow(NamedTuple):
+    """What comes along a path: features, and for which examples (1; else 0, and the features are zeros)."""
+
+    features: Float[Array, "B H W C"]
+    arrived: Float[Array, "B"]
+
+
+class Cell(nnx.Module):
+    """A cell of a multi-scale supernet: an operation, and the paths up (finer), keep and down (coarser) out of it.
+
+    Dynamic routing (Li et al. 2020, arXiv:2003.10401, section 3.2): the sum x of what comes in goes through the
+    operation, h = operation(x), and along each path that the gate leaves open, weighted: weight * path(h). A cell whose
+    paths are all closed is dropped, and x passes on at its own scale, so there always is a path from input to output.
+    Each example has paths of its own, and compact execution runs nothing for a closed path or a dropped cell.
+
+    The threshold is taken off the gate's logits, so weights fall to 0 as it rises and rise to 1 as it falls. Deviation:
+    a cell where nothing arrives is dropped as well. BatchNorm inside sees such examples as zeros while training, as it
+    does in the published code.
+
+    Args:
+        operation: keeps the shape (B, H, W, C). Paths have no activation of their own: end it with one.
+        gate: gives a decision of shape (B, P) over the paths that there are, in the order up, keep, down, for example
+            `PathGate(channels, P, rngs=rngs)`; its `probability` is the weight. None opens all paths, with weight 1,
+            and decides nothing: the static twin.
+        up: from C channels to those of the finer scale, at its resolution (or more: the surplus is cut off).
+        down: from C channels to those of the coarser scale, at its resolution.
+
+    Raises:
+        ValueError: if shapes do not agree or a part is dynamic itself.
+    """
+
+    def __init__(
+        self,
+        operation: Callable,
+        gate: Callable | None = None,
+        *,
+        up: Callable | None = None,
+        down: Callable | None = None,
+    ):
+        for part in (operation, up, down):
+            wrapping.refuse_nested("Cell", part)
+        self.operation, self.gate, self.up, self.down = operation, gate, up, down
+        self.execution, self.strategy = "masked", "auto"
+
+    def set_view(
+        self,
+        execution: str | None = None,
+        strategy: str | None = None,
+        deterministic: bool | None = None,
+        use_running_average: bool | None = None,
+    ) -> None:
+        # The last two are for gates and blocks; named here, since nnx.view refuses names that no module has.
+        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths that there are, in the order of the gate's decisions."""
+        there = {"up": self.up is not None, "keep": True, "down": self.down is not None}
+        return tuple(path for path in there if there[path])
+
+    def __call__(self, *inputs: Flow | Float[Array, "B H W C"]) -> dict[str, Flow]:
+        """What goes out along each path; the inputs, of one shape, are summed."""
+        x, arrived = _sum(inputs)
+        ways = {"up": self.up, "keep": _same, "down": self.down}
+        if self.gate is None:
+            h = self.operation(x)
+            return {path: Flow(ways[path](h), arrived) for path in self.paths}
+
+        shape = (x.shape[0], len(self.paths))
+        hint = f"use PathGate(channels, {len(self.paths)}, rngs=rngs) for the paths {', '.join(self.paths)}"
+        decision = wrapping.expect(self.gate(x), "path", shape, "Cell", hint)
+        decision = _of_cell(decision, arrived)
+        if wrapping.tracing(self):
+            h = jax.ShapeDtypeStruct(x.shape, x.dtype)
+            macs = tuple(wrapping.macs_per_example(ways[path], h) for path in self.paths)
+            macs = (wrapping.macs_per_example(self.operation, x), *macs)
+            wrapping.account(self, decision, macs, macs)
+
+        # The task's gradient reaches the gate through the weights alone, as in the paper.
+        keep = jax.lax.stop_gradient(decision.keep)
+        runs, opens = keep[:, 0], dict(zip(self.paths, keep[:, 1:].T, strict=True))
+        weights = dict(zip(self.paths, decision.probability[:, 1:].T, strict=True))
+        how = dict(execution=self.execution, strategy=self.strategy)
+        h = execute.samples(wrapping.ready(self.operation, self.execution), x, runs, **how)
+        out = {}
+        for path in self.paths:
+            if path == "keep":  # h is x where the cell is dropped
+                weight = opens[path] * weights[path] + (1 - runs)
+                out[path] = Flow(_scaled(weight, h), arrived * jnp.maximum(opens[path], 1 - runs))
+            else:
+                y = _along(wrapping.ready(ways[path], self.execution), h, opens[path], weights[path], how)
+                out[path] = Flow(y, opens[path])
+        return out
+
+
+def _sum(inputs: Sequence[Flow | jax.Array]) -> Flow:
+    flows = [each if isinstance(each, Flow) else Flow(each, jnp.ones(each.shape[:1], jnp.float32)) for each in inputs]
+    shapes = [flow.features.shape for flow in flows]
+    if len(set(shapes)) != 1:
+        raise ValueError(f"a cell's inputs have shapes {shapes}; it sums them, so all must have one")
+    features, arrived = flows[0]
+    for flow in flows[1:]:
+        features, arrived = features + flow.features, jnp.maximum(arrived, flow.arrived)
+    return Flow(features, arrived)
+
+
+def _of_cell(decision: Decision, arrived: jax.Array) -> Decision:
+    """The decision about the operation, which runs if any path is open, and then about the paths."""
+    keep, weight = decision.keep * arrived[:, None], decision.probability * arrived[:, None]
+    # Open paths first, then those of large weight: the operation is as open as the most open path, with its gradient.
+    most = jnp.argmax(jax.lax.stop_gradient(keep + weight), -1, keepdims=True)
+    first = [jnp.take_along_axis(each, most, 1) for each in (keep, weight)]
+    keep, weight = (jnp.concatenate(pair, 1) for pair in ((first[0], keep), (first[1], weight)))
+    return dataclasses.replace(decision, keep=keep, probability=weight)
+
+
+def _along(path: Callable, h: jax.Array, opens: jax.Array, weight: jax.Array, how: dict[str, str]) -> jax.Array:
+    spec = execute.shape_of(wrapping.still(path), h)
+
+    def weighted(args):
+        h, weight = args
+        return _scaled(weight, path(h))
+
+    return execute.samples(weighted, (h, weight), opens, otherwise=lambda _: jnp.zeros(spec.shape, spec.dtype), **how)
+
+
+def _scaled(weight: Float[Array, "B"], x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    return weight.astype(x.dtype)[:, None, None, None] * x
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
