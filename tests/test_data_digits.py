@@ -39,6 +39,8 @@ def test_too_many_scenes_are_rendered_again(monkeypatch):
 def test_shapes_classes_and_lengths():
     source = make_source(DataConfig(size=(64, 80), examples=50), "val", seed=3)
     assert len(source) == 5 and source.size == (64, 80)
+    assert source.target == "mask" and source.handed
+    assert len(make_source(DataConfig(), "train")) == 2000
     assert source[4]["image"].shape == (64, 80, 3) and source[4]["mask"].shape == (64, 80)
     assert source.classes == (*"0123456789", "background") and source.ignore_label is None
     assert "digits val: 5 scenes 64x80" in source.describe()
@@ -49,7 +51,7 @@ def test_shapes_classes_and_lengths():
 def test_splits_share_no_digit_and_no_pixel_of_a_photograph():
     indices = [np.concatenate(digits.split_digits(split)) for split in digits.SPLITS]
     assert len(np.unique(np.concatenate(indices))) == sum(map(len, indices)) == 1797 - 24
-    _, labels = digits._handwritten()
+    _, labels = digits.handwritten()
     for split in digits.SPLITS:
         for label, part in enumerate(digits.split_digits(split)):
             assert len(part) > 30 and (labels[part] == label).all()

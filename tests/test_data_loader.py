@@ -26,6 +26,31 @@ class Numbered:
         return {"image": np.full((*self.size, 3), index, np.uint8), "mask": mask}
 
 
+@dataclasses.dataclass
+class Labelled:
+    """Picture i is plain grey i + 1, its label 100 + i; nothing is kept in memory."""
+
+    count: int
+    size: tuple[int, int] = (6, 8)
+    target: str = "label"
+    handed: bool = False
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return {"image": np.full((*self.size, 3), index + 1, np.uint8), "label": np.int32(100 + index)}
+
+
+@dataclasses.dataclass
+class InMemory(Labelled):
+    @property
+    def memory(self):
+        indices = np.arange(self.count)
+        images = np.broadcast_to(indices[:, None, None, None] + 1, (self.count, *self.size, 3)).astype(np.uint8)
+        return images, (100 + indices).astype(np.int32)
+
+
 def numbers(batch):
     return batch["image"][:, 0, 0, 0].tolist()
 
@@ -63,10 +88,11 @@ def test_every_pass_has_all_examples_in_its_own_order():
     assert stream == read(seed=0) != read(seed=1)
 
 
+@pytest.mark.parametrize("kind", [Numbered, InMemory])
 @pytest.mark.parametrize("taken", [0, 1, 7])
-def test_resumes_at_the_exact_batch(taken):
+def test_resumes_at_the_exact_batch(taken, kind):
     def start():
-        return iter(make_loader(Numbered(10), 4, seed=2, augment=AugmentConfig()))
+        return iter(make_loader(kind(10), 4, seed=2, augment=AugmentConfig(pad=2, cutout=3)))
 
     iterator = start()
     take(iterator, taken)
@@ -94,13 +120,14 @@ def test_a_pass_without_repeat_is_filled_up():
     assert sorted(n for b in mixed for n, v in zip(numbers(b), b["valid"], strict=True) if v) == list(range(10))
 
 
+@pytest.mark.parametrize("kind", [Numbered, InMemory, Labelled])
 @pytest.mark.parametrize("repeat", [True, False])
-def test_processes_share_the_batches_of_one(repeat):
-    options = {"seed": 5, "augment": AugmentConfig(), "repeat": repeat}
+def test_processes_share_the_batches_of_one(repeat, kind):
+    options = {"seed": 5, "augment": AugmentConfig(pad=2, cutout=3), "repeat": repeat}
     count = 6 if repeat else 3  # without repeat, all there are
-    whole = take(iter(make_loader(Numbered(10), 4, **options)), count)
+    whole = take(iter(make_loader(kind(10), 4, **options)), count)
     halves = [
-        take(iter(make_loader(Numbered(10), 4, **options, process_index=p, process_count=2)), count) for p in range(2)
+        take(iter(make_loader(kind(10), 4, **options, process_index=p, process_count=2)), count) for p in range(2)
     ]
     for batch, left, right in zip(whole, *halves, strict=True):
         for key in batch:
@@ -118,6 +145,52 @@ def test_noise_differs_between_passes_and_digits_are_never_mirrored():
     assert (noisy[0]["image"] != noisy[1]["image"]).any() and (noisy[1]["image"] != noisy[2]["image"]).any()
 
 
+@pytest.mark.parametrize("kind", [Labelled, InMemory])
+def test_batches_of_labels(kind):
+    batch = next(iter(make_loader(kind(5), 4, seed=0, augment=None)))
+    assert batch.keys() == {"image", "label"}
+    assert batch["image"].shape == (4, 6, 8, 3) and batch["image"].dtype == np.uint8
+    assert batch["label"].shape == (4,) and batch["label"].dtype == np.int32
+    assert [n + 99 for n in numbers(batch)] == batch["label"].tolist()
+    stream = np.concatenate([numbers(b) for b in take(iter(make_loader(kind(10), 4, seed=0, augment=None)), 5)])
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(1, 11))
+    assert stream[:10].tolist() != stream[10:].tolist() and stream[:10].tolist() != list(range(1, 11))
+
+
+@pytest.mark.parametrize("kind", [Labelled, InMemory])
+def test_a_pass_of_labels_is_filled_up(kind):
+    batches = list(make_loader(kind(10), 4, seed=0, augment=None, shuffle=False, repeat=False))
+    assert [numbers(batch) for batch in batches] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 0, 0]]
+    assert [batch["valid"].tolist() for batch in batches] == [[True] * 4, [True] * 4, [True, True, False, False]]
+    assert batches[0]["valid"].dtype == np.bool_ and batches[2]["label"].tolist() == [108, 109, -1, -1]
+    small = list(make_loader(kind(2), 4, seed=0, augment=None, repeat=False))
+    assert len(small) == 1 and sorted(small[0]["label"].tolist()) == [-1, -1, 100, 101]
+
+
+def test_pictures_of_characters_are_never_mirrored_and_the_source_is_never_changed():
+    source = make_source(DataConfig(name="digits8", examples=1), "train")
+    image = source[0]["image"].copy()
+    flips = AugmentConfig(flip=True, crop=1.0, colour=0.0)
+    for batch in take(iter(make_loader(source, 1, seed=0, augment=flips)), 8):
+        np.testing.assert_array_equal(batch["image"][0], image)
+    mirrored = dataclasses.replace(source, handed=False)
+    found = {b["image"].tobytes() for b in take(iter(make_loader(mirrored, 1, seed=0, augment=flips)), 16)}
+    assert found == {image.tobytes(), image[:, ::-1].tobytes()}
+    noisy = take(iter(make_loader(source, 1, seed=0, augment=AugmentConfig(pad=1, cutout=2))), 3)
+    assert (noisy[0]["image"] != noisy[1]["image"]).any() and (noisy[1]["image"] != noisy[2]["image"]).any()
+    np.testing.assert_array_equal(source[0]["image"], image)
+
+
+def test_a_cutout_takes_the_mean_colour():
+    config = AugmentConfig(flip=False, crop=1.0, colour=0.0, cutout=3)
+    for batch in (next(iter(make_loader(kind(9), 4, seed=0, augment=config))) for kind in (InMemory, Numbered)):
+        first = 1 if "label" in batch else 0
+        for image in batch["image"][..., 0]:
+            values, counts = np.unique(image, return_counts=True)
+            assert 4 + first in values and len(values) <= 2  # the mean of 9 pictures
+            assert len(values) == 1 or 4 <= counts[values == 4 + first][0] <= 9
+
+
 def test_calibration_pictures_come_from_all_over_the_source():
     batches = calibration_batches(Numbered(100), 4, 5)
     assert len(batches) == 5 and all(b.shape == (4, 6, 8, 3) and b.dtype == np.uint8 for b in batches)
@@ -126,6 +199,7 @@ def test_calibration_pictures_come_from_all_over_the_source():
     assert all(max(f) - min(f) > 50 for f in found)
     short = [b[:, 0, 0, 0].tolist() for b in calibration_batches(Numbered(3), 2, 4)]
     assert {n for f in short for n in f} == {0, 1, 2}
+    assert [b[:, 0, 0, 0].tolist() for b in calibration_batches(InMemory(8), 2, 2)] == [[1, 5], [3, 7]]
     with pytest.raises(UserError, match="calibration needs examples: 0 in the source"):
         calibration_batches(Numbered(0), 2, 4)
 
@@ -137,6 +211,7 @@ def test_calibration_pictures_come_from_all_over_the_source():
         ({"batch_size": 5, "process_count": 2}, "batch_size=5 cannot be shared equally by 2"),
         ({"seed": -1}, "seed=-1"),
         ({"augment": AugmentConfig(crop=2.0)}, "crop=2.0"),
+        ({"augment": AugmentConfig(pad=6)}, "pad=6: pictures of 6x8 allow 0 to 5"),
     ],
 )
 def test_bad_values(options, text):

@@ -149,6 +149,32 @@ def test_a_large_split_is_read_again_instead_of_kept(monkeypatch):
             assert kept[index][key].dtype == streamed[index][key].dtype
 
 
+def test_fewer_examples_come_from_all_over_the_set():
+    source = check(constant([(4, 4)] * 10), 10, limit=4)
+    assert [int(source[i]["image"][0, 0, 0]) for i in range(4)] == [0, 2, 5, 7]
+    assert len(source.memory[0]) == 4 and len(check(constant([(4, 4)] * 3), 3, limit=4)) == 3
+    with pytest.raises(UserError, match=r"data\.examples=0"):
+        check(constant([(4, 4)]), 1, limit=0)
+
+
+def test_labels_instead_of_masks():
+    def read(index):
+        if index == 1:
+            raise pairs.BadFile("file1.png: broken")
+        return np.full((4, 6, 3), index, np.uint8), np.int64((0, 1, 2, -1, 3)[index])
+
+    options = {"target": "label", "ignore_label": None}
+    with pytest.raises(UserError) as caught:
+        check(read, 5, **options)
+    for part in ("3 bad files: file1.png: broken", "example 3: label -1, allowed are 0 to 2", "example 4: label 3"):
+        assert part in str(caught.value)
+    source = check(read, 5, **options, on_error="skip", size=(2, 3), note="(somehow)", handed=True)
+    assert source.describe() == "some (somehow) train: 2 pictures 2x3, 3 classes, 3 skipped" and source.handed
+    assert source.target == "label" and check(constant([(4, 4)]), 1).target == "mask"
+    assert source[1].keys() == {"image", "label"} and isinstance(source[1]["label"], np.int32)
+    assert source[1]["label"] == 2 and source[1]["image"].shape == (2, 3, 3)
+
+
 def test_matching_by_name(tmp_path):
     images, masks = tmp_path / "images", tmp_path / "masks"
     for name in ("b.png", "a.jpg", "lonely.png", "twice.png", "twice.jpg"):

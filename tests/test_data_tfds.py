@@ -1,5 +1,6 @@
 """TFDS sets: CamVid prepared and read here without TensorFlow; what is missing is said at once."""
 
+import io
 import json
 import os
 import subprocess
@@ -39,6 +40,48 @@ def prepared(camvid_folder, tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"prepared {data_dir / 'camvid' / '1.0.0'}" in done.stdout
+    return data_dir
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Grey and colour pictures with class labels, from encoded bytes: only arrays would need TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    data_dir = tmp_path_factory.mktemp("labelled")
+
+    def prepare(set_name, channels, labels):
+        def png(index):
+            stream = io.BytesIO()
+            shape = (6, 5) if channels == 1 else (6, 5, channels)
+            Image.fromarray(np.full(shape, index, np.uint8)).save(stream, "PNG")
+            stream.seek(0)
+            return stream
+
+        class Builder(tfds.core.GeneratorBasedBuilder):
+            name = set_name
+            VERSION = tfds.core.Version("1.0.0")
+            pkg_dir_path = data_dir  # where TFDS looks for citations and checksums; there are none
+
+            def _info(self):
+                features = {"image": tfds.features.Image(shape=(6, 5, channels)), **labels}
+                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+            def _split_generators(self, dl_manager):
+                return {"train": self._generate_examples(20), "test": self._generate_examples(3)}
+
+            def _generate_examples(self, count):
+                for index in range(count):
+                    yield index, {"image": png(10 * index), **dict.fromkeys(labels, index % 4)}
+
+        builder = Builder(data_dir=data_dir, file_format="array_record")
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+
+    names = tfds.features.ClassLabel(names=["bird", "cat", "dog", "elk"])
+    prepare("mnist", 1, {"label": names})
+    prepare("cifar", 3, {"coarse": tfds.features.ClassLabel(num_classes=2000), "label": names})
+    prepare("twofold", 3, {"one": names, "other": names})
+    prepare("bare", 3, {})
     return data_dir
 
 
@@ -127,6 +170,30 @@ def test_a_damaged_set_is_one_line(prepared, tmp_path):
     (folder / "features.json").write_text("{}")
     with pytest.raises(UserError, match="tfds:camvid"):
         make_source(tfds_config(tmp_path, size=(10, 15)), "val")
+
+
+@pytest.mark.parametrize("name, handed", [("mnist", True), ("cifar", False)])
+def test_sets_of_labels(labelled, name, handed):
+    for split, count in (("train", 18), ("val", 2), ("test", 3)):
+        source = make_source(tfds_config(labelled, name), split)
+        assert source.describe() == f"tfds:{name} {split}: {count} pictures 6x5, 4 classes"
+        assert source.target == "label" and source.handed is handed and source.ignore_label is None
+        assert source.classes == ("bird", "cat", "dog", "elk")
+        for index in range(count):
+            example = source[index]
+            assert example["image"].shape == (6, 5, 3) and np.ptp(example["image"]) == 0
+            assert example["label"] == example["image"][0, 0, 0] // 10 % 4
+    assert len(make_source(tfds_config(labelled, name, examples=7), "train")) == 7
+    with pytest.raises(UserError, match="label 3, allowed are 0 to 2"):
+        make_source(tfds_config(labelled, name, classes=3), "train")
+
+
+@pytest.mark.parametrize("name, what", [("twofold", "label"), ("bare", "mask")])
+def test_sets_that_are_neither(labelled, name, what):
+    with pytest.raises(
+        UserError, match=f"no set of pictures with masks or class labels: .* none is clearly the {what}"
+    ):
+        make_source(tfds_config(labelled, name), "train")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Pictures with masks: sources by name, and batches from them."""
+"""Pictures with masks or with labels: sources by name, and batches from them."""
 
 import difflib
 from typing import Any
@@ -9,38 +9,60 @@ from dynjax.config import DataConfig, UserError
 
 __all__ = ["calibration_batches", "make_loader", "make_source"]
 
-NAMES = ("digits", "camvid", "folder", "tfds:NAME")
+NAMES = ("digits", "camvid", "folder", "digits8", "mnist", "fashion_mnist", "cifar10", "class_folder", "tfds:NAME")
 SPLITS = ("train", "val", "test")
+SCENES = 2000  # of digits, where data.examples says nothing
 
 
 def make_source(config: DataConfig, split: str, seed: int = 0) -> Any:
-    """The source that `config.name` says, checked: `source[i]` is {"image": uint8 (H, W, 3), "mask": int32 (H, W)}.
+    """The source that `config.name` says, checked: `source[i]` is {"image": uint8 (H, W, 3)} and, under the key
+    `source.target`, "mask": int32 (H, W) or "label": int32 ().
 
     Every source has `len`, `classes`, `ignore_label` (what ignored pixels carry in its masks, or None), `size` (H, W),
-    `name` and `describe()`. `seed` is for digits alone. Raises UserError, one for all that is wrong with the files.
+    `name`, `split`, `target`, `handed` (no picture may be mirrored) and `describe()`. `seed` is for digits alone.
+    Raises UserError, one for all that is wrong with the files.
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r}: there are {', '.join(SPLITS)}")
-    if config.name == "digits":
+    name, path = config.name, config.path
+    if name == "digits":
         from dynjax.data.digits import make_digits
 
-        return make_digits(split, examples=config.examples, difficulty=config.difficulty, seed=seed, size=config.size)
-    if config.name == "camvid":
+        examples = SCENES if config.examples is None else config.examples
+        return make_digits(split, examples=examples, difficulty=config.difficulty, seed=seed, size=config.size)
+    size, limit = config.size, config.examples if split == "train" else None
+    if name == "digits8":
+        from dynjax.data.digits8 import make_digits8
+
+        return make_digits8(split, size=size, limit=limit)
+    files = {"size": size, "limit": limit, "on_error": config.on_error}
+    if name == "camvid":
         from dynjax.data.camvid import make_camvid
 
-        return make_camvid(config.path, split, size=config.size, on_error=config.on_error)
-    if config.name == "folder":
+        return make_camvid(path, split, **files)
+    if name == "folder":
         from dynjax.data.folder import make_folder
 
-        return make_folder(config.path, split, classes=config.classes, size=config.size, on_error=config.on_error)
-    if config.name.startswith("tfds:"):
+        return make_folder(path, split, classes=config.classes, **files)
+    if name in ("mnist", "fashion_mnist"):
+        from dynjax.data.mnist import make_mnist
+
+        return make_mnist(name, path, split, **files)
+    if name == "cifar10":
+        from dynjax.data.cifar10 import make_cifar10
+
+        return make_cifar10(path, split, **files)
+    if name == "class_folder":
+        from dynjax.data.class_folder import make_class_folder
+
+        return make_class_folder(path, split, classes=config.classes, **files)
+    if name.startswith("tfds:"):
         from dynjax.data.tfds import make_tfds
 
-        name = config.name.removeprefix("tfds:")
-        return make_tfds(name, config.path, split, classes=config.classes, size=config.size, on_error=config.on_error)
-    near = difflib.get_close_matches(config.name, NAMES, n=1)
+        return make_tfds(name.removeprefix("tfds:"), path, split, classes=config.classes, **files)
+    near = difflib.get_close_matches(name, NAMES, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"data.name={config.name!r} is not known: {', '.join(NAMES)}{hint}")
+    raise UserError(f"data.name={name!r} is not known: {', '.join(NAMES)}{hint}")
 
 
 def make_loader(source: Any, batch_size: int, **options: Any) -> Any:

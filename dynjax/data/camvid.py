@@ -16,7 +16,12 @@ VOID = 11
 
 
 def make_camvid(
-    path: str, split: str, *, size: tuple[int, int] | None = None, on_error: Literal["raise", "skip"] = "raise"
+    path: str,
+    split: str,
+    *,
+    size: tuple[int, int] | None = None,
+    limit: int | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
 ) -> PairSource:
     """CamVid's 367 train, 101 val or 233 test pictures, or any set in that layout and classes. Raises UserError."""
     pairs, problems = find_pairs(path, split)
@@ -28,9 +33,10 @@ def make_camvid(
         classes=CLASSES,
         ignore_label=VOID,
         size=size,
+        limit=limit,
         on_error=on_error,
         broken=problems,
-        label=lambda index: str(pairs[index][0]),
+        called=lambda index: str(pairs[index][0]),
     )
 
 

@@ -8,10 +8,10 @@ the seed, so a model trained with one seed has never seen the test digits of ano
 import dataclasses
 import functools
 import importlib.resources
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int32, Integer, UInt8
 from PIL import Image, ImageDraw
 
 from dynjax.config import UserError
@@ -68,7 +68,8 @@ def _photo_part(photo: Image.Image, split: str) -> tuple[int, int, int, int]:
 
 
 @functools.cache
-def _handwritten() -> tuple[np.ndarray, np.ndarray]:
+def handwritten() -> tuple[Float[np.ndarray, "N 8 8"], Int32[np.ndarray, "N"]]:
+    """scikit-learn's 1,797 digits, ink from 0 to 1, and their labels."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -77,7 +78,7 @@ def _handwritten() -> tuple[np.ndarray, np.ndarray]:
 
 def _legible() -> np.ndarray:
     """Which digits look like their class: most of the five nearest of the others are of it. 24 do not."""
-    images, labels = _handwritten()
+    images, labels = handwritten()
     pixels = images.reshape(len(images), -1).astype(np.float64)  # sixteenths: distances are exact, so ties are too
     square = (pixels**2).sum(axis=1)
     distance = square[:, None] + square[None, :] - 2 * pixels @ pixels.T
@@ -89,20 +90,24 @@ def _legible() -> np.ndarray:
 @functools.cache
 def split_digits(split: str) -> tuple[np.ndarray, ...]:
     """Indices into scikit-learn's 1,797 digits that a split may use, one array per class; without the illegible."""
-    _, labels = _handwritten()
+    _, labels = handwritten()
     legible = _legible()
     rng = np.random.default_rng(1797)
     parts = []
     for label in range(10):
-        indices = rng.permutation(np.flatnonzero((labels == label) & legible))
-        ends = np.round(np.cumsum(_SHARES) * len(indices)).astype(int)
-        parts.append(np.split(indices, ends[:-1])[SPLITS.index(split)])
+        parts.append(cut(np.flatnonzero((labels == label) & legible), rng)[SPLITS.index(split)])
     return tuple(parts)
+
+
+def cut(indices: Integer[np.ndarray, "N"], rng: np.random.Generator) -> list[Integer[np.ndarray, "_"]]:
+    """`indices` in a random order, dealt out to train, val and test."""
+    ends = np.round(np.cumsum(_SHARES) * len(indices)).astype(int)
+    return np.split(rng.permutation(indices), ends[:-1])
 
 
 @functools.cache
 def _glyph(index: int) -> Image.Image:
-    images, _ = _handwritten()
+    images, _ = handwritten()
     return Image.fromarray(np.round(np.pad(images[index], _PAD) * 255).astype(np.uint8))
 
 
@@ -160,7 +165,7 @@ def render(
             if colour is None:
                 continue
             canvas[window] += ink[..., None] * (colour - canvas[window])
-            mask[window] = np.where(ink >= 0.5, _handwritten()[1][index], mask[window])
+            mask[window] = np.where(ink >= 0.5, handwritten()[1][index], mask[window])
             placed.append((y, x, radius))
             break
     canvas += rng.normal(0, 0.01, canvas.shape).astype(np.float32)
@@ -262,6 +267,7 @@ class DigitsSource:
     ignore_label: int | None = None
     name: str = "digits"
     handed: bool = True  # a mirrored 2 is no 2: the loader never flips these scenes
+    target: Literal["mask"] = "mask"
     _kept: dict[int, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:

@@ -26,6 +26,7 @@ def make_folder(
     *,
     classes: int = 0,
     size: tuple[int, int] | None = None,
+    limit: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> PairSource:
     """Pictures of a folder; `classes` 0 takes the number from the largest label of all splits. Raises UserError."""
@@ -37,7 +38,7 @@ def make_folder(
         if not folder.is_dir():
             raise UserError(
                 f"data.path={path}: no folder {folder}; a folder set is laid out as "
-                "PATH/{train,val,test}/{images,masks}/NAME.*"
+                "PATH/{train,val,test}/{images,masks}/NAME.*; pictures in a folder per class are data.name=class_folder"
             )
     pairs, problems = match_stems(images, masks)
     if not pairs and not problems:
@@ -50,9 +51,10 @@ def make_folder(
         classes=class_names(classes or _count_classes(root)),
         ignore_label=IGNORE_255,
         size=size,
+        limit=limit,
         on_error=on_error,
         broken=problems,
-        label=lambda index: str(pairs[index][0]),
+        called=lambda index: str(pairs[index][0]),
     )
 
 

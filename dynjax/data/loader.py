@@ -10,12 +10,14 @@ import grain
 import numpy as np
 
 from dynjax.config import AugmentConfig, UserError
-from dynjax.data.augment import Augment, check_augment
+from dynjax.data.augment import IGNORED, Augment, AugmentBatch, check_augment, mean_colour
 
-IGNORED = -1  # every ignored pixel of a batch, whatever the source calls it
-
-# Two threads and a short queue: grain's own defaults (16 and 500) start slowly and hold much memory.
-_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+# Two threads and a short queue, of examples with masks or of whole batches with labels: grain's own defaults (16 and
+# 500) start slowly and hold much memory.
+_READ = {
+    "mask": grain.ReadOptions(num_threads=2, prefetch_buffer_size=16),
+    "label": grain.ReadOptions(num_threads=2, prefetch_buffer_size=4),
+}
 
 
 def make_loader(
@@ -29,13 +31,14 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset:
-    """Elements {"image": uint8 (B, H, W, 3), "mask": int32 (B, H, W)} in which every ignored pixel of the mask is -1.
+    """Elements {"image": uint8 (B, H, W, 3), "mask": int32 (B, H, W)}, or with "label": int32 (B,) for labels.
 
-    `batch_size` is that of all processes together: process p gets every process_count-th of its examples, from p on, so
-    batches are the same whatever the number of processes. With `repeat` the stream never ends, passes follow each other
-    without a gap, and each has its own order and noise. Without it the last batch is filled up with blank examples
-    (mask -1 throughout) and every element has "valid": bool (B,). The iterator's get_state and set_state resume at the
-    exact batch. Scenes of digits are never mirrored. Raises UserError.
+    Every ignored pixel of a mask is -1. `batch_size` is that of all processes together: process p gets every
+    process_count-th of its examples, from p on, so batches are the same whatever the number of processes. With `repeat`
+    the stream never ends, passes follow each other without a gap, and each has its own order and noise. Without it the
+    last batch is filled up with blank examples (mask or label -1) and every element has "valid": bool (B,). The
+    iterator's get_state and set_state resume at the exact batch. Sources that are `handed`, such as digits, are never
+    mirrored. Raises UserError.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: a batch has at least 1 example")
@@ -45,8 +48,10 @@ def make_loader(
         raise ValueError(f"process_index={process_index} is not below process_count={process_count}")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} is outside [0, 2**32)")
+    fill = (0, 0, 0)
     if augment is not None:
-        check_augment(augment)
+        check_augment(augment, source.size)
+        fill = mean_colour(source) if augment.cutout else fill
         augment = dataclasses.replace(augment, flip=augment.flip and not getattr(source, "handed", False))
 
     count = len(source)
@@ -58,14 +63,19 @@ def make_loader(
         data = data.repeat()
     else:
         data = _fill_up(data, total)
+    part = slice(process_index, None, process_count)
+    target = getattr(source, "target", "mask")
+    if target == "label":
+        # Examples one by one would cost more than all that is done to these pictures: batches of indices come first.
+        data = data.batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
+        data = data.map(_FetchBatch(source, part, with_valid=not repeat))
+        if augment is not None:
+            data = data.random_map(AugmentBatch(augment, batch_size, part, fill))
+        return data.to_iter_dataset(_READ[target])
     data = data.map(_Fetch(source, with_valid=not repeat))
     if augment is not None:
-        data = data.random_map(Augment(augment))
-    return (
-        data[process_index::process_count]
-        .to_iter_dataset(_READ)
-        .batch(batch_size // process_count, drop_remainder=True)
-    )
+        data = data.random_map(Augment(augment, fill))
+    return data[part].to_iter_dataset(_READ[target]).batch(batch_size // process_count, drop_remainder=True)
 
 
 def calibration_batches(source: Any, batch_size: int, count: int) -> list[np.ndarray]:
@@ -106,3 +116,27 @@ class _Fetch:
             mask = np.where(mask == self.source.ignore_label, np.int32(IGNORED), mask)
         found = {"image": image, "mask": mask}
         return {**found, "valid": np.bool_(valid)} if self.with_valid else found
+
+
+@dataclasses.dataclass(frozen=True)
+class _FetchBatch:
+    """The part of a batch of indices that is this process's, as pictures and labels; blank past the source's end."""
+
+    source: Any
+    part: slice
+    with_valid: bool
+
+    def __call__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        indices = indices[self.part]
+        valid = indices < len(self.source)
+        images = np.zeros((len(indices), *self.source.size, 3), np.uint8)
+        labels = np.full(len(indices), IGNORED, np.int32)
+        memory = getattr(self.source, "memory", None)
+        if memory is not None:
+            images[valid], labels[valid] = memory[0][indices[valid]], memory[1][indices[valid]]
+        else:
+            for position in np.flatnonzero(valid):
+                example = self.source[int(indices[position])]
+                images[position], labels[position] = example["image"], example["label"]
+        found = {"image": images, "label": labels}
+        return {**found, "valid": valid} if self.with_valid else found

@@ -1,4 +1,4 @@
-"""Pairs of a picture and its mask: all checked once at start-up, then kept in memory or read again.
+"""Pairs of a picture and its mask or label: all checked once at start-up, then kept in memory or read again.
 
 H, W are a picture's height and width in pixels.
 """
@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +23,15 @@ MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # lossless only: a JPEG blurs
 IGNORE_255 = 255  # what marks ignored pixels in folders and TFDS sets
 KEEP_BYTES = 2 << 30  # a split that needs no more than this, resized, stays in memory
 SHOWN = 5  # broken files that an error names; of the rest it gives the number
+PART = 64  # examples that are decoded before they are stored: those of a large set do not pile up
+TURN = 8  # examples that a thread decodes at a time
 
-Pair = tuple[np.ndarray, np.ndarray]
+Target = Literal["mask", "label"]
+Pair = tuple[np.ndarray, np.ndarray | np.integer]
 
 
 class BadFile(Exception):
-    """One picture or mask that cannot be used. The text names the file and what is wrong with it."""
+    """One picture, mask or label that cannot be used. The text names the file and what is wrong with it."""
 
 
 def workers() -> int:
@@ -105,7 +108,7 @@ def resize_mask(mask: Shaped[np.ndarray, "H W"], size: tuple[int, int]) -> Shape
 
 @dataclasses.dataclass(frozen=True)
 class PairSource:
-    """Checked pairs of one split, resized to `size`."""
+    """Checked pairs of one split, resized to `size`: element i is {"image": uint8 (H, W, 3), target: int32}."""
 
     name: str
     split: str
@@ -118,7 +121,11 @@ class PairSource:
     kept: tuple[int, ...] = dataclasses.field(repr=False)
     """The indices that passed the checks."""
     memory: tuple[np.ndarray, np.ndarray] | None = dataclasses.field(repr=False, compare=False)
-    """All pictures and all masks, or None for a split too large for that."""
+    """All pictures and all masks or labels, or None for a split too large for that."""
+    target: Target = "mask"
+    """The key of what is to be predicted: a mask (H, W) or one label ()."""
+    handed: bool = False
+    """Whether a mirrored picture may be of another class: the loader never flips these."""
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -127,11 +134,11 @@ class PairSource:
         if not 0 <= index < len(self.kept):
             raise IndexError(f"example {index} of {len(self.kept)}")
         if self.memory is not None:
-            image, mask = self.memory[0][index], self.memory[1][index]
+            image, answer = self.memory[0][index], self.memory[1][index]
         else:
-            image, mask = self.read(self.kept[index])
-            image, mask = resize_image(image, self.size), resize_mask(mask, self.size)
-        return {"image": image, "mask": mask.astype(np.int32)}
+            image, answer = self.read(self.kept[index])
+            image, answer = resize_image(image, self.size), _resize_answer(answer, self.size)
+        return {"image": image, self.target: answer.astype(np.int32)}
 
     def describe(self) -> str:
         height, width = self.size
@@ -146,57 +153,54 @@ def check_pairs(
     name: str,
     split: str,
     classes: Sequence[str],
-    ignore_label: int | None,
     size: tuple[int, int] | None,
     on_error: Literal["raise", "skip"],
+    target: Target = "mask",
+    ignore_label: int | None = None,
+    limit: int | None = None,
     broken: Sequence[str] = (),
-    label: Callable[[int], str] = "example {}".format,
+    called: Callable[[int], str] = "example {}".format,
+    note: str = "",
+    handed: bool = False,
 ) -> PairSource:
     """Reads every pair once and returns those that are right.
 
-    `read(i)` gives pair i or raises BadFile; `label(i)` names it; `broken` are problems found before, such as a mask
-    without a picture. Raises one UserError that names what is wrong; with on_error="skip" only where nothing is left
-    or, without `size`, the pictures' sizes differ.
+    `read(i)` gives pair i or raises BadFile; `called(i)` names it; `broken` are problems found before, such as a mask
+    without a picture. No more than `limit` pairs are read, spread evenly. `note` follows the source's name wherever it
+    is shown. Raises one UserError that names what is wrong; with on_error="skip" only where nothing is left or, without
+    `size`, the pictures' sizes differ.
     """
     if size is not None and min(size) < 1:
         raise UserError(f"data.size={size}: height and width must be positive")
+    if limit is not None and limit < 1:
+        raise UserError(f"data.examples={limit}: there must be at least 1 training example")
 
     def check(index: int) -> tuple[Any, str]:
         try:
-            image, mask = read(index)
-            if image.shape[:2] != mask.shape:
-                shapes = [f"{w}x{h}" for h, w in (image.shape[:2], mask.shape)]
-                raise BadFile(f"{label(index)}: the image is {shapes[0]} and the mask {shapes[1]} (width x height)")
-            wrong = mask[(mask < 0) | (mask >= len(classes))]
-            wrong = wrong if ignore_label is None else wrong[wrong != ignore_label]
-            if wrong.size:
-                ignored = "" if ignore_label is None else f" and {ignore_label} for ignored pixels"
-                allowed = f"0 to {len(classes) - 1}{ignored}"
-                raise BadFile(f"{label(index)}: label {wrong.max()} in the mask, allowed are {allowed}")
-            own = mask.shape
-            target = size or own
-            return (own, resize_image(image, target), resize_mask(mask, target).astype(np.uint8)), ""
+            image, answer = read(index)
+            wrong = _wrong_mask(image, answer, ignore_label, len(classes)) if target == "mask" else None
+            wrong = _wrong_label(answer, len(classes)) if target == "label" else wrong
+            if wrong:
+                raise BadFile(f"{called(index)}: {wrong}")
+            own = image.shape[:2]
+            return (own, resize_image(image, size or own), _resize_answer(answer, size or own)), ""
         except BadFile as error:
             return None, str(error)
 
+    indices = range(count) if limit is None or limit >= count else [i * count // limit for i in range(limit)]
     problems, kept, sizes = list(broken), [], collections.Counter()
     memory: tuple[np.ndarray, np.ndarray] | None = None
-    with ThreadPoolExecutor(workers()) as pool:
-        for start in range(0, count, 64):  # by parts: results of a large set do not pile up
-            indices = range(start, min(count, start + 64))
-            for index, (pair, problem) in zip(indices, pool.map(check, indices), strict=True):
-                if pair is None:
-                    problems.append(problem)
-                    continue
-                own, image, mask = pair
-                if not kept:
-                    shape = image.shape[:2]
-                    if count * 4 * shape[0] * shape[1] <= KEEP_BYTES:
-                        memory = np.empty((count, *shape, 3), np.uint8), np.empty((count, *shape), np.uint8)
-                if memory is not None and image.shape[:2] == memory[1].shape[1:]:
-                    memory[0][len(kept)], memory[1][len(kept)] = image, mask
-                kept.append(index)
-                sizes[own] += 1
+    for index, (pair, problem) in zip(indices, _in_threads(check, indices), strict=True):
+        if pair is None:
+            problems.append(problem)
+            continue
+        own, image, answer = pair
+        if not kept:
+            memory = _memory(len(indices), image.shape[:2], target)
+        if memory is not None and image.shape == memory[0].shape[1:]:
+            memory[0][len(kept)], memory[1][len(kept)] = image, answer
+        kept.append(index)
+        sizes[own] += 1
     where = f"data.name={name}, {split}"
     if problems and on_error == "raise":
         raise UserError(f"{where}: {_few(problems)}; mend these, or leave them out with --data.on-error skip")
@@ -210,7 +214,7 @@ def check_pairs(
     if memory is not None:
         memory = memory[0][: len(kept)], memory[1][: len(kept)]
     return PairSource(
-        name=name,
+        name=f"{name} {note}" if note else name,
         split=split,
         classes=tuple(classes),
         ignore_label=ignore_label,
@@ -219,7 +223,49 @@ def check_pairs(
         read=read,
         kept=tuple(kept),
         memory=memory,
+        target=target,
+        handed=handed,
     )
+
+
+def _in_threads(function: Callable[[int], Any], indices: Sequence[int]) -> Iterator[Any]:
+    """`function` of every index, in their order."""
+    with ThreadPoolExecutor(workers()) as pool:
+        for start in range(0, len(indices), PART):
+            part = indices[start : start + PART]
+            turns = [part[i : i + TURN] for i in range(0, len(part), TURN)]
+            for results in pool.map(lambda turn: [function(index) for index in turn], turns):
+                yield from results
+
+
+def _wrong_mask(image: np.ndarray, mask: np.ndarray, ignore_label: int | None, classes: int) -> str:
+    """What is wrong with a mask; empty where nothing is."""
+    if image.shape[:2] != mask.shape:
+        shapes = [f"{w}x{h}" for h, w in (image.shape[:2], mask.shape)]
+        return f"the image is {shapes[0]} and the mask {shapes[1]} (width x height)"
+    wrong = mask[(mask < 0) | (mask >= classes)]
+    wrong = wrong if ignore_label is None else wrong[wrong != ignore_label]
+    if not wrong.size:
+        return ""
+    ignored = "" if ignore_label is None else f" and {ignore_label} for ignored pixels"
+    return f"label {wrong.max()} in the mask, allowed are 0 to {classes - 1}{ignored}"
+
+
+def _wrong_label(label: np.integer, classes: int) -> str:
+    return "" if 0 <= label < classes else f"label {label}, allowed are 0 to {classes - 1}"
+
+
+def _resize_answer(answer: np.ndarray | np.integer, size: tuple[int, int]) -> np.ndarray | np.integer:
+    return resize_mask(answer, size) if np.ndim(answer) else answer
+
+
+def _memory(count: int, shape: tuple[int, int], target: Target) -> tuple[np.ndarray, np.ndarray] | None:
+    """Room for all pictures and masks or labels, or None where that is too much."""
+    pixels = count * shape[0] * shape[1]
+    if (4 if target == "mask" else 3) * pixels > KEEP_BYTES:
+        return None
+    answers = np.empty((count, *shape), np.uint8) if target == "mask" else np.empty(count, np.int32)
+    return np.empty((count, *shape, 3), np.uint8), answers
 
 
 def _few(problems: Sequence[str]) -> str:

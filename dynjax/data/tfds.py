@@ -1,4 +1,4 @@
-"""`tfds:NAME`: any prepared TensorFlow Datasets set of pictures and masks, read without TensorFlow; no download.
+"""`tfds:NAME`: any prepared TensorFlow Datasets set of pictures with masks or labels; no TensorFlow, no download.
 
 The prepared folder is looked for first: asking TFDS for a set that is not there may wait minutes for the network.
 """
@@ -21,6 +21,7 @@ from dynjax.data.pairs import (
     BadFile,
     Pair,
     PairSource,
+    Target,
     check_pairs,
     class_names,
     largest_label,
@@ -31,6 +32,8 @@ from dynjax.data.pairs import (
 
 IMAGE_KEYS = ("image", "image_left")  # tried in this order, then the only feature that fits
 MASK_KEYS = ("segmentation_mask", "segmentation_label", "mask", "annotation", "annotations", "label")
+LABEL_KEYS = ("label",)
+HANDED = ("mnist", "emnist", "kmnist", "svhn_cropped")  # sets of characters: mirrored they are none
 
 
 def make_tfds(
@@ -40,21 +43,23 @@ def make_tfds(
     *,
     classes: int = 0,
     size: tuple[int, int] | None = None,
+    limit: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> PairSource:
     """A split of the set NAME[/CONFIG][:VERSION] prepared under `path` (empty: TFDS's own folder). Raises UserError.
 
-    255 marks ignored pixels. `classes` 0 takes the number from the set's features or, where these do not say, from its
-    masks. A set without val or test splits gives parts of what it has; see `splits_of`.
+    A set with a mask is read for segmentation, 255 marks ignored pixels; one with a class label and no mask for
+    classification, its picture grey or RGB. `classes` 0 takes the number from the set's features or, where these do not
+    say, from its masks. A set without val or test splits gives parts of what it has; see `splits_of`.
     """
     folder = find_prepared(name, path)
     builder = _builder(name, folder)
-    image_key, mask_key = _keys(name, builder.info.features)
+    image_key, key, target = _keys(name, builder.info.features)
     parts = splits_of({key for key, info in builder.info.splits.items() if info.num_examples})
-    reader = _Reader(_open(builder, parts[split]), f"tfds:{name} {split}", image_key, mask_key)
-    names = _names(builder.info.features[mask_key], classes)
+    reader = _Reader(_open(builder, parts[split]), f"tfds:{name} {split}", image_key, key, target)
+    names = _names(builder.info.features[key], classes)
     if names is None:
-        others = [_Reader(_open(builder, part), "", image_key, mask_key) for part in parts.values()]
+        others = [_Reader(_open(builder, part), "", image_key, key, target) for part in parts.values()]
         names = class_names(_count_classes(others))
     return check_pairs(
         reader,
@@ -62,10 +67,13 @@ def make_tfds(
         name=f"tfds:{name}",
         split=split,
         classes=names,
-        ignore_label=IGNORE_255,
+        target=target,
+        ignore_label=IGNORE_255 if target == "mask" else None,
         size=size,
+        limit=limit,
         on_error=on_error,
-        label=reader.label,
+        handed=builder.name in HANDED,
+        called=reader.called,
     )
 
 
@@ -144,24 +152,30 @@ def _builder(name: str, folder: Path) -> Any:
         raise UserError(f"data.name=tfds:{name}: {folder} cannot be read: {_one_line(error)}") from None
 
 
-def _keys(name: str, features: Any) -> tuple[str, str]:
+def _keys(name: str, features: Any) -> tuple[str, str, Target]:
+    """Keys of the picture and of what is to be predicted, and which of the two kinds that is."""
     import tensorflow_datasets as tfds
 
     pictures = {key: feature for key, feature in features.items() if isinstance(feature, tfds.features.Image)}
     images = [key for key, feature in pictures.items() if feature.shape[-1] == 3]
     masks = [key for key, feature in pictures.items() if feature.shape[-1] == 1]
+    labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
 
     def choose(fitting, preferred):
         known = [key for key in preferred if key in fitting]
         return known[0] if known else fitting[0] if len(fitting) == 1 else None
 
-    image, mask = choose(images, IMAGE_KEYS), choose(masks, MASK_KEYS)
-    if image is None or mask is None:
+    target: Target = "label" if labels and not (images and masks) else "mask"
+    if target == "label":
+        image, key = choose(images or masks, IMAGE_KEYS), choose(labels, LABEL_KEYS)
+    else:
+        image, key = choose(images, IMAGE_KEYS), choose(masks, MASK_KEYS)
+    if image is None or key is None:
         raise UserError(
-            f"data.name=tfds:{name}: not a segmentation set: of its features {', '.join(features)} "
-            f"{'none is clearly the picture' if image is None else 'none is clearly the mask'}"
+            f"data.name=tfds:{name}: no set of pictures with masks or class labels: of its features "
+            f"{', '.join(features)} none is clearly the {'picture' if image is None else target}"
         )
-    return image, mask
+    return image, key, target
 
 
 def _names(feature: Any, classes: int) -> tuple[str, ...] | None:
@@ -194,24 +208,25 @@ class _Reader:
     records: Any
     name: str
     image_key: str
-    mask_key: str
+    key: str
+    target: Target
 
-    def label(self, index: int) -> str:
+    def called(self, index: int) -> str:
         return f"{self.name} example {index}"
 
     def record(self, index: int) -> dict[str, Any]:
         try:
             return self.records[index]
         except Exception as error:  # a damaged shard
-            raise BadFile(f"{self.label(index)}: {_one_line(error)}") from None
+            raise BadFile(f"{self.called(index)}: {_one_line(error)}") from None
 
     def mask(self, record: dict[str, Any], index: int) -> np.ndarray:
-        return read_mask(io.BytesIO(record[self.mask_key]), f"{self.label(index)}, {self.mask_key}")
+        return read_mask(io.BytesIO(record[self.key]), f"{self.called(index)}, {self.key}")
 
     def __call__(self, index: int) -> Pair:
         record = self.record(index)
-        image = read_image(io.BytesIO(record[self.image_key]), f"{self.label(index)}, {self.image_key}")
-        return image, self.mask(record, index)
+        image = read_image(io.BytesIO(record[self.image_key]), f"{self.called(index)}, {self.image_key}")
+        return image, self.mask(record, index) if self.target == "mask" else np.int32(record[self.key])
 
 
 def _count_classes(readers: Iterable[_Reader]) -> int:

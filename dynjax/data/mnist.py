@@ -1,0 +1,89 @@
+"""`mnist` and `fashion_mnist`: the four official IDX files, gzipped or not, in one folder; nothing is downloaded.
+
+LeCun et al. 1998; Xiao et al. 2017. test is the official test set; val is the end of the training set.
+"""
+
+import gzip
+import struct
+import zlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+
+from dynjax.config import UserError
+from dynjax.data.labelled import make_labelled, part_of
+from dynjax.data.pairs import PairSource
+
+CLASSES = {
+    "mnist": tuple("0123456789"),
+    "fashion_mnist": (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+}
+IMAGES, LABELS = 2051, 2049  # magic numbers: unsigned bytes in three dimensions and in one
+
+
+def make_mnist(
+    name: Literal["mnist", "fashion_mnist"],
+    path: str,
+    split: str,
+    *,
+    size: tuple[int, int] | None = None,
+    limit: int | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> PairSource:
+    """55,000 train, 5,000 val or 10,000 test pictures of 28x28 and 10 classes, grey as RGB. Raises UserError."""
+    if not path:
+        raise UserError(f"data.name={name} needs a folder: give --data.path PATH")
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"data.path={path}: no folder {root}; {name} is four files, train-images-idx3-ubyte.gz, ...")
+    prefix = "t10k" if split == "test" else "train"
+    image_file, label_file = _find(root, f"{prefix}-images-idx3-ubyte"), _find(root, f"{prefix}-labels-idx1-ubyte")
+    images, labels = read_idx(image_file, IMAGES), read_idx(label_file, LABELS)
+    if len(images) != len(labels):
+        raise UserError(f"{image_file} has {len(images)} images and {label_file} has {len(labels)} labels")
+    part = part_of(split, len(images), len(images))
+    cut = slice(part.start, part.stop)
+    return make_labelled(
+        images[cut],
+        labels[cut],
+        name=name,
+        split=split,
+        classes=CLASSES[name],
+        size=size,
+        limit=limit,
+        handed=name == "mnist",  # a mirrored 2 is no 2, a mirrored shoe is one
+        on_error=on_error,
+        called=lambda index: f"{label_file}, example {part[index]}",
+    )
+
+
+def _find(root: Path, name: str) -> Path:
+    for file in (root / name, root / f"{name}.gz"):
+        if file.is_file():
+            return file
+    raise UserError(f"data.path={root}: there is neither {name} nor {name}.gz")
+
+
+def read_idx(file: Path, magic: int) -> UInt8[np.ndarray, "..."]:
+    """The array in an IDX file of unsigned bytes. Raises UserError for a wrong magic number or length."""
+    try:
+        content = file.read_bytes()
+        content = gzip.decompress(content) if file.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:  # gzip's own error is an OSError; EOFError: the file is cut off
+        raise UserError(f"{file} cannot be read: {error}") from None
+    axes = magic % 256  # the last byte of the magic number
+    head = 4 + 4 * axes
+    found = struct.unpack(">i", content[:4])[0] if len(content) >= 4 else "missing"
+    if found != magic:
+        raise UserError(f"{file}: the magic number is {found} and should be {magic}: not the IDX file of that name")
+    shape = struct.unpack(f">{axes}I", content[4:head]) if len(content) >= head else ()
+    expected = head + int(np.prod(shape, dtype=object))
+    if len(content) != expected or not shape:
+        wanted = f"{expected if shape else head} bytes"
+        raise UserError(f"{file}: {len(content)} bytes, by its header it should have {wanted}: not the whole file")
+    return np.frombuffer(content, np.uint8, offset=head).reshape(shape)
