@@ -340,14 +340,28 @@ class FixedGate(nnx.Module):
 class RandomGate(nnx.Module):
     """Keeps a share `rate` at random: the control of every table.
 
-    Per example (B,), or per tile (B, h, w) with `size`. When deterministic it looks just as random but is a function of
-    the example's content, so that every execution agrees.
+    Per example (B,), per tile (B, h, w) with `size`, or each of `units` groups of channels or paths (B, K) by itself.
+    With `branches`, takes one of so many (B, K), or (B, h, w, K) with `size`: each is rate / (1 - rate) times as likely
+    as the one before. When deterministic it looks just as random but is a function of the example's content, so that
+    every execution agrees.
     """
 
-    def __init__(self, rate: float, *, size: int | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        rate: float,
+        *,
+        size: int | None = None,
+        units: int | None = None,
+        branches: int | None = None,
+        rngs: nnx.Rngs,
+    ):
         if not 0 < rate < 1:
             raise ValueError(f"rate={rate} must be in (0, 1)")
+        if units is not None and (size is not None or branches is not None):
+            raise ValueError(f"units={units} are decided per example and alone: leave out size and branches")
         self.rate, self.size, self.deterministic = rate, size if size is None else _positive(size, "size"), False
+        self.units = units if units is None else _positive(units, "units")
+        self.branches = branches if branches is None else _positive(branches, "branches")
         self.threshold = Threshold(jnp.zeros(()))
         self.rngs = nnx.Rngs(gate=rngs.params())
 
@@ -357,14 +371,24 @@ class RandomGate(nnx.Module):
 
     def __call__(self, x: Float[Array, "B ..."]) -> Decision:
         shape = () if self.size is None else tuple(-(-n // self.size) for n in x.shape[1:3])
+        shape = shape if self.units is None else (self.units,)
         logit = math.log(self.rate) - math.log1p(-self.rate) - self.threshold[...]
         if self.deterministic:
             noise = _content_noise(x, shape)
         else:
             noise = jax.random.logistic(_key(self.rngs), (x.shape[0], *shape))
+        if self.branches is not None:
+            probability = jax.nn.softmax(logit * jnp.arange(self.branches))
+            # By the inverse of the distribution function: a lower threshold never means a cheaper branch.
+            bounds = jnp.cumsum(probability)[:-1].reshape((1,) * noise.ndim + (-1,))
+            chosen = (jax.nn.sigmoid(noise)[..., None] > bounds).sum(-1)
+            keep = jax.nn.one_hot(chosen, self.branches)
+            granularity = "branch" if self.size is None else "tile branch"
+            return Decision(keep, jnp.broadcast_to(probability, keep.shape), granularity)
         keep = threshold(logit + noise)
         probability = jnp.broadcast_to(jax.nn.sigmoid(logit), keep.shape)
-        return Decision(keep, probability, "sample" if self.size is None else "tile")
+        granularity = "sample" if self.size is None else "tile"
+        return Decision(keep, probability, granularity if self.units is None else "channel")
 
 
 def _content_noise(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
