@@ -14,28 +14,36 @@ class AugmentConfig:
     """What happens to a training picture. All off: the picture as it is."""
 
     flip: bool = True
-    """Mirror left and right, half of the time; scenes of digits never are."""
+    """Mirror left and right, half of the time; digits never are."""
     crop: float = 0.5
     """Smallest side of the random crop, as a share of the picture, resized back; 1 turns cropping off."""
     colour: float = 0.25
     """Largest relative change of brightness, contrast and saturation; 0 turns it off."""
+    pad: int = 0
+    """Pad by so many black pixels on each side and crop the picture's size out of it, anywhere; masks are ignored
+    there. He et al. 2016 train on CIFAR-10 with 4; 0 turns it off."""
+    cutout: int = 0
+    """Side in pixels of a square that takes the data's mean colour, its centre anywhere in the picture (DeVries and
+    Taylor 2017: 16 on CIFAR-10); masks stay. 0 turns it off."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where pictures and masks come from."""
+    """Where pictures come from, and what belongs to them: a mask (segmentation) or one label (classification)."""
 
     name: str = "digits"
-    """digits (embedded) | camvid | folder | tfds:NAME."""
+    """Masks: digits (embedded) | camvid | folder. Labels: digits8 (embedded) | mnist | fashion_mnist | cifar10 |
+    class_folder. Either: tfds:NAME."""
     path: str = ""
-    """Folder of the data set; not used by digits."""
+    """Folder of the data set, or the .npz file of cifar10; not used by digits and digits8."""
     size: tuple[int, int] | None = None
     """Height and width in pixels that pictures are resized to; None keeps the pictures' own size, which must then be
     one."""
     classes: int = 0
     """Number of classes of a folder or TFDS set; 0 reads it from the data."""
-    examples: int = 2000
-    """Training scenes of digits; val and test have a tenth of it each."""
+    examples: int | None = None
+    """Training scenes of digits, of which val and test have a tenth each; None is 2000. Of any other set: at most so
+    many training examples, spread evenly over it; None is all of them."""
     difficulty: float = 0.5
     """0 to 1, digits only: less contrast, more clutter and overlap."""
     on_error: Literal["raise", "skip"] = "raise"
