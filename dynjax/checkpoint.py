@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dynjax import models
 from dynjax.config import Config, UserError
 
 KEEP = 3
@@ -54,6 +55,10 @@ def config_from_dict(values: dict, kind: type = Config) -> Any:
 def _from_json(value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return config_from_dict(value, hint)
+    if kinds := {kind.family: kind for kind in typing.get_args(hint) if hasattr(kind, "family")}:
+        if (family := value.get("family", "unet")) not in kinds:
+            raise UserError(f"unknown model.family {family!r}: written by another version of dynjax?")
+        return config_from_dict(value, kinds[family])
     return _tuples(value)
 
 
@@ -326,9 +331,7 @@ def evaluation_view(model: nnx.Module) -> nnx.Module:
 
 def build(config: Config, classes: int, twin: nnx.State | None = None) -> nnx.Module:
     """The row's model with fresh parameters, or with those of its static `twin` under the wrappers."""
-    from dynjax.models import unet
-
-    return unet.build(config.model, classes, rngs=nnx.Rngs(config.seed), twin_params=twin)
+    return models.build(config.model, classes, rngs=nnx.Rngs(config.seed), twin_params=twin)
 
 
 def load(workdir: str | Path) -> tuple[Config, nnx.Module, int]:

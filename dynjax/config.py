@@ -52,9 +52,10 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class UNetConfig:
     """A residual U-Net and the dynamics put into it."""
 
+    family: Literal["unet"] = "unet"
     widths: tuple[int, ...] = (32, 48, 64, 96)
     """Channels of each level, finest first."""
     blocks: tuple[int, ...] = (1, 1, 1, 1)
@@ -65,6 +66,75 @@ class ModelConfig:
     gate: Literal["learned", "random"] = "learned"
     tiles: tuple[int, ...] = (16, 8, 8)
     """Side of a tile at each level, in pixels of that level's map; levels beyond stay static."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig:
+    """A residual network for small pictures and the dynamics put into its blocks."""
+
+    family: Literal["resnet"] = "resnet"
+    widths: tuple[int, ...] = (16, 32, 64)
+    """Channels of each stage; each further stage works at half the resolution of the one before."""
+    blocks: tuple[int, ...] = (3, 3, 3)
+    """Residual blocks of each stage."""
+    dynamics: Literal["static", "skip", "policy", "channels", "slices", "exits"] = "static"
+    """skip: a gate before each block; policy: one network decides all blocks; channels: groups of hidden channels;
+    slices: one of several hidden widths; exits: a head after each stage. All per picture."""
+    gate: Literal["learned", "random"] = "learned"
+    groups: int = 4
+    """Groups of hidden channels, or slices of the hidden width."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MSDNetConfig:
+    """A multi-scale dense network with exits."""
+
+    family: Literal["msdnet"] = "msdnet"
+    scales: int = 3
+    """Resolutions, each half of the one before."""
+    channels: int = 16
+    """Channels of the finest scale after the first layer; a coarser one has twice as many."""
+    growth: int = 6
+    """Channels that a layer adds to the finest scale; twice as many to each coarser one."""
+    blocks: int = 5
+    """Blocks, each ending in an exit."""
+    base: int = 4
+    """Layers of the first block."""
+    step: int = 2
+    """Layers of each further block."""
+    bottleneck: bool = True
+    """1x1 convolutions before the 3x3 ones."""
+    dynamics: Literal["static", "exits"] = "static"
+    """static: only the last exit is there."""
+    gate: Literal["learned", "random"] = "learned"
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutedConfig:
+    """A grid of scales and layers through which every picture takes its own paths."""
+
+    family: Literal["routed"] = "routed"
+    task: Literal["classification", "segmentation"] = "classification"
+    """One label for the picture, or for every pixel."""
+    channels: int = 16
+    """Channels of the finest scale; each coarser one has twice as many."""
+    scales: int = 3
+    """Resolutions, each half of the one before."""
+    layers: int = 4
+    """Layers of cells, at least as many as scales: each reaches one scale more."""
+    stem_stride: int = 1
+    """The finest scale works at 1/stem_stride of the picture: 1, 2 or 4."""
+    operation: Literal["residual", "separable"] = "residual"
+    """What a cell does: a residual block of two 3x3 convolutions, or of two separable ones as in the paper, which are
+    slow on CPUs."""
+    dynamics: Literal["static", "gates", "single", "sandwich"] = "static"
+    """static: all paths open. gates: each cell has a gate for its paths. single, sandwich: trained by sampling paths,
+    one through the net, or all, none and some of them."""
+    gate: Literal["learned", "random"] = "learned"
+
+
+ModelConfig = UNetConfig | ResNetConfig | MSDNetConfig | RoutedConfig
+"""One dataclass for each family in `dynjax.models`. All have `family`, `dynamics` ("static" is the twin) and `gate`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +156,10 @@ class LossConfig:
     dice: float = 0.0
     """Weight of the soft Dice loss."""
     class_weights: Literal["none", "sqrt", "inverse"] = "none"
-    """Weight each class by nothing, by 1/sqrt(frequency) or by 1/frequency, measured on the training masks."""
+    """Weight each class by nothing, by 1/sqrt(frequency) or by 1/frequency, measured on the training masks; of
+    segmentation."""
+    label_smoothing: float = 0.0
+    """Share of the label that is spread over all classes; of classification."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +186,7 @@ class Config:
     row: str
     """Name of the row; set by the row, not by hand."""
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = UNetConfig()
     budget: BudgetConfig = BudgetConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -31,8 +31,9 @@ class Point:
     budget: float
     """Share of the static twin's MACs that was asked for."""
     score: float
-    """mIoU in [0, 1]."""
+    """The task's score, in [0, 1]: mIoU, or accuracy."""
     pixel_accuracy: float
+    """Of segmentation; nan, and an empty cell, elsewhere."""
     macs: float
     """Mean over the split; so are macs_p95 and macs_max its 95th percentile and its maximum."""
     macs_fraction: float
@@ -51,15 +52,21 @@ class Point:
     images: int
 
 
-def write_curve(path: str | os.PathLike, points: Sequence[Point]) -> None:
-    """curve.csv: a header and one line per point."""
+def write_curve(path: str | os.PathLike, points: Sequence[Any]) -> None:
+    """curve.csv, or another table of points of one kind: a header and one line per point."""
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Point)], lineterminator="\n")
+        names = [field.name for field in dataclasses.fields(points[0])]
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         for point in points:
-            writer.writerow(
-                {name: f"{v:.6g}" if isinstance(v, float) else v for name, v in dataclasses.asdict(point).items()}
-            )
+            writer.writerow({name: _cell(value) for name, value in dataclasses.asdict(point).items()})
+
+
+def _cell(value: Any) -> Any:
+    """A number as a CSV cell; empty for nan, which nobody measured."""
+    if not isinstance(value, float):
+        return value
+    return "" if np.isnan(value) else f"{value:.6g}"
 
 
 def read_curve(path: str | os.PathLike) -> list[Point]:
@@ -67,7 +74,8 @@ def read_curve(path: str | os.PathLike) -> list[Point]:
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-        read = {float: float, int: int, bool: lambda text: {"True": True, "False": False}[text]}
+        truth = {"True": True, "False": False}
+        read = {float: lambda text: float(text or "nan"), int: int, bool: truth.__getitem__}
         points = [
             Point(**{field.name: read[field.type](row[field.name]) for field in dataclasses.fields(Point)})
             for row in rows
@@ -109,7 +117,7 @@ class Scored:
     """What one model did on one split."""
 
     scores: dict[str, Any]
-    """`miou`, `pixel_accuracy`, ... as the task defines them."""
+    """As the task defines them: `miou`, `pixel_accuracy`, ... or `accuracy`, ..."""
     macs: np.ndarray
     """(N,), MACs of each picture."""
     shares: dict[str, dict[str, float]]
@@ -121,7 +129,7 @@ class Runner:
     """A model taken apart into its structure, compiled once, and its state, which differs from budget to budget."""
 
     examine: Callable[[nnx.State, jax.Array, jax.Array], dict]
-    """(state, image, mask) -> confusion matrix, MACs per example, heat map, prediction, shares."""
+    """(state, image, target) -> confusion matrix, MACs per example, heat map, prediction, shares."""
     infer: Callable[[nnx.State, jax.Array], jax.Array]
     """(state, image) -> logits."""
 
@@ -131,10 +139,10 @@ def make_runner(model: nnx.Module, task: Any) -> Runner:
     graphdef = nnx.graphdef(model)
 
     @jax.jit
-    def examine(state: nnx.State, image: jax.Array, mask: jax.Array) -> dict:
+    def examine(state: nnx.State, image: jax.Array, target: jax.Array) -> dict:
         logits, trace = traced(nnx.merge(graphdef, state))(image)
         return {
-            "confusion": task.confusion(logits, mask),
+            "confusion": task.confusion(logits, target),
             "prediction": jnp.argmax(logits, -1),
             "macs": trace.macs(),
             "heat": trace.heatmap(image.shape[1:3]),
@@ -149,12 +157,14 @@ def make_runner(model: nnx.Module, task: Any) -> Runner:
 
 
 def score(runner: Runner, state: nnx.State, batches: Iterable[dict], task: Any) -> Scored:
-    """Run a model over a split; `batches` hold image, mask and `valid` (False for what fills the last one up)."""
+    """Run a model over a split; `batches` hold image, what is to be predicted, and `valid`.
+
+    What fills the last batch up is not valid, and -1 is to be predicted there.
+    """
     confusion, macs, shares, weights = 0, [], [], []
     for batch in batches:
         valid = batch["valid"]
-        mask = np.where(valid[:, None, None], batch["mask"], -1)
-        found = jax.device_get(runner.examine(state, batch["image"], mask))
+        found = jax.device_get(runner.examine(state, batch["image"], batch[task.target]))
         confusion = confusion + found["confusion"].astype(np.int64)
         macs.append(found["macs"][valid])
         # A share is a mean over its batch, blank examples included: full batches say more.
@@ -182,10 +192,24 @@ def solve(
 
 
 @dataclasses.dataclass(frozen=True)
+class Latency:
+    """One row of latency.csv: a checkpoint at one budget, in ms per image, whole batches of one size timed."""
+
+    budget: float
+    batch: int
+    latency_ms_p50: float
+    static_latency_ms_p50: float
+    """The static twin's, timed in the same run, alternating batch by batch."""
+    speedup: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """A checkpoint at several budgets."""
 
     points: list[Point]
+    latencies: list[Latency]
+    """At every batch size that was asked for, 1 among them."""
     scored: dict[float, Scored]
     reports: dict[float, Any]
     """What `dynjax.deploy` reports on the calibration pictures, per budget; empty for a static model."""
@@ -206,15 +230,15 @@ def evaluate(
     budgets: Sequence[float],
     calibration: Sequence[np.ndarray],
     batches: Callable[[], Iterable[dict]],
-    timing: Sequence[np.ndarray],
+    timing: Sequence[Sequence[np.ndarray]],
     repeats: int = 1,
 ) -> Evaluation:
     """Deploy `model` at each budget, score it and time it against `twin`, the same net without dynamics.
 
-    The twin's weights do not matter here. `batches()` starts a pass over the split; `timing` are single pictures of it,
-    (1, H, W, 3). A `static` model has one budget, 1.
+    The twin's weights do not matter here. `batches()` starts a pass over the split. `timing` has for each batch size
+    that is timed some batches of it, (batch, H, W, 3), and the first size is 1. A `static` model has one budget, 1.
     """
-    whole = static_macs(twin, timing[0].shape[1:3])
+    whole = static_macs(twin, timing[0][0].shape[1:3])
     deployed = {} if static else solve(model, whole, budgets, calibration)
     # The models inside: layers have the names there that they have in training.
     models = {budget: each.model for budget, each in deployed.items()} or {1.0: model}
@@ -227,10 +251,16 @@ def evaluate(
     functions: dict[Any, Callable] = {"static": lambda image: twin_runner.infer(twin_state, image)}
     functions |= {b: (lambda image, s=s: runner.infer(s, image)) for b, s in states.items() if not static}
     wall, cpu = time.perf_counter(), time.process_time()
-    times = alternate(functions, [jax.device_put(image) for image in timing], repeats=repeats)
+    times, *larger = (alternate(functions, [jax.device_put(x) for x in each], repeats=repeats) for each in timing)
     cores = (time.process_time() - cpu) / (time.perf_counter() - wall)
-    if static:
-        times[1.0] = times["static"]
+    latencies = []
+    for found, pictures in zip((times, *larger), timing, strict=True):
+        if static:
+            found[1.0] = found["static"]
+        batch = len(pictures[0])
+        for budget in scored:
+            own, twins = (float(np.median(found[name])) / batch for name in (budget, "static"))
+            latencies.append(Latency(float(budget), batch, own, twins, twins / own))
 
     points = []
     twin_ms = float(np.median(times["static"]))
@@ -239,8 +269,8 @@ def evaluate(
         points.append(
             Point(
                 budget=float(budget),
-                score=float(found.scores["miou"]),
-                pixel_accuracy=float(found.scores["pixel_accuracy"]),
+                score=float(found.scores[task.score]),
+                pixel_accuracy=float(found.scores.get("pixel_accuracy", np.nan)),
                 macs=float(found.macs.mean()),
                 macs_fraction=float(found.macs.mean() / whole),
                 latency_ms_p50=float(middle),
@@ -255,7 +285,7 @@ def evaluate(
             )
         )
     reports = {budget: each.report for budget, each in deployed.items()}
-    return Evaluation(points, scored, reports, runner, one, states, cores)
+    return Evaluation(points, latencies, scored, reports, runner, one, states, cores)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,8 +97,10 @@ class Log:
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Record the scores of an evaluation after `step` steps; its time does not count as training time."""
         self._write(step, {f"val/{name}": value for name, value in scores.items()})
-        if "miou" in scores:
-            self.shown = {"mIoU": f"{scores['miou']:.3f}"} | {k: v for k, v in self.shown.items() if k != "mIoU"}
+        for score, name in (("miou", "mIoU"), ("accuracy", "accuracy")):
+            if score not in scores:
+                continue
+            self.shown = {name: f"{scores[score]:.3f}"} | {k: v for k, v in self.shown.items() if k != name}
             if self.bar is not None:
                 self.bar.set_postfix(self.shown, refresh=False)
         self.clock = time.perf_counter()

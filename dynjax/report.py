@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from dynjax.deploy import Report
-from dynjax.evaluate import Example, Point
+from dynjax.evaluate import Example, Latency, Point
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers: one per curve, with a marker of its own.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -81,38 +81,41 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def curve_table(points: Sequence[Point]) -> str:
-    """What `experiments.evaluate` ends in: one line per budget."""
-    header = [
-        "budget",
-        "mIoU %",
-        "pixel acc. %",
-        "MMAC/image",
-        "of static %",
-        "ms p50",
-        "ms p95",
-        "static ms",
-        "speed-up",
-        "met",
-    ]
-    return table(
-        header,
-        [
+def curve_table(points: Sequence[Point], score_name: str = "mIoU") -> str:
+    """What `experiments.evaluate` ends in: one line per budget. Pixel accuracy is left out where there is none."""
+    columns = {
+        "budget": lambda p: f"{p.budget:g}",
+        f"{score_name} %": lambda p: f"{100 * p.score:.1f}",
+        "pixel acc. %": lambda p: f"{100 * p.pixel_accuracy:.1f}",
+        "MMAC/image": lambda p: f"{p.macs / 1e6:.1f}",
+        "of static %": lambda p: f"{100 * p.macs_fraction:.1f}",
+        "ms p50": lambda p: f"{p.latency_ms_p50:.2f}",
+        "ms p95": lambda p: f"{p.latency_ms_p95:.2f}",
+        "static ms": lambda p: f"{p.static_latency_ms_p50:.2f}",
+        "speed-up": lambda p: f"{p.speedup:.2f}x",
+        "met": lambda p: "yes" if p.met else "no",
+    }
+    if all(math.isnan(point.pixel_accuracy) for point in points):
+        del columns["pixel acc. %"]
+    return table(list(columns), [[cell(point) for cell in columns.values()] for point in points])
+
+
+def latency_table(latencies: Sequence[Latency]) -> str:
+    """Milliseconds per image at every batch size that was timed, and how much faster than the static twin."""
+    sizes = list(dict.fromkeys(each.batch for each in latencies))
+    found = {(each.budget, each.batch): each for each in latencies}
+    header = ["ms per image", *(f"batch {size}" for size in sizes), *(f"speed-up at {size}" for size in sizes)]
+    rows = []
+    for budget in dict.fromkeys(each.budget for each in latencies):
+        own = [found[budget, size] for size in sizes]
+        rows.append(
             [
-                f"{p.budget:g}",
-                f"{100 * p.score:.1f}",
-                f"{100 * p.pixel_accuracy:.1f}",
-                f"{p.macs / 1e6:.1f}",
-                f"{100 * p.macs_fraction:.1f}",
-                f"{p.latency_ms_p50:.2f}",
-                f"{p.latency_ms_p95:.2f}",
-                f"{p.static_latency_ms_p50:.2f}",
-                f"{p.speedup:.2f}x",
-                "yes" if p.met else "no",
+                f"budget {budget:g}",
+                *(f"{each.latency_ms_p50:.2f}" for each in own),
+                *(f"{each.speedup:.2f}x" for each in own),
             ]
-            for p in points
-        ],
-    )
+        )
+    return table(header, rows)
 
 
 def layer_table(shares: dict[float, dict[str, dict[str, float]]]) -> str:
@@ -136,7 +139,8 @@ def calibration_table(reports: dict[float, Report]) -> str:
     return table(["on calibration", "mean MMAC", "p95", "max", "all kept", "threshold", "met"], rows)
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
+    """A light grid, and no frame above and on the right."""
     axes.grid(color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -147,6 +151,7 @@ def plot_curve(
     curves: dict[str, Sequence[Point]],
     *,
     static_score: float | None = None,
+    score_name: str = "mIoU",
     title: str = "",
 ) -> None:
     """Score over MACs and over latency, one line per curve (the first is the model's own), the static twin as a star.
@@ -163,7 +168,7 @@ def plot_curve(
         (left, lambda point: 100 * point.macs / twin_macs, 100.0),
         (right, lambda point: point.latency_ms_p50, twin_ms),
     ):
-        _style(axes)
+        style(axes)
         for index, (label, points) in enumerate(curves.items()):
             points = sorted(points, key=lambda point: point.macs)
             axes.plot(
@@ -196,13 +201,13 @@ def plot_curve(
         axes.set_xlim(left=0)
         axes.margins(y=0.15)
     left.set_xlabel("MACs per image, % of the static twin")
-    left.set_ylabel("mIoU, %")
+    left.set_ylabel(f"{score_name}, %")
     right.set_xlabel("latency per image at batch 1, ms (median)")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
 
 
-def _engineering(values: float) -> tuple[float, str]:
+def engineering(values: float) -> tuple[float, str]:
     """A divisor and its prefix for numbers up to `values`: 2.5e6 -> (1e6, "M")."""
     power = min(max(int(math.log10(values) // 3), 0), 3) if values >= 1 else 0
     return 1000.0**power, ["", "k", "M", "G"][power]
@@ -215,12 +220,12 @@ def plot_histogram(
     figure = Figure(figsize=(7, 1.2 + 1.4 * len(macs)), layout="constrained")
     if title:
         figure.suptitle(title, fontsize=11)
-    scale, prefix = _engineering(static_macs)
+    scale, prefix = engineering(static_macs)
     largest = max(static_macs, max(float(values.max()) for values in macs.values()))
     edges = np.linspace(0, 1.02 * largest / scale, 61)
     panels = figure.subplots(len(macs), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (budget, values) in zip(panels, macs.items(), strict=True):
-        _style(axes)
+        style(axes)
         axes.hist(values / scale, bins=edges, color=LINES[0])
         axes.axvline(values.mean() / scale, color=LINES[1], linewidth=2, label="mean")
         axes.axvline(static_macs / scale, color="black", linestyle=":", linewidth=2, label="static twin")
@@ -253,7 +258,7 @@ def plot_heatmaps(
     figure.suptitle(title or " ", fontsize=11)
     grid = figure.subplots(count, 4, squeeze=False)
     top = max(1.0, *(float(example.heat.max()) for example in examples))
-    scale, prefix = _engineering(top)
+    scale, prefix = engineering(top)
     for example, axes in zip(examples, grid, strict=True):
         axes[0].imshow(example.image)
         axes[1].imshow(paint(example.mask, len(class_names)), interpolation="nearest")
@@ -285,7 +290,7 @@ def plot_compute(
     figure = Figure(figsize=(wide, min(max((wide - 1.2) * height / width + 0.4, 2.0), 14.0)), layout="constrained")
     axes = figure.subplots()
     top = max(float(heat.max()), 1.0)
-    scale, prefix = _engineering(top)
+    scale, prefix = engineering(top)
     stretched = np.asarray(Image.fromarray(heat.astype(np.float32)).resize((width, height), Image.Resampling.NEAREST))
     shown = _show_compute(axes, image, stretched / scale, top / scale)
     axes.set_xticks([])

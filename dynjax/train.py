@@ -1,6 +1,6 @@
 """One training loop for every task.
 
-`fit` takes any nnx model, task and iterable of batches; `train` builds these for a segmentation row.
+`fit` takes any nnx model, task and iterable of batches; `train` builds these for a row.
 
 A task has `loss(model, batch, key, progress) -> (scalar, metrics)`, called with the model in its training view, a batch
 (dict of arrays whose first axis is the batch), a random key of this step and the share of the training that is over.
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dynjax import budget, checkpoint
+from dynjax import budget, checkpoint, models
 from dynjax import mesh as meshes
 from dynjax.config import Config, UserError
 from dynjax.log import Log
@@ -54,6 +54,7 @@ def check(config: Config) -> None:
         ("budget.weight", config.budget.weight, config.budget.weight >= 0, "0 or more"),
         ("loss.cross_entropy", config.loss.cross_entropy, config.loss.cross_entropy >= 0, "0 or more"),
         ("loss.dice", config.loss.dice, config.loss.dice >= 0, "0 or more"),
+        ("loss.label_smoothing", config.loss.label_smoothing, 0 <= config.loss.label_smoothing < 1, "in [0, 1)"),
         ("optimizer.learning_rate", o.learning_rate, 0 < o.learning_rate < math.inf, "more than 0"),
         ("optimizer.gate_learning_rate", o.gate_learning_rate, 0 <= o.gate_learning_rate < math.inf, "0 or more"),
         ("optimizer.warmup", o.warmup, 0 <= o.warmup <= 1, "a share of the steps in [0, 1]"),
@@ -215,7 +216,7 @@ def _report(log: Log, pending: tuple[int, dict] | None, workdir: str | Path | No
     log.train(step, metrics)
 
 
-# A segmentation row
+# A row
 
 
 def _twin(config: Config, classes: int) -> nnx.State:
@@ -225,10 +226,8 @@ def _twin(config: Config, classes: int) -> nnx.State:
     if other.model.dynamics != "static":
         what = f"row {other.row} is {other.model.dynamics}"
         raise UserError(f"--init-from {config.init_from}: {what}, it must be a static twin")
-    for name in ("widths", "blocks", "stem_stride"):
-        theirs, ours = getattr(other.model, name), getattr(config.model, name)
-        if theirs != ours:
-            raise UserError(f"--init-from {config.init_from}: model.{name} is {theirs} there and {ours} here")
+    if different := models.difference(other.model, config.model):
+        raise UserError(f"--init-from {config.init_from}: {different}")
     if len(names) != classes:
         raise UserError(f"--init-from {config.init_from}: trained for {len(names)} classes, this data has {classes}")
     return nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
@@ -243,10 +242,10 @@ def validator(task: Any, source: Any, config: Config) -> Callable[[nnx.Module], 
 
     def sums(graphdef: nnx.GraphDef, state: nnx.State, batch: dict) -> dict:
         logits, trace = dj.traced(nnx.merge(graphdef, state))(batch["image"])
-        mask = jnp.where(batch["valid"][:, None, None], batch["mask"], -1)
         share = jnp.where(batch["valid"], trace.macs() / trace.full_macs, 0.0)
         return {
-            "confusion": task.confusion(logits, mask),
+            # Blank examples, which fill the last batch up, have nothing to be predicted: -1 throughout.
+            "confusion": task.confusion(logits, batch[task.target]),
             "macs_fraction": share.sum(),
             "examples": batch["valid"].sum(),
         }
@@ -269,9 +268,9 @@ def validator(task: Any, source: Any, config: Config) -> Callable[[nnx.Module], 
 
 
 def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
-    """Train the row's segmentation model in `workdir`, or go on where it stopped; returns the final scores on val."""
+    """Train the row's model in `workdir`, or go on where it stopped; returns the final scores on val."""
     from dynjax.data import make_loader, make_source
-    from dynjax.tasks import segmentation
+    from dynjax.tasks import make_task
 
     check(config)
     checkpoint.check_workdir(workdir, config)
@@ -282,11 +281,7 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
     for part in (source, val):
         _say(part.describe()) if not quiet else None
     classes = tuple(source.classes)
-    weights = None
-    if config.loss.class_weights != "none":
-        weights = segmentation.class_weights(config.loss.class_weights, segmentation.class_frequencies(source))
-    spends = None if config.model.dynamics == "static" else config.budget
-    task = segmentation.SegmentationTask(len(classes), classes, config.loss, weights, spends)
+    task = make_task(config, source)
     twin = _twin(config, len(classes)) if from_twin else None
     model = checkpoint.build(config, len(classes), twin)
     augment = config.data.augment

@@ -9,7 +9,7 @@ camvid_small_* is 180x240 and sized for two CPU cores; camvid_unet_* is the prot
 
 import dataclasses
 
-from dynjax.config import AugmentConfig, BudgetConfig, Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
+from dynjax.config import AugmentConfig, BudgetConfig, Config, DataConfig, LossConfig, OptimizerConfig, UNetConfig
 
 
 def _dynamic(row: Config, name: str, dynamics: str, **model: object) -> Config:
@@ -32,7 +32,7 @@ def camvid_small_static() -> Config:
     return Config(
         row="camvid_small_static",
         data=DataConfig(name="camvid", path="data/camvid", size=(180, 240), augment=AugmentConfig(crop=0.6)),
-        model=ModelConfig(widths=(32, 48, 64, 96), tiles=(15, 12, 8)),
+        model=UNetConfig(widths=(32, 48, 64, 96), tiles=(15, 12, 8)),
         loss=LossConfig(class_weights="sqrt"),
         optimizer=OptimizerConfig(learning_rate=2e-3),
         steps=1500,

@@ -7,7 +7,7 @@ python -m experiments.evaluate --workdir runs/ROW
 
 import dataclasses
 
-from dynjax.config import AugmentConfig, Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
+from dynjax.config import AugmentConfig, Config, DataConfig, LossConfig, OptimizerConfig, UNetConfig
 
 
 def digits_unet_static() -> Config:
@@ -18,7 +18,7 @@ def digits_unet_static() -> Config:
     return Config(
         row="digits_unet_static",
         data=DataConfig(name="digits", augment=AugmentConfig(crop=0.8)),
-        model=ModelConfig(widths=(24, 32, 48, 64), blocks=(1, 1, 1, 1), stem_stride=2, dynamics="static"),
+        model=UNetConfig(widths=(24, 32, 48, 64), blocks=(1, 1, 1, 1), stem_stride=2, dynamics="static"),
         loss=LossConfig(class_weights="sqrt"),
         optimizer=OptimizerConfig(learning_rate=5e-3),
         steps=1200,

@@ -1,7 +1,8 @@
 """Score, MACs and latency at several budgets: python -m experiments.evaluate --workdir W [--budgets 0.25 0.5 1.0]
 
-Writes into W: curve.csv, curve.png, heatmaps.png, compute_histogram.png, table.txt, evaluation.json, and as
-examples/*.png the pictures that heatmaps.png shows.
+Writes into W: curve.csv, latency.csv, curve.png, compute_histogram.png, table.txt, evaluation.json; of segmentation
+heatmaps.png, and as examples/*.png the pictures that it shows; of classification compute_by_class.png and extremes.png,
+and where there are exits budgeted.csv, anytime.csv and exits.png.
 """
 
 import dataclasses
@@ -37,6 +38,8 @@ class Arguments:
     """Pictures of val on which the thresholds are solved."""
     timing: int = 60
     """Pictures of the split that are timed at batch 1, alternating with the static twin."""
+    timing_batches: tuple[int, ...] | None = None
+    """Larger batches that are timed as well; 8 and 32 of classification when it is not given."""
     twin: str = ""
     """Workdir of the trained static twin, scored beside the row; otherwise that of --init-from; else only timed."""
     compare: tuple[str, ...] = ()
@@ -50,6 +53,8 @@ def check(arguments: Arguments) -> None:
     for budget in arguments.budgets:
         if not 0 < budget <= 1:
             raise UserError(f"--budgets {budget:g}: a budget is a share of the static twin's MACs, in (0, 1]")
+    if min(arguments.timing_batches or (2,)) < 2:
+        raise UserError(f"--timing-batches {arguments.timing_batches}: each must be at least 2; 1 is always timed")
     for name in ("batch_size", "calibration", "timing"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
@@ -62,21 +67,16 @@ def with_path(config: Config, path: str) -> Config:
 
 def find_twin(config: Config, classes: int, workdir: str) -> tuple[Any, bool]:
     """The static twin of a row's model, and whether it is trained: from `workdir`, from --init-from, or fresh."""
-    from dynjax import checkpoint
+    from dynjax import checkpoint, models
 
     if workdir or (config.init_from and (Path(config.init_from) / "config.json").exists()):
         found, twin, _ = checkpoint.load(workdir or config.init_from)
-        static = dataclasses.replace(config.model, dynamics="static")
-        if (static.widths, static.blocks, static.stem_stride) != (
-            found.model.widths,
-            found.model.blocks,
-            found.model.stem_stride,
-        ):
-            raise UserError(f"--twin {workdir}: row {found.row} is another net than row {config.row}")
+        if different := models.difference(found.model, config.model):
+            raise UserError(f"--twin {workdir}: row {found.row} is another net than row {config.row}: {different}")
         if found.model.dynamics != "static":
             raise UserError(f"--twin {workdir}: row {found.row} is {found.model.dynamics}, not static")
         return twin, True
-    static = dataclasses.replace(config, model=dataclasses.replace(config.model, dynamics="static"))
+    static = dataclasses.replace(config, model=models.static_twin(config.model))
     return checkpoint.evaluation_view(checkpoint.build(static, classes)), False
 
 
@@ -119,14 +119,28 @@ def commit() -> str:
     return name.stdout.strip() + ("+" if changed.returncode else "")
 
 
-def summarise(title: str, found: Any, twin_score: float | None, static: bool) -> str:
+def timing_inputs(source: Any, single: int, sizes: tuple[int, ...]) -> list[list[Any]]:
+    """Pictures of `source` to time: `single` at batch 1, then batches of each further size, all over the source."""
+    import numpy as np
+
+    def batch(size: int, number: int, count: int) -> Any:
+        places = ((number + np.arange(size) * count) * len(source) // (size * count)) % len(source)
+        return np.stack([source[int(place)]["image"] for place in places])
+
+    counts = {1: single, **{size: max(3, single // size) for size in sizes}}
+    return [[batch(size, number, count) for number in range(count)] for size, count in counts.items()]
+
+
+def summarise(title: str, found: Any, task: Any, twin_score: float | None, static: bool) -> str:
     """The table that the command ends in."""
     import jax
 
-    from dynjax.report import curve_table
+    from dynjax.report import curve_table, latency_table
 
     points = found.points
-    lines = [title, curve_table(points)]
+    lines = [title, curve_table(points, task.score_name)]
+    if len({each.batch for each in found.latencies}) > 1:
+        lines.append(latency_table(found.latencies))
     if jax.default_backend() == "cpu" and found.cores < BUSY:
         lines.append(
             f"latencies are not to be trusted: others left this process {found.cores:.1f} cores while it was timed"
@@ -134,13 +148,79 @@ def summarise(title: str, found: Any, twin_score: float | None, static: bool) ->
     if twin_score is None:
         lines.append("static twin: timed with fresh weights; --twin WORKDIR scores a trained one")
     elif not static:
-        lines.append(f"static twin: mIoU {100 * twin_score:.1f} %, {points[0].static_macs / 1e6:.1f} MMAC/image")
+        whole = f"{points[0].static_macs / 1e6:.1f} MMAC/image"
+        lines.append(f"static twin: {task.score_name} {100 * twin_score:.1f} %, {whole}")
     for point in points:
         if not point.met:
             lines.append(
                 f"budget {point.budget:g} is not met: the least this model can spend on val's pictures is more"
             )
     return "\n".join(lines)
+
+
+def draw_segmentation(workdir: Path, found: Any, middle: float, source: Any, batch_size: int, title: str) -> str:
+    """heatmaps.png and examples/; says what it wrote."""
+    from dynjax import report
+    from dynjax.evaluate import examples
+
+    shown = examples(found, middle, source, batch_size)
+    report.plot_heatmaps(
+        workdir / "heatmaps.png", shown, class_names=source.classes, title=f"{title}, budget {middle:g}"
+    )
+    report.save_pictures(workdir / "examples", {example.name: example.image for example in shown})
+    return "heatmaps.png"
+
+
+def draw_classification(workdir: Path, found: Any, middle: float, source: Any, title: str) -> str:
+    """compute_by_class.png and extremes.png; says what it wrote."""
+    import numpy as np
+
+    from dynjax import gallery
+
+    title = f"{title}, budget {middle:g}"
+    macs = found.scored[middle].macs
+    labels = np.array([int(source[index]["label"]) for index in range(len(source))])
+    gallery.plot_classes(workdir / "compute_by_class.png", macs, labels, source.classes, title=title)
+    shown = min(12, len(macs))
+    low, high = np.sort(macs)[[shown - 1, -shown]]
+    # Pictures that stop at one exit spend the same: from among equals, those spread over the split.
+    chosen = {
+        name: each[np.linspace(0, len(each) - 1, shown).astype(int)]
+        for name, each in (("easiest", np.flatnonzero(macs <= low)), ("hardest", np.flatnonzero(macs >= high)))
+    }
+    gallery.plot_extremes(
+        workdir / "extremes.png",
+        {name: [source[int(index)]["image"] for index in each] for name, each in chosen.items()},
+        {
+            name: [f"{source.classes[labels[index]]}\n{macs[index] / 1e6:.1f} MMAC" for index in each]
+            for name, each in chosen.items()
+        },
+        title=title,
+    )
+    return "compute_by_class.png extremes.png"
+
+
+def draw_exits(workdir: Path, model: Any, val: Any, batches: Any, static: tuple | None, size: int, title: str) -> str:
+    """budgeted.csv, anytime.csv and exits.png of a model with exits; says what it wrote, nothing of another model."""
+    from dynjax import anytime, gallery
+    from dynjax.data import make_loader
+    from dynjax.evaluate import write_curve
+
+    if anytime.find_exits(model) is None:
+        return ""
+    held_out = make_loader(val, size, seed=0, augment=None, shuffle=False, repeat=False)
+    outputs = anytime.read_exits(model, batches)
+    curves = {
+        "budgeted": anytime.budgeted(anytime.read_exits(model, held_out), outputs),
+        "anytime": anytime.anytime(outputs),
+    }
+    for name, points in curves.items():
+        write_curve(workdir / f"{name}.csv", points)
+    labels = {"budgeted": "budgeted batch: each picture its exit", "anytime": "anytime: one exit for all"}
+    gallery.plot_exits(
+        workdir / "exits.png", {labels[name]: each for name, each in curves.items()}, static=static, title=title
+    )
+    return "budgeted.csv anytime.csv exits.png"
 
 
 def main(raw: list[str]) -> None:
@@ -150,8 +230,8 @@ def main(raw: list[str]) -> None:
 
     from dynjax import checkpoint, report
     from dynjax.data import calibration_batches, make_loader, make_source
-    from dynjax.evaluate import evaluate, examples, make_runner, read_curve, score, write_curve
-    from dynjax.tasks.segmentation import SegmentationTask
+    from dynjax.evaluate import evaluate, make_runner, read_curve, score, write_curve
+    from dynjax.tasks import make_task
 
     controls = {
         label: read_curve(Path(folder) / "curve.csv") for label, folder in split_labels(arguments.compare).items()
@@ -163,13 +243,15 @@ def main(raw: list[str]) -> None:
     classes = tuple(source.classes)
     if classes != (trained_on := checkpoint.read_config(arguments.workdir)[1]):
         raise UserError(f"{arguments.workdir} was trained for the classes {trained_on}, {source.name} has {classes}")
-    task = SegmentationTask(len(classes), classes, config.loss)
+    task = make_task(config, source, training=False)
     static = config.model.dynamics == "static"
     twin, trained = (model, True) if static else find_twin(config, len(classes), arguments.twin)
 
     def batches():
         return make_loader(source, arguments.batch_size, seed=0, augment=None, shuffle=False, repeat=False)
 
+    sizes = arguments.timing_batches
+    sizes = ((8, 32) if task.target == "label" else ()) if sizes is None else sizes
     found = evaluate(
         model,
         twin,
@@ -178,13 +260,13 @@ def main(raw: list[str]) -> None:
         budgets=sorted(set(arguments.budgets)),
         calibration=calibration_batches(val, *calibration_size(len(val), arguments)),
         batches=batches,
-        timing=[source[i * len(source) // arguments.timing]["image"][None] for i in range(arguments.timing)],
+        timing=timing_inputs(source, arguments.timing, sizes),
     )
     if static:
         twin_score = found.points[0].score
     else:
         twin_score = (
-            score(make_runner(twin, task), nnx.state(twin), batches(), task).scores["miou"] if trained else None
+            score(make_runner(twin, task), nnx.state(twin), batches(), task).scores[task.score] if trained else None
         )
 
     workdir = Path(arguments.workdir)
@@ -202,23 +284,33 @@ def main(raw: list[str]) -> None:
         "command": f"python -m {COMMAND} {shlex.join(raw)}",
         "size": list(source.size),
         "classes": list(classes),
+        "score": task.score_name,
         "static_score": twin_score,
         "thresholds": {f"{budget:g}": float(each.threshold) for budget, each in found.reports.items()},
         "calibration": {f"{budget:g}": dataclasses.asdict(each) for budget, each in found.reports.items()},
         "scores": {f"{budget:g}": without_nan(each.scores) for budget, each in found.scored.items()},
         "layers": {f"{budget:g}": each.shares for budget, each in found.scored.items()},
     }
-    summary = summarise(f"{title}; step {step}; {report.hardware()}", found, twin_score, static)
+    summary = summarise(f"{title}; step {step}; {report.hardware()}", found, task, twin_score, static)
+    static_macs = found.points[0].static_macs
     try:
         write_curve(workdir / "curve.csv", found.points)
+        write_curve(workdir / "latency.csv", found.latencies)
         report.plot_curve(
-            workdir / "curve.png", {config.row: found.points, **controls}, static_score=twin_score, title=title
+            workdir / "curve.png",
+            {config.row: found.points, **controls},
+            static_score=twin_score,
+            score_name=task.score_name,
+            title=title,
         )
         macs = {budget: each.macs for budget, each in found.scored.items()}
-        report.plot_histogram(workdir / "compute_histogram.png", macs, found.points[0].static_macs, title=title)
-        shown = examples(found, middle, source, arguments.batch_size)
-        report.plot_heatmaps(workdir / "heatmaps.png", shown, class_names=classes, title=f"{title}, budget {middle:g}")
-        report.save_pictures(workdir / "examples", {example.name: example.image for example in shown})
+        report.plot_histogram(workdir / "compute_histogram.png", macs, static_macs, title=title)
+        if task.target == "mask":
+            drawn = draw_segmentation(workdir, found, middle, source, arguments.batch_size, title)
+        else:
+            star = None if twin_score is None else (static_macs, twin_score)
+            drawn = draw_classification(workdir, found, middle, source, title)
+            drawn += " " + draw_exits(workdir, model, val, batches(), star, arguments.batch_size, title)
         (workdir / "table.txt").write_text(f"{summary}\n")
         (workdir / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
     except OSError as error:
@@ -228,7 +320,8 @@ def main(raw: list[str]) -> None:
         print(f"\n{report.layer_table({budget: each.shares for budget, each in found.scored.items()})}")
         print(f"\n{report.calibration_table(found.reports)}")
     print(f"\n{summary}")
-    print(f"{workdir}: curve.csv curve.png heatmaps.png compute_histogram.png evaluation.json table.txt")
+    written = f"curve.csv latency.csv curve.png compute_histogram.png {drawn.strip()} evaluation.json table.txt"
+    print(f"{workdir}: {written}")
 
 
 if __name__ == "__main__":

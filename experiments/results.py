@@ -30,11 +30,13 @@ README_MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One line of results.csv: mIoU in percent, MACs in millions, latency in ms per image at batch 1."""
+    """One line of results.csv: the score in percent, MACs in millions, latency in ms per image at batch 1."""
 
     row: str
     data: str
     split: str
+    metric: str
+    """What `score` is: mIoU or accuracy."""
     protocol: str
     budget: str
     paper_score: str
@@ -51,6 +53,10 @@ class Result:
     latency_ms: str
     static_latency_ms: str
     speedup: str
+    batch32_latency_ms: str
+    """Per image, in batches of 32; empty where they were not timed."""
+    batch32_static_latency_ms: str
+    batch32_speedup: str
     met: str
     hardware: str
     commit: str
@@ -86,6 +92,7 @@ def collect(workdirs: tuple[str, ...], protocol: str, paper_score: str = "", pap
     from dynjax.evaluate import read_curve
 
     curves = [read_curve(Path(workdir) / "curve.csv") for workdir in workdirs]
+    batches = [_read_batches(Path(workdir) / "latency.csv") for workdir in workdirs]
     records = [_read_evaluation(Path(workdir)) for workdir in workdirs]
     for name in ("row", "data", "split", "hardware", "size"):
         values = {str(record[name]) for record in records}
@@ -105,24 +112,30 @@ def collect(workdirs: tuple[str, ...], protocol: str, paper_score: str = "", pap
         }
         latency = float(np.median([point.latency_ms_p50 for point in points]))
         static = float(np.median([point.static_latency_ms_p50 for point in points]))
+        large = [each[points[0].budget] for each in batches if points[0].budget in each]
+        own32, static32 = (f"{np.median(values):.3f}" for values in zip(*large, strict=True)) if large else ("", "")
         results.append(
             Result(
                 row=first["row"],
                 data=f"{first['data']} {first['size'][0]}x{first['size'][1]}",
                 split=first["split"],
+                metric=first.get("score", "mIoU"),
                 protocol=protocol,
                 budget=f"{points[0].budget:g}",
                 paper_score=paper_score,
                 paper_mmacs=paper_mmacs,
                 score=f"{100 * mean['score']:.2f}",
                 score_std=f"{100 * np.std([point.score for point in points], ddof=1):.2f}" if len(points) > 1 else "",
-                pixel_accuracy=f"{100 * mean['pixel_accuracy']:.2f}",
+                pixel_accuracy="" if np.isnan(mean["pixel_accuracy"]) else f"{100 * mean['pixel_accuracy']:.2f}",
                 seeds=str(len(points)),
                 mmacs=f"{mean['macs'] / 1e6:.1f}",
                 macs_percent=f"{100 * mean['macs_fraction']:.1f}",
                 latency_ms=f"{latency:.2f}",
                 static_latency_ms=f"{static:.2f}",
                 speedup=f"{static / latency:.2f}",
+                batch32_latency_ms=own32,
+                batch32_static_latency_ms=static32,
+                batch32_speedup=f"{float(static32) / float(own32):.2f}" if large else "",
                 met="yes" if all(point.met for point in points) else "no",
                 hardware=first["hardware"],
                 commit=" ".join(sorted({record["commit"] for record in records})),
@@ -130,6 +143,18 @@ def collect(workdirs: tuple[str, ...], protocol: str, paper_score: str = "", pap
             )
         )
     return results
+
+
+def _read_batches(path: Path) -> dict[float, tuple[float, float]]:
+    """By budget, ms per image and the static twin's in batches of 32; empty where they were not timed."""
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        return {
+            float(line["budget"]): (float(line["latency_ms_p50"]), float(line["static_latency_ms_p50"]))
+            for line in csv.DictReader(file)
+            if line["batch"] == "32"
+        }
 
 
 def _read_evaluation(workdir: Path) -> dict[str, Any]:
@@ -150,25 +175,29 @@ def render(results: list[Result], figures: list[str], notes: str = "") -> str:
     """RESULTS.md: a table per data set and split, `notes` (what was tried and what fell short), then the curves."""
     parts = [
         "# Results",
-        "Generated from `results.csv` by `python -m experiments.results render`. Scores are mIoU in percent (mean ± "
+        "Generated from `results.csv` by `python -m experiments.results render`. Scores are in percent (mean ± "
         "standard deviation over seeds). "
         "MACs are per image, means over the split; % is the share of the static twin's. "
         "Latency is the median per image at batch 1, the static twin timed in the same run, alternating picture by "
-        "picture.",
+        "picture; at 32 is the speed-up in batches of 32.",
     ]
-    header = "| row | budget | mIoU | paper | seeds | MMAC | % | ms | static ms | speed-up | met | commit |"
     for data, split in dict.fromkeys((result.data, result.split) for result in results):
         lines = [result for result in results if (result.data, result.split) == (data, split)]
         parts.append(f"## {data}, {split}")
         for protocol in dict.fromkeys(result.protocol for result in lines if result.protocol):
             rows = dict.fromkeys(f"`{result.row}`" for result in lines if result.protocol == protocol)
             parts.append(f"{', '.join(rows)}: {protocol}")
-        table = [header, "|---|" + "---:|" * 9 + "---|---|"]
+        metric = " or ".join(dict.fromkeys(line.metric for line in lines))
+        header = (
+            f"| row | budget | {metric} | paper | seeds | MMAC | % | ms | static ms | speed-up | at 32 | met | commit |"
+        )
+        table = [header, "|---|" + "---:|" * 10 + "---|---|"]
         for line in lines:
             score = f"{line.score} ± {line.score_std}" if line.score_std else line.score
             paper = f"{line.paper_score} ({line.paper_mmacs} MMAC)" if line.paper_mmacs else line.paper_score
             cells = [f"`{line.row}`", line.budget, score, paper, line.seeds, line.mmacs, line.macs_percent]
-            cells += [line.latency_ms, line.static_latency_ms, f"{line.speedup}x", line.met, line.commit]
+            cells += [line.latency_ms, line.static_latency_ms, f"{line.speedup}x"]
+            cells += [f"{line.batch32_speedup}x" if line.batch32_speedup else "", line.met, line.commit]
             table.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join(table))
         for hardware in dict.fromkeys(line.hardware for line in lines):
@@ -185,17 +214,22 @@ def fill_readme(readme: str, results: list[Result]) -> str:
     if begin not in readme or end not in readme:
         return readme
     lines = [
-        "| row | data | budget | mIoU | MACs, % of the twin | ms | twin, ms | speed-up |",
-        "|---|---|" + "---:|" * 6,
+        "| row | data | budget | score | MACs, % of the twin | ms | twin, ms | speed-up | at batch 32 |",
+        "|---|---|" + "---:|" * 7,
     ]
     for r in results:
         cells = [
             f"`{r.row}`",
             f"{r.data}, {r.split}",
             r.budget,
-            f"{r.score} ± {r.score_std}" if r.score_std else r.score,
+            f"{r.metric} {r.score} ± {r.score_std}" if r.score_std else f"{r.metric} {r.score}",
+            r.macs_percent,
+            r.latency_ms,
+            r.static_latency_ms,
+            f"{r.speedup}x",
+            f"{r.batch32_speedup}x" if r.batch32_speedup else "",
         ]
-        lines.append(f"| {' | '.join([*cells, r.macs_percent, r.latency_ms, r.static_latency_ms, f'{r.speedup}x'])} |")
+        lines.append(f"| {' | '.join(cells)} |")
     before, after = readme.split(begin)[0], readme.split(end)[1]
     return before + "\n".join([begin, "", *lines, "", end]) + after
 

@@ -75,7 +75,7 @@ def found():
         budgets=(0.6, 1.0),
         calibration=[np.stack(pictures)],
         batches=batches(),
-        timing=[picture[None] for picture in pictures[:2]],
+        timing=[[picture[None] for picture in pictures[:2]], [np.stack(pictures[:3])]],
     )
 
 
@@ -168,7 +168,7 @@ def test_a_static_model_is_its_own_twin():
         budgets=(0.5,),
         calibration=[],
         batches=batches(),
-        timing=[Source()[0]["image"][None]],
+        timing=[[Source()[0]["image"][None]]],
     )
     (point,) = found.points
     assert (point.budget, point.macs_fraction, point.speedup, point.met) == (1.0, 1.0, 1.0, True)

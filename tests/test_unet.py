@@ -8,7 +8,7 @@ from blocks import make, still
 from flax import nnx
 
 import dynjax as dj
-from dynjax.config import ModelConfig
+from dynjax.config import UNetConfig
 from dynjax.models import unet
 
 SMALL = dict(widths=(4, 6, 8), blocks=(1, 1, 2), stem_stride=2)
@@ -21,7 +21,7 @@ BLOCKS = ["decoder/0/0", "decoder/1/0", "encoder/0/0", "encoder/1/0", "encoder/2
 
 
 def build(rngs, **form):
-    return unet.build(ModelConfig(**SMALL, **form), 3, rngs=rngs)
+    return unet.build(UNetConfig(**SMALL, **form), 3, rngs=rngs)
 
 
 def pictures(*shape):
@@ -66,7 +66,7 @@ def test_twin_params_give_the_logits_of_the_static_twin(form, static):
     twin_params = nnx.state(static, (nnx.Param, nnx.BatchStat))
 
     def twin(rngs):
-        return unet.build(ModelConfig(**SMALL, **FORMS[form]), 3, rngs=rngs, twin_params=twin_params)
+        return unet.build(UNetConfig(**SMALL, **FORMS[form]), 3, rngs=rngs, twin_params=twin_params)
 
     # Not by `make`, which would put other numbers in their place; compiled at once rather than layer by layer.
     adaptive = nnx.jit(lambda: twin(nnx.Rngs(3)))()
@@ -77,7 +77,7 @@ def test_twin_params_give_the_logits_of_the_static_twin(form, static):
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
 def test_any_size_and_stride(stride):
-    config = ModelConfig(**SMALL | dict(stem_stride=stride, blocks=(1, 0, 1)), dynamics="static")
+    config = UNetConfig(**SMALL | dict(stem_stride=stride, blocks=(1, 0, 1)), dynamics="static")
     model = still(make(lambda rngs: unet.build(config, 5, rngs=rngs)))
     for height, width in [(1, 1), (7, 5), (21, 30), (32, 16)]:
         logits = jax.eval_shape(lambda x: model(x), jax.ShapeDtypeStruct((2, height, width, 3), jnp.uint8))
@@ -119,11 +119,11 @@ def test_training_moves_statistics_and_has_gradients_everywhere(static):
 
 
 def test_the_random_control():
-    config = ModelConfig(**SMALL, dynamics="tiles", tiles=(4, 3), gate="random")
+    config = UNetConfig(**SMALL, dynamics="tiles", tiles=(4, 3), gate="random")
     model = make(lambda rngs: unet.build(config, 3, rngs=rngs))
     gates = [module for _, module in nnx.iter_modules(model) if isinstance(module, dj.RandomGate)]
     assert len(gates) == 4 and {gate.size for gate in gates} == {4, 3}
-    skip = make(lambda rngs: unet.build(ModelConfig(**SMALL, dynamics="skip", gate="random"), 3, rngs=rngs))
+    skip = make(lambda rngs: unet.build(UNetConfig(**SMALL, dynamics="skip", gate="random"), 3, rngs=rngs))
     assert sum(isinstance(module, dj.RandomGate) for _, module in nnx.iter_modules(skip)) == len(BLOCKS)
 
 
@@ -153,4 +153,4 @@ def test_errors():
         (dict(dynamics="tiles", tiles=(4, 3, 2, 2)), r"tiles=\(4, 3, 2, 2\) names more levels than widths=\(4, 6, 8\)"),
     ]:
         with pytest.raises(ValueError, match=message):
-            jax.eval_shape(lambda c=changes: nnx.state(unet.build(ModelConfig(**SMALL | c), 3, rngs=nnx.Rngs(0))))
+            jax.eval_shape(lambda c=changes: nnx.state(unet.build(UNetConfig(**SMALL | c), 3, rngs=nnx.Rngs(0))))

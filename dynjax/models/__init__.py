@@ -1,0 +1,33 @@
+"""Model families: one file, and one configuration in `dynjax.config`, each; all are built alike."""
+
+import dataclasses
+import importlib
+
+from flax import nnx
+
+from dynjax.config import ModelConfig
+
+OF_DYNAMICS = frozenset({"dynamics", "gate", "tiles", "groups"})
+"""Fields of configurations that the static twin does not depend on."""
+
+
+def build(config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
+    """The model of `config`, with the variables of a static twin under the wrappers if these are given."""
+    family = importlib.import_module(f"dynjax.models.{config.family}")
+    return family.build(config, num_classes, rngs=rngs, twin_params=twin_params)
+
+
+def static_twin(config: ModelConfig) -> ModelConfig:
+    """The same net without dynamics."""
+    return dataclasses.replace(config, dynamics="static")
+
+
+def difference(there: ModelConfig, here: ModelConfig) -> str:
+    """Why two configurations have no static twin in common, in words; empty where they have."""
+    if type(there) is not type(here):
+        return f"model.family is {there.family} there and {here.family} here"
+    for field in dataclasses.fields(here):
+        theirs, ours = getattr(there, field.name), getattr(here, field.name)
+        if theirs != ours and field.name not in OF_DYNAMICS:
+            return f"model.{field.name} is {theirs} there and {ours} here"
+    return ""

@@ -13,45 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from dynjax.config import ModelConfig
+from dynjax.config import UNetConfig
 from dynjax.gates import BranchGate, RandomGate, SampleGate, TileGate
+from dynjax.models.blocks import Block, Mix, PlainBlock, gather_pixels, pixels
 from dynjax.ops import Select, Skip, Tiles, dynamize
-
-
-class Block(nnx.Module):
-    """Two 3x3 convolutions with batch normalisation around a shortcut (He et al. 2016). Receptive radius 2."""
-
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.conv1 = nnx.Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)
-        self.norm1 = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
-        self.conv2 = nnx.Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)
-        self.norm2 = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        y = nnx.relu(self.norm1(self.conv1(x)))
-        return nnx.relu(x + self.norm2(self.conv2(y)))
-
-
-class PlainBlock(nnx.Module):
-    """A linear layer around a shortcut: the cheap 1x1 kernel that `Select` gives to the background."""
-
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(channels, channels, use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        return nnx.relu(x + self.norm(self.linear(x)))
-
-
-class Mix(nnx.Module):
-    """A linear layer over the channels, batch normalisation and ReLU: a 1x1 convolution as the product that it is."""
-
-    def __init__(self, before: int, after: int, *, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(before, after, use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(after, momentum=0.95, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-        return nnx.relu(self.norm(self.linear(x)))
 
 
 class Merge(nnx.Module):
@@ -107,7 +72,7 @@ class UNet(nnx.Module):
 
     def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W K"]:
         height, width = image.shape[1:3]
-        x = nnx.relu(self.stem_norm(self.stem(image.astype(self.head.kernel.dtype) / 127.5 - 1)))
+        x = nnx.relu(self.stem_norm(self.stem(pixels(image, self.head.kernel.dtype))))
         maps = []
         for level, blocks in enumerate(self.encoder):
             if level:
@@ -123,17 +88,6 @@ class UNet(nnx.Module):
         return logits[:, :height, :width]
 
 
-def gather_pixels(x: Float[Array, "B H W C"]) -> Float[Array, "B h w 4*C"]:
-    """Every 2x2 pixels as one with four times the channels; an odd last row or column is doubled.
-
-    A stride without a strided convolution, whose weight gradient is slow on CPUs.
-    """
-    x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), "edge")
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).swapaxes(2, 3)
-    return x.reshape(batch, height // 2, width // 2, 4 * channels)
-
-
 def repeat_pixels(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
     """Nearest interpolation to twice the size."""
     return jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
@@ -146,7 +100,7 @@ def spread_pixels(x: Float[Array, "B H W C"], factor: int) -> Float[Array, "B H*
     return x.reshape(batch, height * factor, width * factor, channels // factor**2)
 
 
-def build(config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
+def build(config: UNetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
     """The U-Net of `config`, adaptive if it says so.
 
     `twin_params`: variables of a static twin, which go under the wrappers.
@@ -157,7 +111,7 @@ def build(config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params:
     return model if config.dynamics == "static" else adaptive(model, config, rngs=rngs)
 
 
-def adaptive(model: UNet, config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+def adaptive(model: UNet, config: UNetConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     """A copy of `model` with wrappers around its residual blocks.
 
     "skip": every block, per example. "tiles": blocks of the levels that have a tile size, per tile. "select": on the

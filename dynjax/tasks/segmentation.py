@@ -6,7 +6,7 @@ Axis letters: B batch, H W pixels, C classes.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
-from dynjax import budget, trace
 from dynjax.config import BudgetConfig, LossConfig
+from dynjax.tasks import spending
 
 LARGEST_CLASS_WEIGHT = 10.0
 """A class's weight stops here, in units of the average pixel's, so that a few pixels do not rule a step's gradient."""
@@ -144,20 +144,26 @@ class SegmentationTask:
     budget: BudgetConfig | None = None
     """What the model may spend; None for a static model, which is not traced."""
 
+    target: ClassVar[str] = "mask"
+    """What of an example is to be predicted."""
+    score: ClassVar[str] = "miou"
+    """The score that counts, and its name in tables."""
+    score_name: ClassVar[str] = "mIoU"
+
     def loss(
         self, model: nnx.Module, batch: dict[str, Any], key: PRNGKeyArray, progress: Float[Array, ""] | float
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Loss and metrics of a batch {"image" (B,H,W,3), "mask" (B,H,W)}; `progress` of the training is 0 to 1.
 
-        The model is in its training view, and its statistics and random counts move on. With a budget that is sampled,
-        the target of the step is drawn from `key`, in [target, 1] and more often near `target`, and the gates'
-        threshold moves with it; the model is left at the threshold of the row's own target, ready to be evaluated or
-        saved.
+        The model is in its training view, and its statistics and random counts move on; for the budget see
+        `spending.within_budget`.
         """
         if self.budget is None:
             logits, spent, budget_loss = model(batch["image"]), {"macs_fraction": 1.0}, 0.0
         else:
-            logits, spent, budget_loss = self._within_budget(model, batch["image"], key, progress)
+            logits, _, spent, budget_loss = spending.within_budget(
+                lambda model, image: model(image), model, batch["image"], self.budget, key, progress
+            )
         task_loss = self.task_loss(logits, batch["mask"])
         loss = task_loss + budget_loss
         metrics = {"loss": loss, "task_loss": task_loss, "budget_loss": budget_loss, **spent}
@@ -179,21 +185,6 @@ class SegmentationTask:
     def scores(self, confusion: Num[np.ndarray, "C C"]) -> dict[str, Any]:
         """`scores` of the sum of the batches' confusion matrices."""
         return scores(confusion)
-
-    def _within_budget(
-        self, model: nnx.Module, image: Array, key: PRNGKeyArray, progress: Float[Array, ""] | float
-    ) -> tuple[Float[Array, "B H W C"], dict[str, Any], Float[Array, ""]]:
-        """Logits, what they cost (`budget.statistics` and the step's target), and the weighted budget loss."""
-        target = self.budget.target
-        if self.budget.sampled:
-            # The square: low budgets are the hard ones, so they come more often.
-            target = target + (1 - target) * jax.random.uniform(key) ** 2
-            budget.set_threshold(model, budget.sampled_threshold(target))
-        logits, decisions = trace.traced(model)(image)
-        if self.budget.sampled:
-            budget.set_threshold(model, budget.sampled_threshold(self.budget.target))
-        loss = self.budget.weight * budget.budget_loss(decisions, target, budget.release(progress))
-        return logits, {"target": target, **budget.statistics(decisions)}, loss
 
 
 def _check_shapes(logits: Any, mask: Any) -> None:

@@ -1,0 +1,106 @@
+"""Pictures of how a classifier spends its compute: by class, on easy and hard examples, over its exits.
+
+Letters: H W picture, N pictures.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, Integer, UInt8
+from matplotlib.figure import Figure
+
+from dynjax.anytime import ExitPoint
+from dynjax.report import LINES, MARKERS, engineering, style
+
+
+def plot_classes(
+    path: str | os.PathLike,
+    macs: Float[np.ndarray, "N"],
+    labels: Integer[np.ndarray, "N"],
+    class_names: Sequence[str],
+    *,
+    title: str = "",
+) -> None:
+    """How the MACs spread over the pictures of each class: median, quartiles, 5th and 95th percentile, and mean."""
+    figure = Figure(figsize=(7, 1.6 + 0.34 * len(class_names)), layout="constrained")
+    axes = figure.subplots()
+    style(axes)
+    scale, prefix = engineering(float(macs.max()))
+    order = sorted(range(len(class_names)), key=lambda k: macs[labels == k].mean() if (labels == k).any() else math.inf)
+    order = [k for k in order if (labels == k).any()]
+    axes.boxplot(
+        [macs[labels == k] / scale for k in order],
+        orientation="horizontal",
+        tick_labels=[class_names[k] for k in order],
+        whis=(5, 95),
+        showfliers=False,
+        showmeans=True,
+        meanprops={"marker": "D", "markerfacecolor": LINES[1], "markeredgecolor": LINES[1], "markersize": 5},
+        medianprops={"color": LINES[0], "linewidth": 2},
+    )
+    axes.axvline(macs.mean() / scale, color="black", linestyle=":", label="mean of all")
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"{prefix}MAC per image (diamond: mean of the class)")
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def plot_extremes(
+    path: str | os.PathLike,
+    images: Mapping[str, Sequence[UInt8[np.ndarray, "H W 3"]]],
+    captions: Mapping[str, Sequence[str]],
+    *,
+    title: str = "",
+) -> None:
+    """Rows of pictures under a name each (the easiest, the hardest), every one with a caption."""
+    columns = max(len(each) for each in images.values())
+    figure = Figure(figsize=(1.25 * columns + 0.6, 1.6 * len(images) + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    grid = figure.subplots(len(images), columns, squeeze=False)
+    for (name, row), axes in zip(images.items(), grid, strict=True):
+        axes[0].set_ylabel(name, fontsize=10)
+        for panel in axes:
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.spines[:].set_visible(False)
+        for panel, image, caption in zip(axes, row, captions[name], strict=False):
+            panel.imshow(image, interpolation="nearest")
+            panel.set_xlabel(caption, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def plot_exits(
+    path: str | os.PathLike,
+    curves: Mapping[str, Sequence[ExitPoint]],
+    *,
+    static: tuple[float, float] | None = None,
+    title: str = "",
+) -> None:
+    """Accuracy over mean MACs: a line for each curve, and the static twin (MACs, accuracy) as a star."""
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    style(axes)
+    scale, prefix = engineering(max(point.macs for points in curves.values() for point in points))
+    for index, (label, points) in enumerate(curves.items()):
+        many = len(points) > 12
+        axes.plot(
+            [point.macs / scale for point in points],
+            [100 * point.score for point in points],
+            color=LINES[index % len(LINES)],
+            marker=None if many else MARKERS[index % len(MARKERS)],
+            drawstyle="default",
+            linewidth=2 if many else 1.2,
+            linestyle="-" if many else "--",
+            label=label,
+        )
+    if static is not None:
+        axes.plot([static[0] / scale], [100 * static[1]], "*", color="black", markersize=14, label="static twin")
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"{prefix}MAC per image, mean")
+    axes.set_ylabel("accuracy, %")
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,62 @@
+"""What several model families are built of: residual blocks, and changes of resolution that are fast to train on CPUs.
+
+Letters: B examples, H W pixels, C D channels.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+
+def pixels(image: UInt8[Array, "B H W 3"] | Float[Array, "B H W 3"], dtype: Any) -> Float[Array, "B H W 3"]:
+    """Bytes as numbers from -1 to 1, in the type of the model's parameters."""
+    return image.astype(dtype) / 127.5 - 1
+
+
+class Block(nnx.Module):
+    """Two 3x3 convolutions with batch normalisation around a shortcut (He et al. 2016). Receptive radius 2."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv1 = nnx.Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)
+        self.norm1 = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
+        self.conv2 = nnx.Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)
+        self.norm2 = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        y = nnx.relu(self.norm1(self.conv1(x)))
+        return nnx.relu(x + self.norm2(self.conv2(y)))
+
+
+class PlainBlock(nnx.Module):
+    """A linear layer around a shortcut: the cheap 1x1 kernel that `Select` gives to the background."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(channels, channels, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        return nnx.relu(x + self.norm(self.linear(x)))
+
+
+class Mix(nnx.Module):
+    """A linear layer over the channels, batch normalisation and ReLU: a 1x1 convolution as the product that it is."""
+
+    def __init__(self, before: int, after: int, *, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(before, after, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(after, momentum=0.95, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
+        return nnx.relu(self.norm(self.linear(x)))
+
+
+def gather_pixels(x: Float[Array, "B H W C"]) -> Float[Array, "B h w 4*C"]:
+    """Every 2x2 pixels as one with four times the channels; an odd last row or column is doubled.
+
+    A stride without a strided convolution, whose weight gradient is slow on CPUs.
+    """
+    x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), "edge")
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).swapaxes(2, 3)
+    return x.reshape(batch, height // 2, width // 2, 4 * channels)

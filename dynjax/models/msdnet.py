@@ -1,0 +1,163 @@
+"""A multi-scale dense network with exits (MSDNet, Huang et al. 2018, arXiv:1703.09844), in its form for CIFAR.
+
+Every layer holds maps of several resolutions, so that an exit, which reads the coarsest, has features of a whole
+network behind it at any depth; dense connections keep the features that an early exit spoils from being lost to later
+ones. In thirds of the depth the finest scale is left out (section 4, network reduction) and the channels are halved.
+
+A map of scale s has 2**s times the channels of the finest. Letters: B examples, H W pixels, K classes, S scales.
+"""
+
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from dynjax.config import MSDNetConfig
+from dynjax.models.blocks import pixels
+from dynjax.models.exits import CONFIDENCE, ExitNet
+from dynjax.ops import Exits
+
+INNER = 128
+"""Channels inside an exit's head."""
+
+
+class Conv(nnx.Module):
+    """Convolution, batch normalisation, ReLU."""
+
+    def __init__(self, before: int, after: int, side: int, stride: int = 1, *, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(before, after, (side, side), stride, padding=side // 2, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(after, momentum=0.95, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        return nnx.relu(self.norm(self.conv(x)))
+
+
+def conv3(before: int, after: int, stride: int, narrow: int | None, *, rngs: nnx.Rngs) -> nnx.Sequential:
+    """A 3x3 convolution, behind a 1x1 convolution to `narrow` times its channels where that is fewer."""
+    inner = before if narrow is None else min(before, narrow * after)
+    first = [] if narrow is None else [Conv(before, inner, 1, rngs=rngs)]
+    return nnx.Sequential(*first, Conv(inner, after, 3, stride, rngs=rngs))
+
+
+class First(nnx.Module):
+    """The maps of every scale from the picture, each from the next finer one."""
+
+    def __init__(self, config: MSDNetConfig, *, rngs: nnx.Rngs):
+        widths = [3, *(config.channels * 2**s for s in range(config.scales))]
+        self.convs = nnx.List(
+            [Conv(widths[s], widths[s + 1], 3, 1 if s == 0 else 2, rngs=rngs) for s in range(config.scales)]
+        )
+
+    def __call__(self, x: Float[Array, "B H W 3"]) -> list[jax.Array]:
+        maps = []
+        for conv in self.convs:
+            x = conv(x)
+            maps.append(x)
+        return maps
+
+
+class Layer(nnx.Module):
+    """New channels for every scale from `first` on: from its own map and from the next finer one, half each.
+
+    The finest map has nothing finer, unless it is left out from here on (`first` is above `before`).
+    """
+
+    def __init__(self, channels: int, before: int, first: int, config: MSDNetConfig, *, rngs: nnx.Rngs):
+        own, finer = {}, {}
+        for s in range(first, config.scales):
+            narrow = 2**s if config.bottleneck else None
+            after = config.growth * 2**s
+            if s > before:
+                narrow_finer = 2 ** (s - 1) if config.bottleneck else None
+                finer[str(s)] = conv3(channels * 2 ** (s - 1), after // 2, 2, narrow_finer, rngs=rngs)
+                after -= after // 2
+            own[str(s)] = conv3(channels * 2**s, after, 1, narrow, rngs=rngs)
+        self.own, self.finer = nnx.Dict(own), nnx.Dict(finer)
+        self.scales, self.dropped = range(first, config.scales), first - before
+
+    def __call__(self, maps: list[jax.Array]) -> list[jax.Array]:
+        found = []
+        for place, s in enumerate(self.scales, start=self.dropped):
+            new = [self.finer[str(s)](maps[place - 1])] if str(s) in self.finer else []
+            found.append(jnp.concatenate([maps[place], *new, self.own[str(s)](maps[place])], -1))
+        return found
+
+
+class Transition(nnx.Module):
+    """1x1 convolutions that bring `channels` down to `after`, at every scale from `first` on."""
+
+    def __init__(self, channels: int, after: int, first: int, scales: int, *, rngs: nnx.Rngs):
+        self.convs = nnx.List([Conv(channels * 2**s, after * 2**s, 1, rngs=rngs) for s in range(first, scales)])
+
+    def __call__(self, maps: list[jax.Array]) -> list[jax.Array]:
+        return [conv(x) for conv, x in zip(self.convs, maps, strict=True)]
+
+
+class Head(nnx.Module):
+    """An exit: two 3x3 convolutions of stride 2 on the coarsest map, its mean, and a linear layer."""
+
+    def __init__(self, channels: int, classes: int, *, rngs: nnx.Rngs):
+        self.convs = nnx.Sequential(Conv(channels, INNER, 3, 2, rngs=rngs), Conv(INNER, INNER, 3, 2, rngs=rngs))
+        self.linear = nnx.Linear(INNER, classes, rngs=rngs)
+
+    def __call__(self, maps: list[jax.Array]) -> Float[Array, "B K"]:
+        return self.linear(self.convs(maps[-1]).mean((1, 2))).astype(jnp.float32)
+
+
+class StaticMSDNet(nnx.Module):
+    """All stages and the last head alone: (B, H, W, 3) bytes to (B, K) float32."""
+
+    def __init__(self, stages: list[nnx.Module], head: Head):
+        self.stages, self.head = nnx.List(stages), head
+
+    def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B K"]:
+        x = pixels(image, self.head.linear.kernel.dtype)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x)
+
+
+def _stages(config: MSDNetConfig, rngs: nnx.Rngs) -> Iterator[tuple[nnx.Sequential, int]]:
+    """Each block of layers, and how many channels the finest scale has, or would have, behind it."""
+    total = config.base + config.step * (config.blocks - 1)
+    interval = math.ceil(total / config.scales)
+    channels, number = config.channels, 0
+    for block in range(config.blocks):
+        layers = [First(config, rngs=rngs)] if block == 0 else []
+        for _ in range(config.base if block == 0 else config.step):
+            before, first = max(0, number - 1) // interval, number // interval
+            layers.append(Layer(channels, before, first, config, rngs=rngs))
+            channels, number = channels + config.growth, number + 1
+            if first > before:
+                layers.append(Transition(channels, channels // 2, first, config.scales, rngs=rngs))
+                channels //= 2
+        yield nnx.Sequential(*layers), channels
+
+
+def build(
+    config: MSDNetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
+) -> nnx.Module:
+    """The MSDNet of `config`.
+
+    `twin_params`: variables of a static twin, which has the same stages and the last head.
+
+    Raises:
+        ValueError: where the numbers of scales, blocks or layers make no network.
+    """
+    for name in ("scales", "channels", "growth", "blocks", "base", "step"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    if config.scales > 1 and config.growth < 2:
+        raise ValueError(f"growth={config.growth} must be at least 2: a scale takes half of it from the next finer one")
+    stages, channels = zip(*_stages(config, rngs), strict=True)
+    coarse = 2 ** (config.scales - 1)
+    static = StaticMSDNet(list(stages), Head(channels[-1] * coarse, num_classes, rngs=rngs))
+    if twin_params is not None:
+        nnx.update(static, twin_params)
+    if config.dynamics == "static":
+        return static
+    heads = [Head(c * coarse, num_classes, rngs=rngs) for c in channels[:-1]]
+    return ExitNet(Exits(static.stages, [*heads, static.head], confidence=CONFIDENCE[config.gate]))

@@ -1,0 +1,116 @@
+"""A residual network for small pictures (He et al. 2016, arXiv:1512.03385, section 4.2), and dynamics put into it.
+
+Deviation: a stage begins with a layer of its own that halves the resolution, so that every residual block keeps its
+input's shape and can be skipped.
+
+Letters: B examples, H W pixels, C channels, K classes.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from dynjax.config import ResNetConfig
+from dynjax.gates import RandomGate, SampleGate
+from dynjax.models.blocks import Block, Mix, gather_pixels, pixels
+from dynjax.models.exits import CONFIDENCE, ExitNet
+from dynjax.ops import Exits, Skip, dynamize
+
+
+class Stem(nnx.Module):
+    """A 3x3 convolution, batch normalisation and ReLU."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(3, channels, (3, 3), use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B H W C"]:
+        return nnx.relu(self.norm(self.conv(x)))
+
+
+class Down(nnx.Module):
+    """Half the resolution: every 2x2 pixels through one linear layer."""
+
+    def __init__(self, before: int, after: int, *, rngs: nnx.Rngs):
+        self.mix = Mix(4 * before, after, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        return self.mix(gather_pixels(x))
+
+
+class Stage(nnx.Module):
+    """A change of resolution (or the stem) and residual blocks."""
+
+    def __init__(self, entry: nnx.Module, channels: int, blocks: int, *, rngs: nnx.Rngs):
+        self.entry = entry
+        self.blocks = nnx.List([Block(channels, rngs=rngs) for _ in range(blocks)])
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        x = self.entry(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Head(nnx.Module):
+    """Logits from the mean over the map."""
+
+    def __init__(self, channels: int, classes: int, *, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(channels, classes, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B K"]:
+        return self.linear(x.mean((1, 2))).astype(jnp.float32)
+
+
+class ResNet(nnx.Module):
+    """Logits for every picture: (B, H, W, 3) bytes to (B, K) float32.
+
+    Args:
+        widths: channels of each stage; the first works at the picture's resolution, each further one at half of it.
+        blocks: residual blocks of each stage.
+    """
+
+    def __init__(self, classes: int, widths: Sequence[int], blocks: Sequence[int], *, rngs: nnx.Rngs):
+        if len(widths) != len(blocks) or not widths:
+            raise ValueError(f"widths={tuple(widths)} and blocks={tuple(blocks)} must have one entry for each stage")
+        entries = [Stem(widths[0], rngs=rngs)]
+        entries += [Down(before, after, rngs=rngs) for before, after in itertools.pairwise(widths)]
+        self.stages = nnx.List(
+            [Stage(entry, w, n, rngs=rngs) for entry, w, n in zip(entries, widths, blocks, strict=True)]
+        )
+        self.head = Head(widths[-1], classes, rngs=rngs)
+
+    def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B K"]:
+        x = pixels(image, self.head.linear.kernel.dtype)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x)
+
+
+def build(
+    config: ResNetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
+) -> nnx.Module:
+    """The ResNet of `config`, with the dynamics that it says.
+
+    `twin_params`: variables of a static twin, which go under the wrappers.
+    """
+    model = ResNet(num_classes, config.widths, config.blocks, rngs=rngs)
+    if twin_params is not None:
+        nnx.update(model, twin_params)
+    return model if config.dynamics == "static" else adaptive(model, config, num_classes, rngs=rngs)
+
+
+def adaptive(model: ResNet, config: ResNetConfig, num_classes: int, *, rngs: nnx.Rngs) -> nnx.Module:
+    """A copy of `model` with dynamics around its residual blocks, or with a head after each stage."""
+    if config.dynamics == "exits":
+        heads = [Head(width, num_classes, rngs=rngs) for width in config.widths[:-1]]
+        return ExitNet(Exits(model.stages, [*heads, model.head], confidence=CONFIDENCE[config.gate]))
+
+    def gate(channels):
+        return RandomGate(0.5, rngs=rngs) if config.gate == "random" else SampleGate(channels, rngs=rngs)
+
+    wrap = {"skip": lambda block, c, rngs: Skip(block, gate(c))}[config.dynamics]
+    return dynamize(model, {r"stages/\d+/blocks/\d+": wrap}, rngs=rngs)
