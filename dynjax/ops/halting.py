@@ -1,0 +1,291 @@
+"""Halting: one module applied again and again, to each example or tile until a halting unit says stop.
+
+Letters: B examples, H W pixels, h w tiles, C channels, S steps.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from dynjax import execute
+from dynjax.decision import Decision
+from dynjax.gates import straight_through
+from dynjax.ops import wrapping
+from dynjax.ops.receptive import receptive_radius
+from dynjax.ops.spatial import window_macs
+
+# Pure functions. A rule takes the halting probability after one step, the mass that no earlier step took, and whether
+# no step can follow; it gives the weight of this step (the mass that it takes) and whether to stop after it.
+
+
+def act_rule(
+    halting: Float[Array, "..."], mass: Float[Array, "..."], last: Bool[Array, ""] | bool, epsilon: float = 0.01
+) -> tuple[Float[Array, "..."], Bool[Array, "..."]]:
+    """Adaptive computation time (Graves 2016, arXiv:1603.08983, section 2): stop once the halting probabilities sum to
+    1 - epsilon; the last step takes the remainder."""
+    stop = (mass - halting <= epsilon) | last
+    return jnp.where(stop, mass, halting), stop
+
+
+def pondernet_rule(
+    halting: Float[Array, "..."], mass: Float[Array, "..."], last: Bool[Array, ""] | bool
+) -> tuple[Float[Array, "..."], Bool[Array, "..."]]:
+    """PonderNet (Banino et al. 2021, arXiv:2107.05407, section 2): p_n = lambda_n prod_{j<n} (1 - lambda_j).
+
+    Deviation: it stops at the median of p, not by chance, so that every execution agrees and a budget can steer it.
+    """
+    weight = jnp.where(last, mass, halting * mass)
+    return weight, (mass - weight <= 0.5) | last
+
+
+def act_weights(halting: Float[Array, "... S"], epsilon: float = 0.01) -> Float[Array, "... S"]:
+    """Weights of the states of S steps from their halting probabilities; they sum to 1 (Graves 2016, section 2)."""
+    return _weights(halting, functools.partial(act_rule, epsilon=epsilon))
+
+
+def pondernet_distribution(lambdas: Float[Array, "... S"]) -> Float[Array, "... S"]:
+    """Probability of stopping after each of S steps; the last takes what is left, so that they sum to 1."""
+    return _weights(lambdas, pondernet_rule)
+
+
+def geometric_prior(rate: float, steps: int) -> Float[Array, "S"]:
+    """PonderNet's prior: geometric, 1/`rate` steps in the mean, cut after `steps`.
+
+    Deviation: the last step takes the tail, as in `pondernet_distribution`, so that it is one and the KL can be 0.
+    """
+    if not 0 < rate < 1:
+        raise ValueError(f"rate={rate} must be in (0, 1): the prior probability of stopping after any one step")
+    return pondernet_distribution(jnp.full((steps,), rate))
+
+
+def kl_to_prior(p: Float[Array, "... S"], prior: Float[Array, "S"]) -> Float[Array, "..."]:
+    """KL(p || prior) in nats, the regulariser of PonderNet (section 2)."""
+    prior = prior.reshape((1,) * (p.ndim - 1) + (-1,))
+    log_p, log_prior = (jnp.log(jnp.maximum(q, 1e-9)) for q in (p, prior))
+    return (p * (log_p - log_prior)).sum(-1)
+
+
+def pondernet_loss(
+    losses: Float[Array, "B S"], p: Float[Array, "B S"], prior: Float[Array, "S"], beta: float = 0.01
+) -> Float[Array, ""]:
+    """The mean of each step's task loss under `p`, plus `beta` times its KL to the prior (PonderNet, section 2)."""
+    return ((p * losses).sum(-1) + beta * kl_to_prior(p, prior)).mean()
+
+
+def halting_distribution(decision: Decision) -> Float[Array, "B ... S"]:
+    """Probability of stopping after each step, from the decision of a `Halt`: its weights, in training."""
+    running = decision.probability
+    return running - jnp.concatenate([running[..., 1:], jnp.zeros_like(running[..., :1])], -1)
+
+
+def ponder_cost(decision: Decision) -> Float[Array, "B"]:
+    """ACT's ponder cost N + R per example, of several tiles their mean (Graves 2016, section 2; Figurnov et al. 2017).
+
+    N steps are run, without a gradient; the remainder R is the weight of the last one. In MACs, and for PonderNet as
+    well, `Trace.expected_macs` is the sum over steps of the mass left before each, times its cost.
+    """
+    keep = jax.lax.stop_gradient(decision.keep)
+    ends = keep - jnp.concatenate([keep[..., 1:], jnp.zeros_like(keep[..., :1])], -1)
+    cost = (keep + ends * decision.probability).sum(-1)
+    return cost.mean(tuple(range(1, cost.ndim)))
+
+
+def _weights(halting: jax.Array, rule: Callable) -> jax.Array:
+    mass, weights = jnp.ones(halting.shape[:-1]), []
+    for n in range(halting.shape[-1]):
+        weights.append(rule(halting[..., n], mass, n == halting.shape[-1] - 1)[0])
+        mass = mass - weights[-1]
+    return jnp.stack(weights, -1)
+
+
+# Module
+
+
+class Halt(nnx.Module):
+    """Apply `step` again and again, to each example (or tile) until its halting unit says stop.
+
+    The halting unit is a gate that looks at the state after each step and gives a decision whether to go on; its
+    halting probability is one minus the probability to go on. A threshold moves it: higher halts sooner.
+
+    "act": adaptive computation time (Graves 2016, arXiv:1603.08983). The output is the mean of the states, weighted
+    by their halting probabilities and the remainder. Per tile (a gate with a `size`, 1 for pixels) it is SACT (Figurnov
+    et al. 2017, arXiv:1612.02297): tiles that have halted keep their value for their neighbours. Deviation there: the
+    gate reads a tile and the map's mean, not 3x3 pixels.
+
+    "pondernet" (Banino et al. 2021, arXiv:2107.05407), per example: the output is the state of the step at which it
+    stops, the median of its distribution. When training (not `deterministic`) nothing stops and the output is the mean
+    of the states under the distribution; the paper's loss needs `predictions(x)`, `halting_distribution` of the traced
+    decision, and `pondernet_loss`.
+
+    "hard": stop once the gate does not keep, with a straight-through gradient; what `RandomGate`, the control, needs.
+
+    Compact is one `while_loop` that ends when all have halted. Examples that have halted leave it before, and so do
+    tiles, whose windows the border makes dearer (see `Tiles`): a `size` of 4 or more saves time.
+
+    Args:
+        step: (B, ..., C) to the same shape; its parameters are shared by all steps. Per tile of stride 1 and SAME
+            padding. A state may be a tree of arrays, per example, if the gate takes it.
+        gate: `SampleGate(C, rngs=rngs)`, or `TileGate(C, size=size, rngs=rngs)`. Its cost is counted after every step;
+            per tile as if it were run for every step, whatever halts.
+        max_steps: S, after which everything stops.
+        epsilon: ACT stops once the halting probabilities sum to 1 - epsilon.
+
+    Raises:
+        ValueError: if shapes do not agree, `step` is dynamic itself, or "pondernet" is asked for per tile.
+    """
+
+    def __init__(
+        self,
+        step: Callable,
+        gate: Callable,
+        max_steps: int,
+        *,
+        kind: Literal["act", "pondernet", "hard"] = "act",
+        epsilon: float = 0.01,
+    ):
+        wrapping.refuse_nested("Halt", step)
+        if kind not in ("act", "pondernet", "hard"):
+            raise ValueError(f"kind={kind!r} must be 'act', 'pondernet' or 'hard'")
+        if max_steps < 1:
+            raise ValueError(f"max_steps={max_steps} must be at least 1")
+        if not 0 < epsilon < 1:
+            raise ValueError(f"epsilon={epsilon} must be in (0, 1)")
+        if kind == "pondernet" and getattr(gate, "size", None) is not None:
+            raise ValueError(
+                f"kind='pondernet' halts whole examples, and the gate has tiles of size={gate.size}: in training no "
+                "tile would stay as it is for its neighbours; use kind='act', or a SampleGate"
+            )
+        self.step, self.gate, self.max_steps, self.kind, self.epsilon = step, gate, max_steps, kind, epsilon
+        self.execution, self.strategy, self.deterministic = "masked", "auto", False
+
+    def set_view(
+        self,
+        execution: str | None = None,
+        strategy: str | None = None,
+        deterministic: bool | None = None,
+        use_running_average: bool | None = None,
+    ) -> None:
+        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        self.deterministic = self.deterministic if deterministic is None else deterministic
+
+    def __call__(self, x: execute.Tree) -> execute.Tree:
+        wrapping.ready(self.gate, self.execution)
+        step, start = wrapping.ready(self.step, self.execution), self._start(x)
+        if self.execution == "masked":
+            # PonderNet is trained on all of its steps.
+            states, keep, mass = self._masked(start, freeze=self.kind != "pondernet" or self.deterministic)
+            out = states[-1][1]
+        else:
+            (_, out, _, _), keep, mass = self._compact(step, start)
+        self._account(x, keep, mass)
+        return out
+
+    def predictions(self, x: execute.Tree) -> list[execute.Tree]:
+        """The state after each of the steps, whatever halts (tiles that have halted stay), to train on them all."""
+        states, keep, mass = self._masked(self._start(x), freeze=self._size is not None)
+        self._account(x, keep, mass)
+        return [state for state, _ in states]
+
+    @property
+    def _size(self) -> int | None:
+        return getattr(self.gate, "size", None)
+
+    def _start(self, x):
+        """State, output so far, mass left, and what still runs (both per example or tile)."""
+        shapes = [jax.tree.map(lambda a: a.shape, tree) for tree in (x, execute.shape_of(wrapping.still(self.step), x))]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"Halt applies a module to what it gave, so it must keep the shape; {type(self.step).__name__} turns "
+                f"{shapes[0]} into {shapes[1]}"
+            )
+        grid = () if self._size is None else wrapping.grid(x, self._size)
+        ones = jnp.ones((jax.tree.leaves(x)[0].shape[0], *grid), jnp.float32)
+        return x, jax.tree.map(jnp.zeros_like, x), ones, ones
+
+    def _advance(self, step, carry, last, freeze):
+        """One step: `step(state, run)` gives the next state where `run` is 1."""
+        state, out, mass, active = carry
+        run = active if freeze else jnp.ones_like(active)
+        state = jax.tree.map(lambda new, old: new.astype(old.dtype), step(state, run), state)
+        granularity = "sample" if self._size is None else "tile"
+        decision = wrapping.expect(self.gate(state), granularity, run.shape, "Halt", f"use {granularity.title()}Gate")
+        halting = 1 - (decision.keep if self.kind == "hard" else decision.probability)
+        rule = functools.partial(act_rule, epsilon=self.epsilon) if self.kind == "act" else pondernet_rule
+        weight, stop = rule(halting.astype(jnp.float32), mass, last)
+        # Not being trained, PonderNet gives the state of one step.
+        counts = run * (stop if self.kind == "pondernet" and freeze else weight)
+        out = jax.tree.map(lambda o, s: o + self._over(counts, s) * s, out, state)
+        return state, out, mass - run * weight, active * (1 - stop)
+
+    def _over(self, weight, like):
+        """A weight of examples or tiles with the rank and type of what it multiplies."""
+        if self._size is not None:
+            weight = execute.tile_pixels(weight, self._size, like.shape[1:3])
+        return weight.reshape(weight.shape + (1,) * (like.ndim - weight.ndim)).astype(like.dtype)
+
+    def _masked(self, carry, freeze):
+        def step(state, run):
+            if self._size is None:
+                return execute.samples(self.step, state, run)
+            return execute.tiles(self.step, state, run, size=self._size, radius=receptive_radius(self.step, state))
+
+        states, keeps, masses = [], [], []
+        for n in range(self.max_steps):
+            _, _, mass, active = carry
+            keeps.append(active)
+            masses.append(mass * active if freeze else mass)
+            carry = self._advance(step, carry, n == self.max_steps - 1, freeze)
+            states.append(carry[:2])
+        return states, jnp.stack(keeps, -1), jnp.stack(masses, -1)
+
+    def _compact(self, step, start):
+        size, strategy = self._size, self.strategy
+        radius = 0 if size is None else receptive_radius(step, start[0])
+
+        def run_tiles(state, run):
+            return execute.tiles(
+                step, state, run, size=size, radius=radius, execution="compact", strategy=self.strategy
+            )
+
+        def advance(carry, last):
+            way = run_tiles if size is not None else (lambda state, run: step(state))
+            return self._advance(way, carry, last, freeze=True)
+
+        # A CPU takes the examples one by one, and of each the tiles; others take the tiles of all examples at once.
+        one_by_one = strategy == "loop" or (strategy == "auto" and jax.default_backend() == "cpu")
+
+        def body(loop):
+            n, carry, keeps, masses = loop
+            _, _, mass, active = carry
+            keeps, masses = keeps.at[n].set(active), masses.at[n].set(mass * active)
+            advance_now = functools.partial(advance, last=n == self.max_steps - 1)
+            if size is None or one_by_one:
+                some = active.reshape(active.shape[0], -1).max(1)
+                carry = execute.samples(advance_now, carry, some, execution="compact", strategy=strategy)
+            else:
+                carry = advance_now(carry)
+            return n + 1, carry, keeps, masses
+
+        def goes_on(loop):
+            return (loop[0] < self.max_steps) & (loop[1][3].max() > 0)
+
+        none = jnp.zeros((self.max_steps, *start[2].shape), jnp.float32)
+        _, carry, keeps, masses = jax.lax.while_loop(goes_on, body, (jnp.int32(0), start, none, none))
+        return carry, jnp.moveaxis(keeps, 0, -1), jnp.moveaxis(masses, 0, -1)
+
+    def _account(self, x, keep, mass):
+        if not wrapping.tracing(self):
+            return
+        whole = wrapping.macs_per_example(self.step, x)
+        if self._size is None:
+            unit = whole = whole + wrapping.macs_per_example(self.gate, x)
+        else:
+            unit = window_macs(self.step, x, self._size, receptive_radius(self.step, x))
+        decision = Decision(straight_through(keep, mass), mass, "exit" if self._size is None else "tile exit")
+        units, wholes = (unit,) * self.max_steps, (whole,) * self.max_steps
+        wrapping.account(self, decision, units, wholes, None if self._size is None else wrapping.tile_of(x, self._size))

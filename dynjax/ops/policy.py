@@ -1,0 +1,148 @@
+"""One policy for many blocks: a network that sees the input once and says which blocks of a chain run.
+
+Letters: B examples, K blocks that can be skipped.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from dynjax import execute
+from dynjax.decision import Decision
+from dynjax.ops import wrapping
+
+
+class PolicySkip(nnx.Module):
+    """A chain of modules, of which one gate, before the first runs, decides for each example which to skip.
+
+    BlockDrop (Wu et al. 2018, arXiv:1711.08393, section 3): the policy network is the gate, any modules that end in a
+    `ChannelGate`, such as `nnx.Sequential(convolutions, ChannelGate(features, K, rngs=rngs))`. Deviations: it is
+    trained by straight-through Gumbel choices, together with the blocks or after them, unless `straight_through` is
+    False; a block that is skipped is left out with its shortcut, as in `Skip`.
+
+    To train the policy as in the paper, by REINFORCE: `log_probability` of the traced decision, `blockdrop_reward` of
+    what it kept and, as the baseline, of what the deterministic policy keeps, `reinforce_loss`; and `set_curriculum`.
+    The paper's bound on the probabilities, for exploration, is left out.
+
+    Args:
+        blocks: modules run one after the other.
+        gate: from the chain's input to a decision of shape (B, K).
+        skip: which of the blocks, by number, the K decisions are about; the others always run. Default: all.
+        otherwise: by a block's number, what to run for the examples that skip it (by default they pass unchanged): a
+            cheap module where the block changes the shape. Always run, so its cost is static.
+        straight_through: whether the gate is trained through what its blocks do; False leaves that to REINFORCE.
+
+    Raises:
+        ValueError: if numbers or shapes do not agree, or a block is dynamic itself.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Callable],
+        gate: Callable,
+        *,
+        skip: Sequence[int] | None = None,
+        otherwise: Mapping[int, Callable] | None = None,
+        straight_through: bool = True,
+    ):
+        for block in blocks:
+            wrapping.refuse_nested("PolicySkip", block)
+        skip, otherwise = tuple(range(len(blocks)) if skip is None else skip), otherwise or {}
+        if not skip or list(skip) != sorted(set(skip)) or not 0 <= skip[0] <= skip[-1] < len(blocks):
+            raise ValueError(f"skip={skip} must be rising numbers of the {len(blocks)} blocks, at least one")
+        if not set(otherwise) <= set(skip):
+            raise ValueError(f"otherwise is for the blocks {sorted(otherwise)}, and skip={skip} has not all of them")
+        self.blocks, self.gate, self.skip = nnx.List(blocks), gate, skip
+        self.otherwise = nnx.Dict({str(number): module for number, module in otherwise.items()})
+        self.straight_through = straight_through
+        self.curriculum = Curriculum(jnp.ones(()))
+        self.execution, self.strategy = "masked", "auto"
+
+    def set_view(
+        self,
+        execution: str | None = None,
+        strategy: str | None = None,
+        deterministic: bool | None = None,
+        use_running_average: bool | None = None,
+    ) -> None:
+        # The last two are for gates and blocks; named here, since nnx.view refuses names that no module has.
+        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+
+    def __call__(self, x: Float[Array, "B ..."]) -> Array:
+        hint = f"use ChannelGate(features, {len(self.skip)}, rngs=rngs)"
+        shape = (x.shape[0], len(self.skip))
+        decision = wrapping.expect(self.gate(x), "channel", shape, "PolicySkip", hint)
+        decision = only_last(decision, curriculum_mask(self.curriculum[...], len(self.skip)))
+        keep = decision.keep if self.straight_through else jax.lax.stop_gradient(decision.keep)
+        macs = []
+        for number, block in enumerate(self.blocks):
+            ready = wrapping.ready(block, self.execution)
+            if number not in self.skip:
+                x = ready(x)
+                continue
+            if wrapping.tracing(self):
+                macs.append(wrapping.macs_per_example(block, x))
+            x = execute.samples(
+                ready,
+                x,
+                keep[:, self.skip.index(number)],
+                otherwise=self.otherwise.get(str(number)),
+                execution=self.execution,
+                strategy=self.strategy,
+            )
+        if wrapping.tracing(self):
+            wrapping.account(self, decision, tuple(macs), tuple(macs))
+        return x
+
+
+class Curriculum(nnx.Variable):
+    """How far a curriculum is: the share of the blocks, from the last on, that the policy decides about."""
+
+
+def set_curriculum(model: nnx.Module, progress: Float[Array, ""] | float) -> None:
+    """Let the policies of `model` decide about the last blocks alone, and about all from `progress` = 1 on."""
+    for _, curriculum in nnx.iter_graph(model):
+        if isinstance(curriculum, Curriculum):
+            curriculum[...] = jnp.asarray(progress, jnp.float32)
+
+
+def curriculum_mask(progress: Float[Array, ""] | float, blocks: int) -> Float[Array, "K"]:
+    """1 for the last ceil(progress * K) of K = `blocks` blocks, at least one, which the policy decides about; 0 for
+    those before, which all run (BlockDrop, section 3: training starts with the last block and adds those before)."""
+    free = jnp.clip(jnp.ceil(jnp.asarray(progress, jnp.float32) * blocks - 1e-4), 1, blocks)
+    return (jnp.arange(blocks) >= blocks - free).astype(jnp.float32)
+
+
+def only_last(decision: Decision, mask: Float[Array, "K"]) -> Decision:
+    """`decision` where `mask` is 1, and everything kept for sure where it is 0."""
+    mask = mask[None]
+    keep, probability = (mask * chosen + (1 - mask) for chosen in (decision.keep, decision.probability))
+    return dataclasses.replace(decision, keep=keep, probability=probability)
+
+
+def log_probability(decision: Decision) -> Float[Array, "B"]:
+    """Log of the probability of what was drawn, all K choices independent (BlockDrop, section 3)."""
+    kept, p = jax.lax.stop_gradient(decision.keep), jnp.clip(decision.probability, 1e-6, 1 - 1e-6)
+    return jnp.log(kept * p + (1 - kept) * (1 - p)).sum(-1)
+
+
+def blockdrop_reward(
+    correct: Bool[Array, "B"] | Float[Array, "B"], kept: Float[Array, "B"], gamma: float
+) -> Float[Array, "B"]:
+    """1 - kept^2 for a correct prediction, where `kept` is the share of the blocks that ran; -gamma for a wrong one
+    (BlockDrop, section 3)."""
+    return jnp.where(correct, 1 - kept**2, -gamma)
+
+
+def reinforce_loss(
+    log_probability: Float[Array, "B"], reward: Float[Array, "B"], baseline: Float[Array, "B"]
+) -> Float[Array, ""]:
+    """Its gradient is that of minus the expected reward (Williams 1992): -mean((reward - baseline) log p).
+
+    BlockDrop is self-critical: the baseline is the reward of the most probable choice, made without noise.
+    """
+    return -(jax.lax.stop_gradient(reward - baseline) * log_probability).mean()
