@@ -73,6 +73,8 @@ class ResNetConfig:
     """A residual network for small pictures and the dynamics put into its blocks."""
 
     family: Literal["resnet"] = "resnet"
+    stem_stride: int = 1
+    """The first stage works at 1/stem_stride of the picture: 1 or 2."""
     widths: tuple[int, ...] = (16, 32, 64)
     """Channels of each stage; each further stage works at half the resolution of the one before."""
     blocks: tuple[int, ...] = (3, 3, 3)
@@ -133,7 +135,70 @@ class RoutedConfig:
     gate: Literal["learned", "random"] = "learned"
 
 
-ModelConfig = UNetConfig | ResNetConfig | MSDNetConfig | RoutedConfig
+@dataclasses.dataclass(frozen=True)
+class RANetConfig:
+    """A network of sub-networks for rising resolutions, with exits; the coarsest is run first."""
+
+    family: Literal["ranet"] = "ranet"
+    scales: int = 3
+    """Sub-networks; the last works at the picture's resolution, each one before at half of the next one's."""
+    channels: int = 16
+    """Channels of the finest base map; each coarser one has twice as many."""
+    growth: int = 6
+    """Channels that a layer of the finest sub-network adds, at least 4; twice as many in each coarser one."""
+    blocks: int = 2
+    """Dense blocks of the coarsest sub-network, each ending in an exit."""
+    step: int = 2
+    """Further blocks, and exits, that each finer sub-network has behind those that are fused with the coarser one's."""
+    layers: int = 4
+    """Layers of a dense block."""
+    dynamics: Literal["static", "exits"] = "static"
+    """static: only the last exit is there."""
+    gate: Literal["learned", "random"] = "learned"
+
+
+@dataclasses.dataclass(frozen=True)
+class HaltConfig:
+    """A residual block applied again and again, until a halting unit says stop."""
+
+    family: Literal["halting"] = "halting"
+    channels: int = 32
+    halvings: int = 1
+    """How often the stem halves the picture's resolution."""
+    steps: int = 8
+    """Most applications of the block; the static twin always has as many."""
+    dynamics: Literal["static", "act", "sact", "pondernet"] = "static"
+    """act: adaptive computation time per picture; sact: per tile; pondernet: trained on the prediction of every
+    step."""
+    tile: int = 4
+    """Side of a tile of sact, in pixels of the block's map."""
+    gate: Literal["learned", "random"] = "learned"
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A small vision transformer whose MLPs are mixtures of experts."""
+
+    family: Literal["moe"] = "moe"
+    patch: int = 4
+    """Side in pixels of the patches that are the tokens."""
+    width: int = 64
+    """Features of a token."""
+    depth: int = 4
+    """Blocks of attention and experts."""
+    heads: int = 4
+    hidden: int = 128
+    """Hidden features of an expert; the static twin's MLP has `top` times as many."""
+    experts: int = 8
+    top: int = 2
+    """The most experts that a token takes."""
+    least: int = 1
+    """The experts that a token takes at any budget; with `top`, every token costs the same."""
+    dynamics: Literal["static", "experts"] = "static"
+    gate: Literal["learned", "random"] = "learned"
+
+
+ModelConfig = UNetConfig | ResNetConfig | MSDNetConfig | RoutedConfig | RANetConfig | HaltConfig | MoEConfig
 """One dataclass for each family in `dynjax.models`. All have `family`, `dynamics` ("static" is the twin) and `gate`."""
 
 

@@ -5,9 +5,10 @@ import difflib
 from collections.abc import Callable
 
 from dynjax.config import Config, UserError
-from experiments import camvid_unet, digits_unet
+from experiments import camvid_unet, digits_unet, msdnet, resnet
 
-ROWS: dict[str, Callable[[], Config]] = {row.__name__: row for row in digits_unet.ROWS + camvid_unet.ROWS}
+FILES = (digits_unet, camvid_unet, resnet, msdnet)
+ROWS: dict[str, Callable[[], Config]] = {row.__name__: row for file in FILES for row in file.ROWS}
 
 
 def get_row(name: str) -> Config:

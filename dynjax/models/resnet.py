@@ -21,14 +21,17 @@ from dynjax.ops import Exits, Skip, dynamize
 
 
 class Stem(nnx.Module):
-    """A 3x3 convolution, batch normalisation and ReLU."""
+    """A 3x3 convolution, batch normalisation and ReLU; with a stride of 2 on every 2x2 pixels as one."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(3, channels, (3, 3), use_bias=False, rngs=rngs)
+    def __init__(self, channels: int, stride: int, *, rngs: nnx.Rngs):
+        if stride not in (1, 2):
+            raise ValueError(f"stem_stride={stride} must be 1 or 2")
+        self.stride = stride
+        self.conv = nnx.Conv(3 * stride**2, channels, (3, 3), use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B H W C"]:
-        return nnx.relu(self.norm(self.conv(x)))
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+        return nnx.relu(self.norm(self.conv(gather_pixels(x) if self.stride == 2 else x)))
 
 
 class Down(nnx.Module):
@@ -69,14 +72,17 @@ class ResNet(nnx.Module):
     """Logits for every picture: (B, H, W, 3) bytes to (B, K) float32.
 
     Args:
-        widths: channels of each stage; the first works at the picture's resolution, each further one at half of it.
+        widths: channels of each stage; the first works at 1/`stem_stride` of the picture's resolution, each further one
+            at half of the one before.
         blocks: residual blocks of each stage.
     """
 
-    def __init__(self, classes: int, widths: Sequence[int], blocks: Sequence[int], *, rngs: nnx.Rngs):
+    def __init__(
+        self, classes: int, widths: Sequence[int], blocks: Sequence[int], stem_stride: int = 1, *, rngs: nnx.Rngs
+    ):
         if len(widths) != len(blocks) or not widths:
             raise ValueError(f"widths={tuple(widths)} and blocks={tuple(blocks)} must have one entry for each stage")
-        entries = [Stem(widths[0], rngs=rngs)]
+        entries = [Stem(widths[0], stem_stride, rngs=rngs)]
         entries += [Down(before, after, rngs=rngs) for before, after in itertools.pairwise(widths)]
         self.stages = nnx.List(
             [Stage(entry, w, n, rngs=rngs) for entry, w, n in zip(entries, widths, blocks, strict=True)]
@@ -97,7 +103,7 @@ def build(
 
     `twin_params`: variables of a static twin, which go under the wrappers.
     """
-    model = ResNet(num_classes, config.widths, config.blocks, rngs=rngs)
+    model = ResNet(num_classes, config.widths, config.blocks, config.stem_stride, rngs=rngs)
     if twin_params is not None:
         nnx.update(model, twin_params)
     return model if config.dynamics == "static" else adaptive(model, config, num_classes, rngs=rngs)
