@@ -198,7 +198,35 @@ class MoEConfig:
     gate: Literal["learned", "random"] = "learned"
 
 
-ModelConfig = UNetConfig | ResNetConfig | MSDNetConfig | RoutedConfig | RANetConfig | HaltConfig | MoEConfig
+@dataclasses.dataclass(frozen=True)
+class DynamicConvNetConfig:
+    """A small residual network whose 3x3 convolutions have kernels of the input."""
+
+    family: Literal["dynamicconvnet"] = "dynamicconvnet"
+    stem_stride: int = 1
+    """The first stage works at 1/stem_stride of the picture: 1 or 2."""
+    widths: tuple[int, ...] = (16, 24, 48)
+    """Channels of each stage; each further stage works at half the resolution of the one before."""
+    blocks: tuple[int, ...] = (1, 1, 1)
+    """Residual blocks of each stage."""
+    dynamics: Literal["static", "condconv", "dyconv", "odconv", "hyper", "involution", "ddf"] = "static"
+    """condconv, dyconv, odconv: kernels mixed for each picture; hyper: generated for it; involution, ddf: for each
+    pixel."""
+    kernels: int = 4
+    """Kernels that are mixed."""
+    gate: Literal["learned", "random"] = "learned"
+
+
+ModelConfig = (
+    UNetConfig
+    | ResNetConfig
+    | MSDNetConfig
+    | RoutedConfig
+    | RANetConfig
+    | HaltConfig
+    | MoEConfig
+    | DynamicConvNetConfig
+)
 """One dataclass for each family in `dynjax.models`. All have `family`, `dynamics` ("static" is the twin) and `gate`."""
 
 

@@ -1,0 +1,132 @@
+"""A residual network for small pictures whose 3x3 convolutions have kernels of the input.
+
+The static form is the twin: the stem, the layers that halve the resolution and the head are the same in all forms. Its
+trained parameters start the forms that mix or generate kernels: see `with_kernels`.
+
+Letters: B examples, H W pixels, C channels, K classes.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from dynjax.config import DynamicConvNetConfig, UserError
+from dynjax.models.blocks import pixels
+from dynjax.models.resnet import Down, Head, Stem
+from dynjax.ops.filters import DDF, Involution
+from dynjax.ops.kernels import CondConv, DynamicConv, HyperConv, ODConv, with_kernels
+
+Convolution = Callable[[int, nnx.Rngs], nnx.Module]
+
+
+class KernelBlock(nnx.Module):
+    """Two convolutions of any kind with batch normalisation around a shortcut."""
+
+    def __init__(self, channels: int, convolution: Convolution, *, rngs: nnx.Rngs):
+        self.conv1, self.conv2 = convolution(channels, rngs), convolution(channels, rngs)
+        self.norm1 = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
+        self.norm2 = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        y = nnx.relu(self.norm1(self.conv1(x)))
+        return nnx.relu(x + self.norm2(self.conv2(y)))
+
+
+class DynamicConvNet(nnx.Module):
+    """Logits for every picture: (B, H, W, 3) bytes to (B, K) float32.
+
+    Args:
+        widths: channels of each stage; the first works at 1/`stem_stride` of the picture's resolution, each further one
+            at half of the one before.
+        blocks: residual blocks of each stage.
+        convolution: makes the convolutions of the blocks, `(channels, rngs) -> module`.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        stem_stride: int,
+        convolution: Convolution,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        if len(widths) != len(blocks) or not widths:
+            raise ValueError(f"widths={tuple(widths)} and blocks={tuple(blocks)} must have one entry for each stage")
+        self.stem = Stem(widths[0], stem_stride, rngs=rngs)
+        self.down = nnx.List([Down(before, after, rngs=rngs) for before, after in itertools.pairwise(widths)])
+        self.stages = nnx.List(
+            [
+                nnx.List([KernelBlock(w, convolution, rngs=rngs) for _ in range(n)])
+                for w, n in zip(widths, blocks, strict=True)
+            ]
+        )
+        self.head = Head(widths[-1], classes, rngs=rngs)
+
+    def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B K"]:
+        x = self.stem(pixels(image, self.head.linear.kernel.dtype))
+        for number, blocks in enumerate(self.stages):
+            x = self.down[number - 1](x) if number else x
+            for block in blocks:
+                x = block(x)
+        return self.head(x)
+
+
+def build(
+    config: DynamicConvNetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
+) -> nnx.Module:
+    """The net of `config`.
+
+    `twin_params`: variables of a static twin, whose kernels all mixed or generated ones start from.
+
+    Raises:
+        UserError: for per-pixel kernels that should start from a twin or attend at random.
+    """
+    per_pixel = config.dynamics in ("involution", "ddf")
+    if per_pixel and config.gate == "random":
+        raise UserError(f"model.gate random is not for {config.dynamics}: it has no weights to draw, only filters")
+    if per_pixel and twin_params is not None:
+        raise UserError(
+            f"init_from: {config.dynamics} cannot start from a static twin's kernels; train it from the start"
+        )
+    from_static = twin_params is not None and config.dynamics != "static"
+    kind = "static" if from_static else config.dynamics
+    model = DynamicConvNet(
+        num_classes, config.widths, config.blocks, config.stem_stride, _convolution(kind, config), rngs=rngs
+    )
+    if twin_params is not None:
+        nnx.update(model, twin_params)
+    if not from_static:
+        return model
+    return with_kernels(
+        model,
+        {r"stages/\d+/\d+/conv[12]": config.dynamics},
+        kernels=config.kernels,
+        random=config.gate == "random",
+        rngs=rngs,
+    )
+
+
+def _convolution(kind: str, config: DynamicConvNetConfig) -> Convolution:
+    """What makes 3x3 convolutions of this kind that keep the channels."""
+    ways = dict(use_bias=False, random=config.gate == "random")
+
+    def pointwise(module, channels, rngs):
+        # What works within channels is followed by a layer over them, as a convolution is both.
+        return nnx.Sequential(module, nnx.Linear(channels, channels, use_bias=False, rngs=rngs))
+
+    return {
+        "static": lambda c, rngs: nnx.Conv(c, c, (3, 3), use_bias=False, rngs=rngs),
+        "condconv": lambda c, rngs: CondConv(c, c, (3, 3), kernels=config.kernels, **ways, rngs=rngs),
+        "dyconv": lambda c, rngs: DynamicConv(c, c, (3, 3), kernels=config.kernels, **ways, rngs=rngs),
+        "odconv": lambda c, rngs: ODConv(c, c, (3, 3), kernels=config.kernels, **ways, rngs=rngs),
+        "hyper": lambda c, rngs: HyperConv(c, c, (3, 3), **ways, rngs=rngs),
+        "involution": lambda c, rngs: pointwise(
+            Involution(c, c, (3, 3), group_channels=math.gcd(c, 8), rngs=rngs), c, rngs
+        ),
+        "ddf": lambda c, rngs: pointwise(DDF(c, c, (3, 3), rngs=rngs), c, rngs),
+    }[kind]

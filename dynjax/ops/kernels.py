@@ -1,0 +1,426 @@
+"""Kernels of the example: convolutions whose kernel is mixed or generated for each picture. Drop-in for `nnx.Conv`.
+
+Nothing is skipped, so their cost is the same for every input; what they attend to is recorded for the trace, at no cost
+of its own. Kernels of the pixel are in `filters.py`.
+
+Letters: B examples, H W pixels, h w pixels of the output, C D channels in and out, K kernels that are mixed, V entries
+of a condition.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.errors import TraceContextError
+from jaxtyping import Array, Float
+
+from dynjax import convolve
+from dynjax.decision import Decision, record
+from dynjax.ops import wrapping
+from dynjax.ops.attention import Attention, annealed_temperature, set_temperature
+from dynjax.ops.dynamize import dynamize
+
+__all__ = [
+    "CondConv",
+    "DynamicConv",
+    "HyperConv",
+    "ODConv",
+    "annealed_temperature",
+    "set_temperature",
+    "with_kernels",
+]
+
+
+class CondConv(nnx.Module):
+    """A convolution with a mixture of K kernels under sigmoid routing (Yang et al. 2019, arXiv:1904.04971).
+
+    y = (a_1 W_1 + ... + a_K W_K) * x, a = sigmoid(R mean(x) + r) with the mean over the map (section 3; biases are
+    mixed alike). MACs: the static convolution, the K kernels and biases once per example, and C K.
+
+    Args:
+        kernels: K, the number of kernels that are mixed.
+        random: draw the weights at random: the control.
+        others: as in `nnx.Conv`.
+
+    Raises:
+        ValueError: for channels that do not fit the groups, or another kind of padding than SAME, VALID and pixels.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] = 1,
+        *,
+        kernels: int = 4,
+        padding: convolve.Padding = "SAME",
+        kernel_dilation: int | Sequence[int] = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        random: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.layout = _layout(
+            in_features, out_features, kernel_size, strides, padding, kernel_dilation, feature_group_count
+        )
+        self.in_features, self.out_features, self.strategy = in_features, out_features, "auto"
+        self.kernel = _kernels(self.layout, kernels, rngs)
+        self.bias = nnx.Param(jnp.zeros((kernels, out_features))) if use_bias else None
+        self.attention = Attention(in_features, [(kernels, "sigmoid")], random=random, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        (weights,) = self.attention(_mean(x))
+        return _mixed(self, x, weights)
+
+
+class DynamicConv(nnx.Module):
+    """A convolution with a mixture of K kernels under softmax attention (Chen et al. 2020, arXiv:1912.03458).
+
+    y = (sum_k p_k W_k) * x + sum_k p_k b_k, p = softmax(excite(relu(squeeze(mean(x)))) / temperature)
+    (section 3). The temperature is 1 unless `set_temperature` says otherwise: train with `annealed_temperature`.
+    MACs: the static convolution, the K kernels and biases once per example, and the attention's C C / r + K C / r.
+
+    Args:
+        kernels: K, the number of kernels that are mixed.
+        reduction: r; the attention's hidden layer has C / r units.
+        random: draw the weights at random: the control.
+        others: as in `nnx.Conv`.
+
+    Raises:
+        ValueError: as `CondConv`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] = 1,
+        *,
+        kernels: int = 4,
+        reduction: int = 4,
+        padding: convolve.Padding = "SAME",
+        kernel_dilation: int | Sequence[int] = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        random: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.layout = _layout(
+            in_features, out_features, kernel_size, strides, padding, kernel_dilation, feature_group_count
+        )
+        self.in_features, self.out_features, self.strategy = in_features, out_features, "auto"
+        self.kernel = _kernels(self.layout, kernels, rngs)
+        self.bias = nnx.Param(jnp.zeros((kernels, out_features))) if use_bias else None
+        hidden = max(in_features // reduction, 1)
+        self.attention = Attention(in_features, [(kernels, "softmax")], hidden=hidden, random=random, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        (weights,) = self.attention(_mean(x))
+        return _mixed(self, x, weights)
+
+
+class ODConv(nnx.Module):
+    """A mixture of K kernels under attention along all four axes of the kernels (Li et al. 2022, arXiv:2209.07947).
+
+    y = (sum_k p_k s W_k * (c x)) f + b: softmax attention p over kernels, sigmoid attention s over taps, c over input
+    and f over output channels, from one hidden layer (section 3). c and f scale the input and output, which is
+    the same and cheaper. Deviations: s, c and f are one for all K kernels, as in the authors' code; no batch
+    normalisation in the attention, so that an example's kernel depends on no other. Softmax has the temperature of
+    `DynamicConv`.
+    MACs: the static convolution, the K kernels once per example, and A (C + C + D + kh kw + K) of the attention.
+
+    Args:
+        kernels: K, the number of kernels that are mixed.
+        reduction: the attention's hidden layer has A = max(C / reduction, 16) units.
+        random: draw all four kinds of weights at random: the control.
+        others: as in `nnx.Conv`.
+
+    Raises:
+        ValueError: as `CondConv`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] = 1,
+        *,
+        kernels: int = 4,
+        reduction: int = 16,
+        padding: convolve.Padding = "SAME",
+        kernel_dilation: int | Sequence[int] = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        random: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.layout = _layout(
+            in_features, out_features, kernel_size, strides, padding, kernel_dilation, feature_group_count
+        )
+        self.in_features, self.out_features, self.strategy = in_features, out_features, "auto"
+        self.kernel = _kernels(self.layout, kernels, rngs)
+        self.bias = nnx.Param(jnp.zeros((out_features,))) if use_bias else None
+        taps = self.layout.kernel_size[0] * self.layout.kernel_size[1]
+        heads = [(in_features, "sigmoid"), (out_features, "sigmoid"), (taps, "sigmoid"), (kernels, "softmax")]
+        self.attention = Attention(
+            in_features, heads, hidden=max(in_features // reduction, 16), random=random, rngs=rngs
+        )
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        kernel = self.kernel[...]
+        attention = self.attention(_mean(x))
+        _record(self, attention[3])
+        inputs, outputs, taps, weights = (weight.astype(kernel.dtype) for weight in attention)
+        y = self.layout.convolve(x * inputs[:, None, None], (weights, taps), kernel, _tapped_mixture, self.strategy)
+        return _with_bias(y * outputs[:, None, None], self.bias)
+
+
+class HyperConv(nnx.Module):
+    """A convolution whose kernel a small network generates from the input, from a condition, or from both.
+
+    Hypernetworks (Ha et al. 2016, arXiv:1609.09106) with the kernel-generating view of dynamic filter networks (De
+    Brabandere et al. 2016, arXiv:1605.09673): K(x) = W + U(z) V(z), z = relu(Z [mean(x), condition] + b), with U and V
+    linear in z, of shapes (kh kw C, rank) and (rank, D). Deviation: of low rank around a learned kernel W, so that it
+    is affordable; V starts at 0, so that the layer starts as the static convolution W. MACs: the static convolution,
+    and per example kh kw C rank D + hidden (C + V + kh kw C rank + rank D), C standing for C / groups.
+
+    Args:
+        rank: rank of what is generated.
+        hidden: length of z.
+        condition: length V of another input that is given at call time, such as the embedding of a class or a text.
+        from_input: whether the mean of x over the map is used; False generates from the condition alone.
+        random: draw z at random: the control.
+        others: as in `nnx.Conv`.
+
+    Raises:
+        ValueError: as `CondConv`, for a condition that is missing or has another length, or nothing to generate from.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] = 1,
+        *,
+        rank: int = 4,
+        hidden: int = 16,
+        condition: int | None = None,
+        from_input: bool = True,
+        padding: convolve.Padding = "SAME",
+        kernel_dilation: int | Sequence[int] = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        random: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        if condition is None and not from_input:
+            raise ValueError("HyperConv with from_input=False needs condition=, the length of what it generates from")
+        self.layout = _layout(
+            in_features, out_features, kernel_size, strides, padding, kernel_dilation, feature_group_count
+        )
+        self.in_features, self.out_features, self.strategy = in_features, out_features, "auto"
+        self.condition, self.from_input, self.rank = condition, from_input, rank
+        *sides, inputs, _ = self.layout.kernel_shape
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), self.layout.kernel_shape))
+        self.bias = nnx.Param(jnp.zeros((out_features,))) if use_bias else None
+        features = in_features * from_input + (condition or 0)
+        self.attention = Attention(features, [(hidden, "relu")], random=random, rngs=rngs)
+        self.left = nnx.Linear(hidden, sides[0] * sides[1] * inputs * rank, use_bias=False, rngs=rngs)
+        self.right = nnx.Linear(
+            hidden, rank * out_features, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs
+        )
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], condition: Float[Array, "B V"] | None = None
+    ) -> Float[Array, "B h w D"]:
+        if (condition is None) != (self.condition is None):
+            given = "none is given" if condition is None else "one is given; make it with condition="
+            raise ValueError(f"HyperConv was made with condition={self.condition} and {given}")
+        if condition is not None and condition.shape != (x.shape[0], self.condition):
+            raise ValueError(f"condition has shape {condition.shape}; it must be {(x.shape[0], self.condition)}")
+        parts = [_mean(x)] * self.from_input + [condition] * (condition is not None)
+        (code,) = self.attention(jnp.concatenate([part.astype(jnp.float32) for part in parts], 1))
+        kernel = self.kernel[...]
+        code = code.astype(kernel.dtype)
+        factors = self.left(code).reshape(len(x), -1, self.rank), self.right(code).reshape(len(x), self.rank, -1)
+        return _with_bias(self.layout.convolve(x, factors, kernel, _low_rank, self.strategy), self.bias)
+
+
+Kind = Literal["condconv", "dyconv", "odconv", "hyper"]
+
+_KINDS: dict[str, Callable[..., nnx.Module]] = {
+    "condconv": CondConv,
+    "dyconv": DynamicConv,
+    "odconv": ODConv,
+    "hyper": HyperConv,
+}
+
+
+def with_kernels(
+    model: nnx.Module,
+    kinds: Mapping[str, Kind],
+    *,
+    kernels: int = 4,
+    noise: float = 0.1,
+    random: bool = False,
+    rngs: nnx.Rngs,
+) -> nnx.Module:
+    """A copy of `model` whose `nnx.Conv`s on these paths have kernels of the example, starting from the static kernel.
+
+    All K kernels start as the static one with `noise` times its standard deviation, which sums to zero over them, and
+    attention starts even: the copy gives what `model` gives, and training tells the kernels apart.
+
+    Args:
+        kinds: regular expression for a path, as in `dynamize`, to "condconv", "dyconv", "odconv" or "hyper".
+        kernels: K of the mixtures.
+        random: draw attention at random (the control), which does not start as `model`.
+
+    Raises:
+        ValueError: for another kind, a path of anything but a plain two-dimensional `nnx.Conv`, or a pattern that
+            matches nothing.
+    """
+
+    def replace(kind):
+        def wrap(conv, features, rngs):
+            return _from_static(conv, kind, kernels, noise, random, rngs)
+
+        return wrap
+
+    for kind in kinds.values():
+        if kind not in _KINDS:
+            raise ValueError(f"kind {kind!r} must be one of {', '.join(_KINDS)}: others cannot start from a kernel")
+    wrappers = {pattern: replace(kind) for pattern, kind in kinds.items()}
+    return dynamize(model, wrappers, features=lambda path, module: getattr(module, "in_features", 0), rngs=rngs)
+
+
+def _from_static(conv, kind, kernels, noise, random, rngs) -> nnx.Module:
+    if not isinstance(conv, nnx.Conv) or len(conv.kernel_size) != 2:
+        raise ValueError(f"{type(conv).__name__} cannot be given kernels of the example: give paths of 2-D nnx.Conv")
+    if conv.mask is not None or conv.input_dilation not in (None, 1, (1, 1)):
+        raise ValueError("an nnx.Conv with a mask or input dilation cannot be given kernels of the example")
+    options = dict(
+        padding=conv.padding,
+        kernel_dilation=conv.kernel_dilation or 1,
+        feature_group_count=conv.feature_group_count,
+        use_bias=conv.use_bias,
+        random=random,
+        rngs=rngs,
+    )
+    shape = (conv.in_features, conv.out_features, conv.kernel_size, conv.strides or 1)
+    static, bias = conv.kernel[...], None if conv.bias is None else conv.bias[...]
+    if kind == "hyper":
+        new = HyperConv(*shape, **options)
+        new.kernel[...] = static
+    else:
+        new = _KINDS[kind](*shape, kernels=kernels, **options)
+        spread = jax.random.normal(rngs.params(), new.kernel.shape, static.dtype) * static.std()
+        # Even attention is 1/2 for each sigmoid, and 1 / K for each kernel of a softmax.
+        gain = {"condconv": 2 / kernels, "dyconv": 1.0, "odconv": 8.0}[kind]
+        new.kernel[...] = gain * (static[None] + noise * (spread - spread.mean(0, keepdims=True)))
+        if not random:
+            new.attention.out.kernel[...] = jnp.zeros_like(new.attention.out.kernel[...])
+        if bias is not None and kind != "odconv":
+            bias = jnp.broadcast_to(gain * bias, new.bias.shape)
+    if bias is not None:
+        new.bias[...] = bias
+    return new
+
+
+# Shared
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """The convolution that a kernel is for, in the words of `nnx.Conv`."""
+
+    kernel_size: tuple[int, int]
+    kernel_shape: tuple[int, int, int, int]
+    strides: int | tuple[int, ...]
+    padding: Any
+    kernel_dilation: int | tuple[int, ...]
+    groups: int
+
+    def convolve(
+        self, x: jax.Array, codes: Any, shared: Any, kernel_of: Callable, strategy: convolve.Strategy
+    ) -> jax.Array:
+        return convolve.generated(
+            x,
+            codes,
+            shared,
+            kernel_of,
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.kernel_dilation,
+            groups=self.groups,
+            strategy=strategy,
+        )
+
+
+def _layout(in_features, out_features, kernel_size, strides, padding, kernel_dilation, groups) -> _Layout:
+    if in_features % groups or out_features % groups:
+        raise ValueError(
+            f"in_features={in_features} and out_features={out_features} must be multiples of "
+            f"feature_group_count={groups}"
+        )
+    sides = _hashable((kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size)
+    shape = (*sides, in_features // groups, out_features)
+    return _Layout(sides, shape, _hashable(strides), _hashable(padding), _hashable(kernel_dilation), groups)
+
+
+def _hashable(value):
+    return tuple(_hashable(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _kernels(layout: _Layout, count: int, rngs: nnx.Rngs) -> nnx.Param:
+    """K kernels, each started as that of a convolution."""
+    if count < 1:
+        raise ValueError(f"kernels={count} must be at least 1")
+    init = nnx.initializers.lecun_normal(batch_axis=(0,))
+    return nnx.Param(init(rngs.params(), (count, *layout.kernel_shape)))
+
+
+def _mixed(module: CondConv | DynamicConv, x: jax.Array, weights: jax.Array) -> jax.Array:
+    _record(module, weights)
+    weights = weights.astype(module.kernel.dtype)
+    y = module.layout.convolve(x, weights, module.kernel[...], convolve.mixture, module.strategy)
+    return y if module.bias is None else y + (weights @ module.bias[...])[:, None, None]
+
+
+def _tapped_mixture(code, kernels):
+    weights, taps = code
+    kernel = convolve.mixture(weights, kernels)
+    return kernel * taps.reshape(*kernel.shape[:2], 1, 1)
+
+
+def _low_rank(factors, kernel):
+    left, right = factors
+    return kernel + (left @ right).reshape(kernel.shape)
+
+
+def _with_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    return y if bias is None else y + bias[...][None, None, None]
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32).mean((1, 2))
+
+
+def _record(module: nnx.Module, weights: jax.Array) -> None:
+    """Leave the attention over kernels in the trace; all kernels are used, at no cost that depends on it."""
+    if not wrapping.tracing(module):
+        return
+    try:
+        for captured in module.__captures__:
+            captured.set_value(captured.get_value())
+    except TraceContextError:
+        # Inside a loop that a wrapper around this module runs, over the examples kept: they cannot leave it.
+        return
+    free = (0.0,) * weights.shape[1]
+    record(module, Decision(jnp.ones_like(weights), weights, "kernel", free, free))
