@@ -1,0 +1,327 @@
+"""Dynamic width: hidden channels that an example does without.
+
+Around a pair of layers, of which the first makes M hidden channels and the last takes them in: `Channels` decides about
+groups of them per example; `Slimmable` runs a first share of them, one width for all examples or one for each.
+
+Letters: B examples, C channels, M hidden channels, K groups or widths.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from dynjax import execute
+from dynjax.ops import wrapping
+from dynjax.ops.slices import Pick, Role, layers_of, narrow, pick_groups, roles, run, span
+
+# Groups of channels per example
+
+
+class Channels(nnx.Module):
+    """Hidden channels in contiguous groups, of which every example has those that the gate keeps.
+
+    y = last(first(x) * mask), where the mask is 0 on the channels of the groups not kept: feature boosting and
+    suppression (Gao et al. 2019, arXiv:1810.05331). Deviations: groups and not single channels; how many are kept
+    depends on the input, and not only which; and a kept channel is not scaled by its predicted saliency. Compact
+    execution slices the weights: for each example one block, as wide as what it keeps. For a residual block add the
+    shortcut outside, `x + Channels(...)(x)`.
+
+    Args:
+        first: makes the hidden channels: a convolution or linear layer, then BatchNorm, depthwise convolutions and
+            activations; one layer, a sequence of them, or an `nnx.Sequential`.
+        last: takes them in: a convolution or linear layer; what comes after it is run on its output as it is.
+        gate: gives a decision of shape (B, K), for example `ChannelGate(channels, K, rngs=rngs)`. K divides M.
+
+    Raises:
+        ValueError: if the layers' hidden channels cannot be sliced, or shapes do not agree.
+    """
+
+    def __init__(self, first: Callable | Sequence[Callable], last: Callable | Sequence[Callable], gate: Callable):
+        self.first, self.last = _pair("Channels", first, last)
+        self.gate = gate
+        self.roles, self.hidden = _named("Channels", self.first, self.last)
+        self.execution, self.strategy = "masked", "auto"
+
+    def set_view(
+        self,
+        execution: str | None = None,
+        strategy: str | None = None,
+        deterministic: bool | None = None,
+        use_running_average: bool | None = None,
+    ) -> None:
+        # The last two are for gates and layers; named here, since nnx.view refuses names that no module has.
+        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+
+    def __call__(self, x: Float[Array, "B *axes C"]) -> Float[Array, "B *after D"]:
+        decision = self.gate(x)
+        groups = decision.keep.shape[-1]
+        hint = f"use ChannelGate({x.shape[-1]}, groups, rngs=rngs)"
+        decision = wrapping.expect(decision, "channel", (x.shape[0], groups), "Channels", hint)
+        if self.hidden % groups:
+            raise ValueError(f"Channels: {groups} groups do not divide the {self.hidden} hidden channels")
+        layers = [*self.first.layers, *self.last.layers]
+        takes = self.roles.index("takes")
+        if wrapping.tracing(self):
+            group = self._slice([wrapping.still(layer) for layer in layers], span(0, self.hidden // groups), groups, 1)
+            costs = (wrapping.macs_per_example(group, x),) * groups
+            wrapping.account(self, decision, costs, costs)
+        for part in (self.first, self.last):
+            wrapping.ready(part, self.execution)
+        if self.execution == "masked":
+            hidden = run(layers[:takes], x)
+            mask = jnp.repeat(decision.keep, self.hidden // groups, axis=-1).astype(hidden.dtype)
+            y = layers[takes](hidden * mask.reshape(mask.shape[0], *(1,) * (hidden.ndim - 2), -1))
+        else:
+            y = self._compact(layers, x, decision.keep)
+            if layers[takes].use_bias:
+                y = y + layers[takes].bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return run(layers[takes + 1 :], y)
+
+    def _slice(self, layers: list[Callable], pick: Pick, groups: int, kept: int) -> Callable:
+        """The pair with `kept` of the groups of channels, without the last bias."""
+        pairs = zip(layers, self.roles, strict=True)
+        channels = self.hidden // groups * kept
+        return functools.partial(run, [narrow(la, ro, pick, channels, bias=False) for la, ro in pairs if ro != "after"])
+
+    def _compact(self, layers, x, keep):
+        kept, groups = keep > 0.5, keep.shape[1]
+        whole = self._slice(layers, lambda array, axis: array, groups, groups)
+        spec = execute.shape_of(whole, x)
+        zeros = jnp.zeros(spec.shape, spec.dtype)
+
+        def loop():
+            # One block as wide as what is kept for each example: measured faster than one group after the other.
+            order = jnp.argsort(~kept, axis=1, stable=True)
+
+            def some(number):
+                return lambda x, order: self._slice(layers, pick_groups(order[:number], groups), groups, number)(x)
+
+            ways = [lambda x, order: zeros[:1], *map(some, range(1, groups)), lambda x, order: whole(x)]
+
+            def body(i, out):
+                one = lax.dynamic_index_in_dim(x, i, keepdims=True)
+                y = lax.switch(kept[i].sum(), ways, one, order[i])
+                return lax.dynamic_update_index_in_dim(out, y, i, 0)
+
+            return lax.fori_loop(0, x.shape[0], body, zeros)
+
+        def buckets():
+            y, size = zeros, self.hidden // groups
+            for group in range(groups):
+                part = self._slice(layers, span(group * size, size), groups, 1)
+                y = execute.samples(
+                    lambda pair, part=part: part(pair[0]) + pair[1],
+                    (x, y),
+                    keep[:, group],
+                    otherwise=lambda pair: pair[1],
+                    execution="compact",
+                    strategy="buckets",
+                )
+            return y
+
+        return execute._by_platform(self.strategy, loop, buckets)
+
+
+# One of several widths
+
+
+class Slimmable(nnx.Module):
+    """A block at one of several hidden widths, each the first channels of the next wider one.
+
+    Without a gate all examples have one width, that of the view, `nnx.view(model, width=0.5)`: slimmable networks (Yu
+    et al. 2019, arXiv:1812.08928) and universally slimmable ones (Yu & Huang 2019, arXiv:1903.05134). With a gate each
+    example has its own (DS-Net, Li et al. 2021, arXiv:2103.13023), unless the view has a width; one width for all is no
+    decision, and its MACs are a static part of the trace. Deviation: only hidden channels are sliced, input and output
+    keep theirs, so that blocks of different widths can follow each other.
+
+    Args:
+        first, last: as in `Channels`.
+        gate: gives a one-hot decision of shape (B, K), the narrowest first: `BranchGate(channels, K, rngs=rngs)`.
+        widths: shares of the hidden channels, ascending to 1.
+        norms: "switchable": every width has BatchNorm layers of its own (Yu et al. 2019), which start as copies; the
+            widest has those of `first` and `last`. "shared": slices of one, for any width in (0, 1]; its
+            statistics must be estimated for the width that is used, with `recalibrate`.
+
+    Raises:
+        ValueError: if the layers' hidden channels cannot be sliced, shapes do not agree, or a width is not there.
+    """
+
+    def __init__(
+        self,
+        first: Callable | Sequence[Callable],
+        last: Callable | Sequence[Callable],
+        gate: Callable | None = None,
+        *,
+        widths: Sequence[float | int] = (0.25, 0.5, 0.75, 1.0),
+        norms: Literal["switchable", "shared"] = "switchable",
+    ):
+        if not widths or list(widths) != sorted(set(widths)) or widths[0] <= 0 or widths[-1] != 1:
+            raise ValueError(f"widths={tuple(widths)} must ascend in (0, 1] and end in 1")
+        if norms not in ("switchable", "shared"):
+            raise ValueError(f"norms={norms!r} must be 'switchable' or 'shared'")
+        self.first, self.last = _pair("Slimmable", first, last)
+        self.roles, self.hidden = _named("Slimmable", self.first, self.last)
+        self.gate, self.widths = gate, tuple(widths)
+        layers = [*self.first.layers, *self.last.layers]
+        found = [(la, ro) for la, ro in zip(layers, self.roles, strict=True) if isinstance(la, nnx.BatchNorm)]
+        self.switched = norms == "switchable" and bool(found)
+        self.norms = nnx.List(
+            [nnx.List([_own(la, ro, self.channels(w)) for la, ro in found]) for w in widths[:-1] if self.switched]
+        )
+        self.width: float | int | None = None
+        self.execution, self.strategy = "masked", "auto"
+
+    def set_view(
+        self,
+        execution: str | None = None,
+        strategy: str | None = None,
+        width: float | int | None = None,
+        deterministic: bool | None = None,
+        use_running_average: bool | None = None,
+    ) -> None:
+        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        if width is not None:
+            self._check_width(width)
+            self.width = width
+
+    def channels(self, width: float | int) -> int:
+        """Hidden channels of a width."""
+        return max(1, round(width * self.hidden))
+
+    def _check_width(self, width: float | int) -> None:
+        if not 0 < width <= 1:
+            raise ValueError(f"width={width} must be in (0, 1]")
+        if self.switched and width not in self.widths:
+            raise ValueError(f"width={width} has no BatchNorm: widths={self.widths}, or norms='shared' for any")
+
+    def at(self, width: float | int) -> Callable[[Array], Array]:
+        """The block at one width, in (0, 1]; it shares the parameters."""
+        self._check_width(width)
+        own = iter(())
+        if self.switched and width != 1:
+            own = iter(self.norms[self.widths.index(width)])
+        channels, layers = self.channels(width), []
+        for layer, role in zip([*self.first.layers, *self.last.layers], self.roles, strict=True):
+            if width == 1:
+                layers.append(layer)
+            elif not isinstance(layer, nnx.BatchNorm):
+                layers.append(narrow(layer, role, span(0, channels), channels))
+            elif self.switched:
+                layers.append(next(own))
+            else:
+                layers.append(functools.partial(_shared_norm, layer, channels) if role == "each" else layer)
+        return functools.partial(run, layers)
+
+    def __call__(self, x: Float[Array, "B *axes C"]) -> Float[Array, "B *after D"]:
+        for part in (self.first, self.last, *(norm for norms in self.norms for norm in norms)):
+            wrapping.ready(part, self.execution)
+        if self.gate is None or self.width is not None:
+            return self.at(self.width or 1.0)(x)
+        shape = (x.shape[0], len(self.widths))
+        hint = f"use BranchGate({x.shape[-1]}, {len(self.widths)}, rngs=rngs)"
+        decision = wrapping.expect(self.gate(x), "branch", shape, "Slimmable", hint)
+        if wrapping.tracing(self):
+            still = wrapping.still(self)
+            costs = tuple(wrapping.macs_per_example(still.at(width), x) for width in self.widths)
+            wrapping.account(self, decision, costs, costs)
+        blocks = [self.at(width) for width in self.widths]
+        return execute.branches(blocks, x, decision.keep, execution=self.execution, strategy=self.strategy)
+
+
+def _pair(wrapper: str, first: Any, last: Any) -> tuple[nnx.Sequential, nnx.Sequential]:
+    pair = nnx.Sequential(*layers_of(first)), nnx.Sequential(*layers_of(last))
+    for part in pair:
+        wrapping.refuse_nested(wrapper, part)
+    return pair
+
+
+def _named(wrapper: str, first: nnx.Sequential, last: nnx.Sequential) -> tuple[tuple[Role, ...], int]:
+    try:
+        found, hidden = roles(list(first.layers), list(last.layers))
+    except ValueError as error:
+        raise ValueError(f"{wrapper}: {error}") from error
+    return tuple(found), hidden
+
+
+def _own(norm: nnx.BatchNorm, role: Role, channels: int) -> nnx.BatchNorm:
+    """A BatchNorm for some of the channels (all that come `after`), which starts as a copy and shares nothing."""
+    channels = channels if role == "each" else norm.num_features
+    return narrow(norm, "each", lambda array, axis: jnp.array(span(0, channels)(array, axis)), channels)
+
+
+def _shared_norm(norm: nnx.BatchNorm, channels: int, x: Array) -> Array:
+    """The first channels of `norm`, whose statistics it updates if it trains."""
+    part = narrow(norm, "each", span(0, channels), channels)
+    y = part(x)
+    if not norm.use_running_average:
+        for ours, new in ((norm.mean, part.mean), (norm.var, part.var)):
+            ours[...] = ours[...].at[:channels].set(new[...])
+    return y
+
+
+# Training at several widths
+
+
+def sandwich_widths(widths: Sequence[float | int], key: jax.Array, n: int) -> Int[Array, "n"]:
+    """Which widths to train in one step, as indices: the widest, the narrowest, and n - 2 others at random.
+
+    The sandwich rule (Yu & Huang 2019, arXiv:1903.05134). Deviation: others are drawn among `widths`,
+    without replacement. Raises ValueError if n is not in [2, K].
+    """
+    if not 2 <= n <= len(widths):
+        raise ValueError(f"n={n} must be at least 2 and at most the {len(widths)} widths")
+    between = jax.random.permutation(key, jnp.arange(1, len(widths) - 1))[: n - 2]
+    return jnp.concatenate([jnp.asarray([len(widths) - 1, 0]), between])
+
+
+def at_width(model: nnx.Module, widths: Sequence[float | int], index: Int[Array, ""] | int, *args: Any) -> Any:
+    """`model(*args)` at widths[index], where `index` may be traced; statistics move on, decisions are not traced."""
+    ways = [lambda model, *args, w=w: nnx.view(model, width=w)(*args) for w in widths]
+    return ways[index](model, *args) if isinstance(index, int) else nnx.switch(index, ways, model, *args)
+
+
+def distillation_loss(student: Float[Array, "... K"], teacher: Float[Array, "... K"]) -> Float[Array, ""]:
+    """Mean cross-entropy of the student's logits against the teacher's softmax, through which no gradient flows.
+
+    In-place distillation (Yu & Huang 2019, arXiv:1903.05134): the widest net is the teacher, and learns from labels.
+    """
+    target = jax.nn.softmax(lax.stop_gradient(teacher).astype(jnp.float32))
+    return -(target * jax.nn.log_softmax(student.astype(jnp.float32))).sum(-1).mean()
+
+
+def recalibrate(model: nnx.Module, batches: Iterable[Any], **view: Any) -> nnx.Module:
+    """A copy of `model` whose BatchNorm statistics are those of `batches` when it is run as `nnx.view(model, **view)`.
+
+    The exact mean of the batches' means and variances, each batch counting alike (Yu & Huang 2019, arXiv:1903.05134),
+    of the layers that are run; the copy has the view of `model`.
+
+    Raises:
+        ValueError: if there are no batches.
+    """
+    copy = nnx.clone(model)
+    training = nnx.view(copy, **view) if view else copy
+    training = nnx.view(
+        training, execution="masked", deterministic=True, use_running_average=False, raise_if_not_found=False
+    )
+    for _, module in nnx.iter_modules(training):
+        if isinstance(module, nnx.BatchNorm):
+            module.momentum = 0.0
+    graphdef, stats, rest = nnx.split(training, nnx.BatchStat, ...)
+
+    @jax.jit
+    def of_batch(stats, rest, x):
+        model = nnx.merge(graphdef, stats, rest, copy=True)
+        model(x)
+        return nnx.state(model, nnx.BatchStat)
+
+    found = [of_batch(stats, rest, jnp.asarray(x)) for x in batches]
+    if not found:
+        raise ValueError("batches is empty: give at least one batch of inputs")
+    nnx.update(copy, jax.tree.map(lambda *values: sum(values) / len(values), *found))
+    return copy
