@@ -94,3 +94,10 @@ class Attention(nnx.Module):
             return jax.random.uniform(self.rngs.gate(), (features.shape[0], units))
         # A continuous function of the content, as in gates.RandomGate: rounding must not draw everything anew.
         return jnp.mod(jax.random.uniform(jax.random.key(0), (1, units)) + 97 * features.mean(1, keepdims=True), 1)
+
+
+def _on_simplex(uniform: jax.Array) -> jax.Array:
+    """Weights that sum to 1, evenly spread over all such: exponential variables over their sum."""
+    exponential = -jnp.log(jnp.maximum(uniform, 1e-6))
+    # Never 0 / 0, should all of them have been drawn as 1.
+    return exponential / jnp.maximum(exponential.sum(1, keepdims=True), 1e-6)
