@@ -216,6 +216,52 @@ def test_random_gate_keeps_its_rate():
     assert evaluate(dj.RandomGate(0.5, rngs=nnx.Rngs(0)), x).keep.shape == (16,)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_a_path_gate_is_the_soft_conditional_gate(threshold):
+    """relu(tanh(logits)), worked by hand: the logits are the biases."""
+    gate = make(lambda rngs: dj.PathGate(5, 4, rngs=rngs))
+    gate.logits.out[...] = jnp.zeros_like(gate.logits.out[...])
+    gate.logits.bias[...] = jnp.asarray([1.5, 0.3, 0.0, -1.0])
+
+    def decide(gate, x):
+        decision = evaluate(gate, x, threshold)
+        return decision.keep.sum(0), decision
+
+    slope, decision = jax.jacobian(lambda bias: decide(with_bias(gate, bias), image(2, 3, 3, 5)), has_aux=True)(
+        gate.logits.bias[...]
+    )
+    weights = {0.0: [0.905148, 0.291313, 0, 0], 0.5: [0.761594, 0, 0, 0]}[threshold]
+    np.testing.assert_allclose(decision.probability, [weights] * 2, atol=1e-6)
+    np.testing.assert_array_equal(decision.keep, (np.asarray([weights] * 2) > 0))
+    # A closed path still feels a budget.
+    sigmoid = 1 / (1 + np.exp(threshold - np.asarray([1.5, 0.3, 0.0, -1.0])))
+    np.testing.assert_allclose(slope, 2 * np.diag(sigmoid * (1 - sigmoid)), atol=1e-6)
+
+
+def with_bias(gate, bias):
+    gate = nnx.clone(gate)
+    gate.logits.bias[...] = bias
+    return gate
+
+
+@pytest.mark.parametrize("draw", ["single", "sandwich", "independent"])
+def test_sampled_paths_draw_what_they_say(draw):
+    gate, x = make(lambda rngs: dj.SampledPaths(3, draw, rate=0.7, rngs=rngs)), image(3000, 2)
+    keep = np.asarray(train(gate, x).keep)
+    if draw == "single":
+        np.testing.assert_array_equal(keep.sum(1), 1)
+        np.testing.assert_allclose(keep.mean(0), 1 / 3, atol=0.04)
+    if draw == "sandwich":
+        assert keep[::3].all() and not keep[1::3].any()
+    if draw != "single":
+        np.testing.assert_allclose(keep[2::3].mean(0), 0.7, atol=0.05)
+    assert (np.asarray(train(gate, x).keep) != keep).any()
+    for threshold, rate in ((-30.0, 1.0), (0.0, 0.7), (np.log(0.7 / 0.3), 0.5), (30.0, 0.0)):
+        decision = evaluate(gate, x, threshold)
+        np.testing.assert_allclose(decision.keep.mean(0), rate, atol=0.05)
+        np.testing.assert_array_equal(decision.probability, decision.keep)
+
+
 def test_errors_name_the_argument():
     rngs, x = nnx.Rngs(0), image(1, 8, 8, 4)
     for build, message in [

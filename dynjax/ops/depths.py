@@ -35,7 +35,7 @@ class TokenGate(nnx.Module):
         ValueError: if `capacity` is not in (0, 1].
     """
 
-    def __init__(self, features: int, *, capacity: float = 0.125, rngs: nnx.Rngs):
+    def __init__(self, features: int, *, capacity: float | int = 0.125, rngs: nnx.Rngs):
         if not 0 < capacity <= 1:
             raise ValueError(f"capacity={capacity} must be in (0, 1]: it is the share of the tokens that take part")
         self.weight = GateParam(nnx.initializers.normal(features**-0.5)(rngs.params(), (features, 1)))

@@ -111,7 +111,8 @@ class Cell(nnx.Module):
         down: Callable | None = None,
     ):
         for part in (operation, up, down):
-            wrapping.refuse_nested("Cell", part)
+            if part is not None:
+                wrapping.refuse_nested("Cell", part)
         self.operation, self.gate, self.up, self.down = operation, gate, up, down
         self.execution, self.strategy = "masked", "auto"
 

@@ -1,0 +1,146 @@
+"""A classifier and a segmenter whose pictures take their own paths through a grid of scales and layers.
+
+After dynamic routing (Li et al. 2020, arXiv:2003.10401, section 3.4), at a size for small pictures. Deviations: a path
+down folds 2x2 pixels into the channels of its 1x1 convolution rather than drop three of four; a path up repeats pixels
+rather than interpolate, which would cost more than the convolution; cells have plain 3x3 convolutions unless separable
+ones are asked for.
+
+Letters: B examples, H W pixels, C D channels, K classes, S scales.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from dynjax.config import RoutedConfig
+from dynjax.gates import PathGate, SampledPaths
+from dynjax.models.blocks import Block, Mix, gather_pixels, pixels
+from dynjax.models.unet import Merge, repeat_pixels, spread_pixels
+from dynjax.ops import Cell, Supernet
+
+
+class SeparableBlock(nnx.Module):
+    """Two depthwise 3x3 convolutions, each with a linear layer and batch normalisation, around a shortcut."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        def depthwise():
+            return nnx.Conv(channels, channels, (3, 3), feature_group_count=channels, use_bias=False, rngs=rngs)
+
+        self.depth1, self.mix1 = depthwise(), Mix(channels, channels, rngs=rngs)
+        self.depth2, self.linear2 = depthwise(), nnx.Linear(channels, channels, use_bias=False, rngs=rngs)
+        self.norm2 = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        y = self.mix1(self.depth1(x))
+        return nnx.relu(x + self.norm2(self.linear2(self.depth2(y))))
+
+
+class Up(nnx.Module):
+    """Half the channels at twice the resolution."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.mix = Mix(channels, channels // 2, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W D"]:
+        return repeat_pixels(self.mix(x))
+
+
+class Down(nnx.Module):
+    """Twice the channels at half the resolution, odd sizes rounded up."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.mix = Mix(4 * channels, 2 * channels, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        return self.mix(gather_pixels(x))
+
+
+class LabelHead(nnx.Module):
+    """Logits from the means over the maps of all scales."""
+
+    def __init__(self, channels: Sequence[int], classes: int, *, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(sum(channels), classes, rngs=rngs)
+
+    def __call__(self, maps: Sequence[Float[Array, "B _H _W _C"]]) -> Float[Array, "B K"]:
+        return self.linear(jnp.concatenate([x.mean((1, 2)) for x in maps], -1)).astype(jnp.float32)
+
+
+class MaskHead(nnx.Module):
+    """Logits of every pixel: from the coarsest scale up, each map is mixed with what comes from below."""
+
+    def __init__(self, channels: Sequence[int], classes: int, stride: int, *, rngs: nnx.Rngs):
+        self.merge = nnx.List([Merge(fine, coarse, rngs=rngs) for fine, coarse in itertools.pairwise(channels)])
+        self.linear = nnx.Linear(channels[0], classes * stride**2, rngs=rngs)
+        self.stride = stride
+
+    def __call__(self, maps: Sequence[Float[Array, "B _H _W _C"]]) -> Float[Array, "B H W K"]:
+        x = maps[-1]
+        for scale in reversed(range(len(self.merge))):
+            x = self.merge[scale](maps[scale], x)
+        return spread_pixels(self.linear(x).astype(jnp.float32), self.stride)
+
+
+class Routed(nnx.Module):
+    """Logits for every picture, (B, K), or for every pixel, (B, H, W, K), float32; takes (B, H, W, 3) bytes."""
+
+    def __init__(self, config: RoutedConfig, classes: int, *, rngs: nnx.Rngs):
+        if config.stem_stride not in (1, 2, 4):
+            raise ValueError(f"stem_stride={config.stem_stride} must be 1, 2 or 4")
+        if not 1 <= config.scales <= config.layers:
+            raise ValueError(
+                f"scales={config.scales} must be from 1 to layers={config.layers}: each layer reaches one scale more"
+            )
+        if config.gate == "random" and config.dynamics in ("single", "sandwich"):
+            raise ValueError(
+                f"gate='random' is the control of dynamics='gates', and dynamics={config.dynamics!r} learns no gate"
+            )
+        stride, channels = config.stem_stride, [config.channels * 2**scale for scale in range(config.scales)]
+        self.stem = nnx.Conv(3, channels[0], (max(3, 2 * stride - 1),) * 2, stride, use_bias=False, rngs=rngs)
+        self.stem_norm = nnx.BatchNorm(channels[0], momentum=0.95, rngs=rngs)
+        self.supernet = Supernet([_layer(number, config, channels, rngs) for number in range(config.layers)])
+        if config.task == "classification":
+            self.head = LabelHead(channels, classes, rngs=rngs)
+        else:
+            self.head = MaskHead(channels, classes, stride, rngs=rngs)
+
+    def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B K"] | Float[Array, "B H W K"]:
+        x = nnx.relu(self.stem_norm(self.stem(pixels(image, self.stem.kernel.dtype))))
+        logits = self.head(self.supernet(x))
+        return logits if logits.ndim == 2 else logits[:, : image.shape[1], : image.shape[2]]
+
+
+def _layer(number: int, config: RoutedConfig, channels: Sequence[int], rngs: nnx.Rngs) -> list[Cell]:
+    """The cells of one layer: as many as it reaches, with all the paths that lead somewhere."""
+    last = number == config.layers - 1
+    operation = {"residual": Block, "separable": SeparableBlock}[config.operation]
+    cells = []
+    for scale, width in enumerate(channels[: number + 1]):
+        up = Up(width, rngs=rngs) if scale and not last else None
+        down = Down(width, rngs=rngs) if scale + 1 < config.scales and not last else None
+        gate = _gate(config, width, 1 + (up is not None) + (down is not None), rngs)
+        cells.append(Cell(operation(width, rngs=rngs), gate, up=up, down=down))
+    return cells
+
+
+def _gate(config: RoutedConfig, channels: int, paths: int, rngs: nnx.Rngs) -> PathGate | SampledPaths | None:
+    if config.dynamics == "static":
+        return None
+    if config.dynamics == "gates" and config.gate == "learned":
+        return PathGate(channels, paths, rngs=rngs)
+    return SampledPaths(paths, "independent" if config.dynamics == "gates" else config.dynamics, rngs=rngs)
+
+
+def build(
+    config: RoutedConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
+) -> nnx.Module:
+    """The net of `config`.
+
+    `twin_params`: variables of a static twin, the same net without gates, which are put in.
+    """
+    model = Routed(config, num_classes, rngs=rngs)
+    if twin_params is not None:
+        nnx.update(model, twin_params)
+    return model
