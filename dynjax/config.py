@@ -79,9 +79,10 @@ class ResNetConfig:
     """Channels of each stage; each further stage works at half the resolution of the one before."""
     blocks: tuple[int, ...] = (3, 3, 3)
     """Residual blocks of each stage."""
-    dynamics: Literal["static", "skip", "policy", "channels", "slices", "exits"] = "static"
-    """skip: a gate before each block; policy: one network decides all blocks; channels: groups of hidden channels;
-    slices: one of several hidden widths; exits: a head after each stage. All per picture."""
+    dynamics: Literal["static", "skip", "policy", "reinforce", "channels", "slices", "exits"] = "static"
+    """skip: a gate before each block; policy: one network decides all blocks, and reinforce is the same trained by
+    REINFORCE; channels: groups of hidden channels; slices: one of several hidden widths; exits: a head after each
+    stage. All per picture."""
     gate: Literal["learned", "random"] = "learned"
     groups: int = 4
     """Groups of hidden channels, or slices of the hidden width."""
@@ -253,6 +254,16 @@ class LossConfig:
     segmentation."""
     label_smoothing: float = 0.0
     """Share of the label that is spread over all classes; of classification."""
+    load_balance: float = 0.0
+    """Weight of the loss that has all branches and experts used alike."""
+    router_z: float = 0.0
+    """Weight of the loss that keeps the logits of experts' routers small."""
+    ponder: float = 0.01
+    """Weight of PonderNet's divergence from its prior, whose mean is the budget's share of the steps."""
+    reinforce: float = 1.0
+    """Weight of the loss of a policy that is trained by REINFORCE."""
+    wrong: float = 1.0
+    """Penalty of a wrong prediction in its reward: the larger, the more blocks it keeps."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,11 +55,16 @@ def test_masked_equals_compact():
 
 def test_the_twin_is_the_last_exit():
     twin, x = build(models.static_twin(SMALL)), bytes_(2, 8, 8, 3)
-    model = models.build(SMALL, 5, rngs=nnx.Rngs(1), twin_params=nnx.state(twin, nnx.Any(nnx.Param, nnx.BatchStat)))
-    np.testing.assert_allclose(still(model).predictions(x)[-1], still(twin)(x), rtol=1e-5, atol=1e-5)
-    trace = dj.traced(at(-30.0, still(model)))(x)[1]
+    params = nnx.state(twin, nnx.Any(nnx.Param, nnx.BatchStat))
+    model = nnx.jit(lambda params: models.build(SMALL, 5, rngs=nnx.Rngs(1), twin_params=params))(params)
+    outputs, wanted, trace = jax.jit(
+        lambda x: (still(model).predictions(x), still(twin)(x), dj.traced(at(-30.0, still(model)))(x)[1])
+    )(x)
+    np.testing.assert_allclose(outputs[-1], wanted, rtol=1e-5, atol=1e-5)
+    channels = [head.convs.layers[0].conv.in_features for head in model.exits.heads[:-1]]
     heads = [
-        cost.macs(still(head), jnp.zeros((1, 4, 4, c))) for head, c in zip(model.exits.heads, (12, 8), strict=False)
+        cost.macs(still(head), [jax.ShapeDtypeStruct((1, 4, 4, c), jnp.float32)])
+        for head, c in zip(model.exits.heads, channels, strict=False)
     ]
     assert trace.full_macs == pytest.approx(cost.macs(still(twin), x[:1]) + sum(heads))
 

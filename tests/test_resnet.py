@@ -34,7 +34,7 @@ def test_macs_by_hand():
     assert found == stem + first + down + second + 8 * 5
 
 
-@pytest.mark.parametrize("dynamics", ["skip", "exits"])
+@pytest.mark.parametrize("dynamics", ["skip", "exits", "policy", "channels", "slices"])
 @pytest.mark.parametrize("gate", ["learned", "random"])
 def test_masked_equals_compact(dynamics, gate):
     model, x = build(dynamics, gate), bytes_(5, 7, 8, 3)
@@ -48,12 +48,12 @@ def test_masked_equals_compact(dynamics, gate):
     assert shares[0] == pytest.approx(1) and shares[0] >= shares[1] >= shares[2] and shares[2] < 1
 
 
-@pytest.mark.parametrize("dynamics", ["skip", "exits"])
+@pytest.mark.parametrize("dynamics", ["skip", "exits", "policy", "channels", "slices"])
 def test_everything_kept_is_the_static_twin(dynamics):
     twin, x = build("static"), bytes_(2, 8, 8, 3)
     params = nnx.state(twin, nnx.Any(nnx.Param, nnx.BatchStat))
     config = ResNetConfig(widths=(4, 8), blocks=(1, 2), groups=2, dynamics=dynamics)
-    model = models.build(config, 5, rngs=nnx.Rngs(1), twin_params=params)
+    model = nnx.jit(lambda params: models.build(config, 5, rngs=nnx.Rngs(1), twin_params=params))(params)
     np.testing.assert_allclose(at(-30.0, still(model))(x), still(twin)(x), rtol=1e-5, atol=1e-5)
 
 

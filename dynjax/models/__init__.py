@@ -7,8 +7,13 @@ from flax import nnx
 
 from dynjax.config import ModelConfig
 
-OF_DYNAMICS = frozenset({"dynamics", "gate", "tiles", "groups"})
+OF_DYNAMICS = frozenset({"dynamics", "gate", "tiles", "tile", "groups", "kernels", "experts", "least"})
 """Fields of configurations that the static twin does not depend on."""
+
+
+def segments(config: ModelConfig) -> bool:
+    """Whether the model predicts a class for every pixel, and not one for the picture."""
+    return config.family == "unet" or getattr(config, "task", "") == "segmentation"
 
 
 def build(config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:

@@ -14,10 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from dynjax.config import ResNetConfig
-from dynjax.gates import RandomGate, SampleGate
+from dynjax.gates import BranchGate, ChannelGate, RandomGate, SampleGate
 from dynjax.models.blocks import Block, Mix, gather_pixels, pixels
 from dynjax.models.exits import CONFIDENCE, ExitNet
-from dynjax.ops import Exits, Skip, dynamize
+from dynjax.ops import Channels, Exits, Skip, Slimmable, dynamize
+from dynjax.ops.policy import PolicySkip
 
 
 class Stem(nnx.Module):
@@ -96,6 +97,35 @@ class ResNet(nnx.Module):
         return self.head(x)
 
 
+class Shortcut(nnx.Module):
+    """A residual block whose two layers are dynamic inside."""
+
+    def __init__(self, body: Channels | Slimmable):
+        self.body = body
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        return nnx.relu(x + self.body(x))
+
+
+class PolicyNet(nnx.Module):
+    """A ResNet whose residual blocks one small network decides about, from the picture (BlockDrop)."""
+
+    def __init__(self, model: ResNet, random: bool, *, straight_through: bool, rngs: nnx.Rngs):
+        chain = [module for stage in model.stages for module in (stage.entry, *stage.blocks)]
+        skip = [number for number, module in enumerate(chain) if isinstance(module, Block)]
+        if random:
+            gate = RandomGate(0.5, units=len(skip), rngs=rngs)
+        else:
+            width = 2 * model.stages[0].entry.conv.out_features
+            look = [Stem(width // 2, 2, rngs=rngs), Down(width // 2, width, rngs=rngs)]
+            gate = nnx.Sequential(*look, ChannelGate(width, len(skip), rngs=rngs))
+        self.chain = PolicySkip(chain, gate, skip=skip, straight_through=straight_through)
+        self.head = model.head
+
+    def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B K"]:
+        return self.head(self.chain(pixels(image, self.head.linear.kernel.dtype)))
+
+
 def build(
     config: ResNetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
 ) -> nnx.Module:
@@ -115,8 +145,27 @@ def adaptive(model: ResNet, config: ResNetConfig, num_classes: int, *, rngs: nnx
         heads = [Head(width, num_classes, rngs=rngs) for width in config.widths[:-1]]
         return ExitNet(Exits(model.stages, [*heads, model.head], confidence=CONFIDENCE[config.gate]))
 
-    def gate(channels):
-        return RandomGate(0.5, rngs=rngs) if config.gate == "random" else SampleGate(channels, rngs=rngs)
+    random = config.gate == "random"
+    if config.dynamics in ("policy", "reinforce"):
+        return PolicyNet(model, random, straight_through=config.dynamics == "policy", rngs=rngs)
 
-    wrap = {"skip": lambda block, c, rngs: Skip(block, gate(c))}[config.dynamics]
+    def skip(block, channels, rngs):
+        return Skip(block, RandomGate(0.5, rngs=rngs) if random else SampleGate(channels, rngs=rngs))
+
+    def channels(block, channels, rngs):
+        groups = config.groups
+        gate = RandomGate(0.5, units=groups, rngs=rngs) if random else ChannelGate(channels, groups, rngs=rngs)
+        return Shortcut(Channels([block.conv1, block.norm1, nnx.relu], [block.conv2, block.norm2], gate))
+
+    def slices(block, channels, rngs):
+        widths = tuple((k + 1) / config.groups for k in range(config.groups))
+        gate = (
+            RandomGate(0.5, branches=config.groups, rngs=rngs)
+            if random
+            else BranchGate(channels, config.groups, rngs=rngs)
+        )
+        pair = [block.conv1, block.norm1, nnx.relu], [block.conv2, block.norm2]
+        return Shortcut(Slimmable(*pair, gate, widths=widths))
+
+    wrap = {"skip": skip, "channels": channels, "slices": slices}[config.dynamics]
     return dynamize(model, {r"stages/\d+/blocks/\d+": wrap}, rngs=rngs)

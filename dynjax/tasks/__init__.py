@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dynjax import models
 from dynjax.config import Config, UserError
 
 __all__ = ["make_task"]
@@ -14,7 +15,7 @@ def make_task(config: Config, source: Any, *, training: bool = True) -> Any:
     """
     from dynjax.tasks import classification, segmentation
 
-    segments = config.model.family == "unet"
+    segments = models.segments(config.model)
     if segments != (source.target == "mask"):
         what = "pictures with masks" if segments else "pictures with one label each"
         raise UserError(

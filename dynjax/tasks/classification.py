@@ -1,4 +1,4 @@
-"""Classification: one label for each picture; the loss of models with one output, with exits, and with steps.
+"""Classification: one label for each picture; the loss of models with one output, with exits, and with a policy.
 
 Labels are class numbers, and -1 for an example that does not count.
 Axis letters: B batch, K classes, E exits.
@@ -14,8 +14,17 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
+from dynjax import budget, trace
 from dynjax.config import BudgetConfig, LossConfig
+from dynjax.decision import Decision
+from dynjax.ops.attention import annealed_temperature, set_temperature
+from dynjax.ops.experts import router_z_loss
+from dynjax.ops.halting import geometric_prior, halting_distribution, kl_to_prior
+from dynjax.ops.policy import PolicySkip, blockdrop_reward, log_probability, reinforce_loss, set_curriculum
 from dynjax.tasks import spending
+
+CURRICULUM = 0.3
+"""Share of the training over which a policy comes to decide about all blocks (BlockDrop)."""
 
 
 def cross_entropy(logits: Float[Array, "B K"], label: Int[Array, "B"], smoothing: float = 0.0) -> Float[Array, "B"]:
@@ -56,7 +65,7 @@ def scores(confusion: Num[np.ndarray, "K K"]) -> dict[str, Any]:
 class ClassificationTask:
     """What a training loop needs of classification: `loss` and `confusion` of a batch, `scores` of many.
 
-    A model with a method `predictions` (exits) trains on all that it gives; others on what they return.
+    A model with a method `predictions` (exits, PonderNet) trains on all that it gives, others on what they return.
     """
 
     class_names: tuple[str, ...]
@@ -77,26 +86,74 @@ class ClassificationTask:
         `spending.within_budget`.
         """
         image, label = batch["image"], batch["label"]
-        spent, budget_loss = {"macs_fraction": 1.0}, 0.0
+        count = jnp.maximum((label >= 0).sum(), 1)
+        set_temperature(model, annealed_temperature(progress))
+        set_curriculum(model, progress / CURRICULUM)
+        spent, budget_loss, more = {"macs_fraction": 1.0}, 0.0, {}
         if hasattr(model, "predictions"):
-            outputs = model.predictions(image)
+            outputs, decisions = trace.traced(lambda model, image: model.predictions(image))(model, image)
+            losses = self._each(outputs, label)
+            if decisions.decisions:
+                task_loss, more = self._pondered(losses, decisions, label)
+            else:
+                # Every exit counts alike (Huang et al. 2018, section 4); their mean, whatever their number.
+                task_loss = losses.mean(1).sum() / count
         elif self.budget is not None and spending.steers(model):
-            logits, _, spent, budget_loss = spending.within_budget(
+            logits, decisions, spent, budget_loss = spending.within_budget(
                 lambda model, image: model(image), model, image, self.budget, key, progress
             )
             outputs = [logits]
+            task_loss = self._each(outputs, label).sum() / count
+            more = self._auxiliary(model, decisions)
+            if any(isinstance(each, PolicySkip) and not each.straight_through for _, each in nnx.iter_modules(model)):
+                more["reinforce"] = self._reinforced(model, image, label, logits, decisions)
+                budget_loss = 0.0  # the reward says what blocks are worth
         else:
             outputs = [model(image)]
-        # Every exit counts alike (Huang et al. 2018, section 4); their mean, so that rates do not depend on the number.
-        losses = [cross_entropy(logits, label, self.losses.label_smoothing) for logits in outputs]
-        count = jnp.maximum((label >= 0).sum(), 1)
-        task_loss = sum(each.sum() for each in losses) / count / len(losses)
-        metrics = {"loss": task_loss + budget_loss, "task_loss": task_loss, "budget_loss": budget_loss, **spent}
+            task_loss = self._each(outputs, label).sum() / count
+        loss = task_loss + budget_loss + sum(more.values(), jnp.float32(0))
+        metrics = {"loss": loss, "task_loss": task_loss, "budget_loss": budget_loss, **more, **spent}
         metrics["accuracy"] = (outputs[-1].argmax(-1) == label).sum() / count
         if len(outputs) > 1:
             for number, logits in enumerate(outputs):
                 metrics[f"accuracy_exit_{number}"] = (logits.argmax(-1) == label).sum() / count
-        return metrics["loss"], {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+        return loss, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+    def _each(self, outputs: list[Array], label: Array) -> Float[Array, "B E"]:
+        return jnp.stack([cross_entropy(logits, label, self.losses.label_smoothing) for logits in outputs], 1)
+
+    def _pondered(self, losses: Array, decisions: trace.Trace, label: Array) -> tuple[Array, dict[str, Array]]:
+        """PonderNet: the loss expected over where it stops, and the divergence of that from the prior."""
+        (decision,) = decisions.decisions.values()
+        p, counts = halting_distribution(decision), (label >= 0)
+        steps = losses.shape[1]
+        target = 0.5 if self.budget is None else self.budget.target
+        prior = geometric_prior(min(0.95, 1 / (target * steps)), steps)
+        expected = jnp.where(counts, (p * losses).sum(-1), 0).sum() / jnp.maximum(counts.sum(), 1)
+        divergence = jnp.where(counts, kl_to_prior(p, prior), 0).sum() / jnp.maximum(counts.sum(), 1)
+        return expected, {"ponder": self.losses.ponder * divergence}
+
+    def _auxiliary(self, model: nnx.Module, decisions: trace.Trace) -> dict[str, Array]:
+        """The weighted losses that keep branches and experts in use."""
+        terms = {
+            "load_balance": (self.losses.load_balance, lambda: budget.load_balance(decisions)),
+            "router_z": (self.losses.router_z, lambda: router_z_loss(model)),
+        }
+        return {name: weight * term() for name, (weight, term) in terms.items() if weight}
+
+    def _reinforced(
+        self, model: nnx.Module, image: Array, label: Array, logits: Array, decisions: trace.Trace
+    ) -> Array:
+        """BlockDrop's loss of the policy: what it drew against the reward of what it would do without noise."""
+        frozen = nnx.view(model, deterministic=True, use_running_average=True, raise_if_not_found=False)
+        greedy, most_probable = trace.traced(frozen)(image)
+
+        def reward(logits: Array, decision: Decision) -> Array:
+            return blockdrop_reward(logits.argmax(-1) == label, decision.keep.mean(-1), self.losses.wrong)
+
+        (drawn,), (chosen,) = (each.decisions.values() for each in (decisions, most_probable))
+        rewards = reward(logits, drawn), reward(greedy, chosen)
+        return self.losses.reinforce * reinforce_loss(log_probability(drawn), *rewards)
 
     def confusion(self, logits: Float[Array, "B K"], label: Int[Array, "B"]) -> Int[Array, "K K"]:
         """`confusion_matrix` of a batch."""
