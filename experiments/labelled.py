@@ -1,16 +1,27 @@
 """What the rows of classification share: data, augmentation and length of training, by data set.
 
-Not a row file: families take these and say the model. Paths are under data/, or given as --data.path.
+No rows here: families take these and say the model. Paths are under data/, or given as --data.path.
 """
 
-from dynjax.config import AugmentConfig, Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
+import dataclasses
+from collections.abc import Callable
+
+from dynjax.config import AugmentConfig, BudgetConfig, Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
+
+Row = Callable[[], Config]
 
 DATA = {
     "digits": DataConfig(name="digits8", size=(16, 16), augment=AugmentConfig(False, 1.0, 0.0, pad=1)),
     "mnist": DataConfig(name="mnist", path="data/mnist", size=(32, 32), augment=AugmentConfig(False, 1.0, 0.0, pad=2)),
     "cifar10": DataConfig(name="cifar10", path="data/cifar10", augment=AugmentConfig(True, 1.0, 0.0, pad=4)),
 }
+SHOWN = {"digits": "8x8 digits shown at 16x16", "mnist": "MNIST at 32x32", "cifar10": "CIFAR-10 32x32"}
 STEPS = {"digits": 400, "mnist": 500, "cifar10": 1500}
+PROTOCOL = {
+    "digits": "400 steps of 64; shifted by up to a pixel",
+    "mnist": "500 steps of 64; shifted by up to 2 pixels",
+    "cifar10": "1500 steps of 64; flip, shifted by up to 4 pixels",
+}
 
 
 def config(row: str, model: ModelConfig, **changes: object) -> Config:
@@ -28,3 +39,71 @@ def config(row: str, model: ModelConfig, **changes: object) -> Config:
         evaluate_every=500,
     )
     return Config(**fields | changes)
+
+
+def adaptive(row: Config, name: str, target: float = 0.4, **model: object) -> Config:
+    """`row` with dynamics, meant to start from its trained twin: two thirds of its steps, budgets down to `target`."""
+    return dataclasses.replace(
+        row,
+        row=name,
+        model=dataclasses.replace(row.model, **model),
+        budget=BudgetConfig(target=target),
+        steps=row.steps * 2 // 3,
+    )
+
+
+def make_row(config: Config, about: str, protocol: str) -> Row:
+    """A row that gives `config`, with its name and a docstring."""
+
+    def row() -> Config:
+        return config
+
+    row.__name__ = row.__qualname__ = config.row
+    row.__doc__ = f"{about}\n\n    Protocol: {protocol}\n    "
+    return row
+
+
+def variants(
+    family: str,
+    what: str,
+    model: ModelConfig,
+    kinds: dict[str, str],
+    *,
+    sets: tuple[str, ...] = ("digits", "mnist", "cifar10"),
+    small: dict[str, object] | None = None,
+    from_twin: bool = True,
+    target: float = 0.4,
+    loss: dict[str, object] | None = None,
+) -> tuple[Row, ...]:
+    """Rows SET_FAMILY_static, SET_FAMILY_KIND for each of `kinds`, and the control SET_FAMILY_random of the first.
+
+    Args:
+        what: the network, in a few words.
+        kinds: the row's last word to the model's `dynamics`.
+        sets: data sets; `small` has the model's fields where they differ on digits.
+        from_twin: whether dynamic rows start from the trained twin (--init-from) and take two thirds of its steps.
+        target: lowest budget that is trained for.
+        loss: fields of the loss that differ in dynamic rows.
+    """
+    rows = []
+    for data in sets:
+        shape = dataclasses.replace(model, **(small or {})) if data == "digits" else model
+        static = config(f"{data}_{family}_static", dataclasses.replace(shape, dynamics="static"))
+        where = f"{what}, {SHOWN[data]}"
+        rows.append(make_row(static, f"Static twin: {where}.", f"{PROTOCOL[data]}. Choose on val, report test."))
+        first = next(iter(kinds))
+        for kind, dynamics in {**kinds, "random": kinds[first]}.items():
+            name, gate = f"{data}_{family}_{kind}", "random" if kind == "random" else "learned"
+            changes = dict(dynamics=dynamics, gate=gate)
+            if from_twin:
+                row = adaptive(static, name, target, **changes)
+                protocol = f"{row.steps} steps from the weights of {static.row} (--init-from), budgets from {target}."
+            else:
+                row = dataclasses.replace(
+                    static, row=name, model=dataclasses.replace(shape, **changes), budget=BudgetConfig(target=target)
+                )
+                protocol = f"as {static.row}, from nothing."
+            row = dataclasses.replace(row, loss=dataclasses.replace(row.loss, **(loss or {})))
+            control = f"Control: {data}_{family}_{first} that chooses at random."
+            rows.append(make_row(row, control if kind == "random" else f"{kind}: {where}.", protocol))
+    return tuple(rows)

@@ -9,22 +9,11 @@ python -m experiments.evaluate --workdir runs/ROW
 
 import dataclasses
 
-from dynjax.config import BudgetConfig, Config, OptimizerConfig, ResNetConfig
+from dynjax.config import Config, OptimizerConfig, ResNetConfig
 from experiments import labelled
 
 SMALL = ResNetConfig(stem_stride=2, widths=(32, 64, 128), blocks=(2, 2, 2))
 """As many MACs as widths of 16, 32, 64 at the full resolution, in shapes that two cores train twice as fast."""
-
-
-def _dynamic(row: Config, name: str, dynamics: str, **model: object) -> Config:
-    """`row` with dynamics, meant to start from its trained twin: two thirds of its steps."""
-    return dataclasses.replace(
-        row,
-        row=name,
-        model=dataclasses.replace(row.model, dynamics=dynamics, **model),
-        budget=BudgetConfig(target=0.4),
-        steps=row.steps * 2 // 3,
-    )
 
 
 def digits_resnet_static() -> Config:
@@ -41,7 +30,7 @@ def digits_resnet_skip() -> Config:
     Protocol: two thirds of the static twin's steps, from its weights (--init-from); a budget from [0.4, 1] is drawn at
     every step.
     """
-    return _dynamic(digits_resnet_static(), "digits_resnet_skip", "skip")
+    return labelled.adaptive(digits_resnet_static(), "digits_resnet_skip", dynamics="skip")
 
 
 def digits_resnet_random() -> Config:
@@ -49,7 +38,7 @@ def digits_resnet_random() -> Config:
 
     Protocol: as digits_resnet_skip.
     """
-    return _dynamic(digits_resnet_static(), "digits_resnet_random", "skip", gate="random")
+    return labelled.adaptive(digits_resnet_static(), "digits_resnet_random", dynamics="skip", gate="random")
 
 
 def digits_resnet_exits() -> Config:
@@ -75,7 +64,7 @@ def cifar10_resnet_skip() -> Config:
     Protocol: 1000 steps from the weights of cifar10_resnet_static (--init-from); a budget from [0.4, 1] is drawn at
     every step.
     """
-    return _dynamic(cifar10_resnet_static(), "cifar10_resnet_skip", "skip")
+    return labelled.adaptive(cifar10_resnet_static(), "cifar10_resnet_skip", dynamics="skip")
 
 
 def cifar10_resnet_random() -> Config:
@@ -83,7 +72,7 @@ def cifar10_resnet_random() -> Config:
 
     Protocol: as cifar10_resnet_skip.
     """
-    return _dynamic(cifar10_resnet_static(), "cifar10_resnet_random", "skip", gate="random")
+    return labelled.adaptive(cifar10_resnet_static(), "cifar10_resnet_random", dynamics="skip", gate="random")
 
 
 def cifar10_resnet110_static() -> Config:
@@ -107,7 +96,7 @@ def cifar10_resnet110_skip() -> Config:
 
     Protocol: two thirds of the steps of cifar10_resnet110_static, from its weights (--init-from).
     """
-    return _dynamic(cifar10_resnet110_static(), "cifar10_resnet110_skip", "skip")
+    return labelled.adaptive(cifar10_resnet110_static(), "cifar10_resnet110_skip", dynamics="skip")
 
 
 ROWS = (

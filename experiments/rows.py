@@ -5,9 +5,21 @@ import difflib
 from collections.abc import Callable
 
 from dynjax.config import Config, UserError
-from experiments import camvid_unet, digits_unet, msdnet, resnet
+from experiments import (
+    camvid_unet,
+    digits_unet,
+    dynamicconvnet,
+    halt,
+    moe,
+    msdnet,
+    policy,
+    ranet,
+    resnet,
+    routed,
+    width,
+)
 
-FILES = (digits_unet, camvid_unet, resnet, msdnet)
+FILES = (digits_unet, camvid_unet, resnet, policy, width, msdnet, ranet, halt, routed, moe, dynamicconvnet)
 ROWS: dict[str, Callable[[], Config]] = {row.__name__: row for file in FILES for row in file.ROWS}
 
 
@@ -24,6 +36,11 @@ TINY: dict[str, dict] = {
     "unet": dict(widths=(8, 12), blocks=(1, 0), tiles=(4,)),
     "resnet": dict(widths=(4, 8), blocks=(1, 1), groups=2),
     "msdnet": dict(scales=2, channels=4, growth=2, blocks=2, base=1, step=1),
+    "ranet": dict(scales=2, channels=4, growth=4, blocks=1, step=1, layers=1),
+    "halting": dict(channels=4, halvings=0, steps=2),
+    "routed": dict(channels=4, scales=2, layers=2),
+    "moe": dict(width=8, depth=1, heads=2, hidden=8, experts=2),
+    "dynamicconvnet": dict(widths=(4, 8), blocks=(1, 1), kernels=2),
 }
 """What each family of models shrinks to."""
 

@@ -1,0 +1,29 @@
+"""Kernels of the input: mixed, by CondConv (Yang et al. 2019), Dynamic Convolution (Chen et al. 2020) and ODConv (Li et
+al. 2022); generated, by a hypernetwork, involution (Li et al. 2021) and decoupled dynamic filters (Zhou et al. 2021).
+
+python -m experiments.train cifar10_dyconv_static --workdir runs/cifar10_dyconv_static --data.path data/cifar10
+python -m experiments.train cifar10_dyconv_kernels --workdir W --data.path data/cifar10
+python -m experiments.evaluate --workdir W --twin runs/cifar10_dyconv_static
+
+All are trained from nothing, as their static twin. Their MACs are static: the mixture and the attention are counted.
+"""
+
+from dynjax.config import DynamicConvNetConfig
+from experiments.labelled import variants
+
+MODEL = DynamicConvNetConfig()
+SMALL = dict(widths=(8, 16), blocks=(1, 1))
+
+ROWS = (
+    *variants("condconv", "CondConv", MODEL, {"kernels": "condconv"}, small=SMALL, from_twin=False),
+    *variants("dyconv", "Dynamic Convolution", MODEL, {"kernels": "dyconv"}, small=SMALL, from_twin=False),
+    *variants("odconv", "ODConv", MODEL, {"kernels": "odconv"}, small=SMALL, from_twin=False),
+    *variants(
+        "dynamicconvnet",
+        "generated kernels",
+        MODEL,
+        {"hyper": "hyper", "involution": "involution", "ddf": "ddf"},
+        small=SMALL,
+        from_twin=False,
+    ),
+)

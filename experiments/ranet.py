@@ -1,0 +1,17 @@
+"""Resolution-adaptive networks with exits (RANet, Yang et al. 2020, arXiv:2003.07326).
+
+python -m experiments.train digits_ranet_exits --workdir runs/digits_ranet_exits
+python -m experiments.evaluate --workdir runs/digits_ranet_exits
+"""
+
+from dynjax.config import RANetConfig
+from experiments.labelled import variants
+
+ROWS = variants(
+    "ranet",
+    "RANet",
+    RANetConfig(),
+    {"exits": "exits"},
+    small=dict(scales=2, channels=8, growth=4, blocks=1, step=1, layers=2),
+    from_twin=False,
+)

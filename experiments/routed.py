@@ -1,0 +1,17 @@
+"""Paths through a supernet of scales (Dynamic Routing, Li et al. 2020, arXiv:2003.10401), and sampled paths.
+
+python -m experiments.train digits_routed_static --workdir runs/digits_routed_static
+python -m experiments.train digits_routed_gates --workdir W --init-from runs/digits_routed_static
+python -m experiments.evaluate --workdir W
+"""
+
+from dynjax.config import RoutedConfig
+from experiments.labelled import variants
+
+ROWS = variants(
+    "routed",
+    "a grid of scales and layers",
+    RoutedConfig(),
+    {"gates": "gates", "single": "single", "sandwich": "sandwich"},
+    small=dict(channels=8, scales=2, layers=3),
+)
