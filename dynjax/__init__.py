@@ -8,7 +8,22 @@ from dynjax.budget import budget_loss
 from dynjax.decision import Decision
 from dynjax.deploy import Deployed, deploy
 from dynjax.gates import BranchGate, ChannelGate, FixedGate, PathGate, RandomGate, SampledPaths, SampleGate, TileGate
-from dynjax.ops import Cell, Exits, MixtureOfDepths, Select, Skip, Supernet, Tiles, TokenGate, dynamize
+from dynjax.ops import (
+    Cell,
+    Channels,
+    Exits,
+    Experts,
+    MixtureOfDepths,
+    RandomRouter,
+    Router,
+    Select,
+    Skip,
+    Slimmable,
+    Supernet,
+    Tiles,
+    TokenGate,
+    dynamize,
+)
 from dynjax.trace import Trace, traced
 
 __version__ = "0.1.0"

@@ -3,20 +3,28 @@
 from dynjax.ops.depth import Exits, Skip
 from dynjax.ops.depths import MixtureOfDepths, TokenGate, selection_loss
 from dynjax.ops.dynamize import dynamize
+from dynjax.ops.experts import Experts, RandomRouter, Router, router_z_loss
 from dynjax.ops.routing import Cell, Flow, Select
 from dynjax.ops.spatial import Tiles
 from dynjax.ops.supernet import Supernet
+from dynjax.ops.width import Channels, Slimmable
 
 __all__ = [
     "Cell",
+    "Channels",
     "Exits",
+    "Experts",
     "Flow",
     "MixtureOfDepths",
+    "RandomRouter",
+    "Router",
     "Select",
     "Skip",
+    "Slimmable",
     "Supernet",
     "Tiles",
     "TokenGate",
     "dynamize",
+    "router_z_loss",
     "selection_loss",
 ]
