@@ -4,6 +4,8 @@ from dynjax.ops.depth import Exits, Skip
 from dynjax.ops.depths import MixtureOfDepths, TokenGate, selection_loss
 from dynjax.ops.dynamize import dynamize
 from dynjax.ops.experts import Experts, RandomRouter, Router, router_z_loss
+from dynjax.ops.halting import Halt
+from dynjax.ops.policy import PolicySkip
 from dynjax.ops.routing import Cell, Flow, Select
 from dynjax.ops.spatial import Tiles
 from dynjax.ops.supernet import Supernet
@@ -15,7 +17,9 @@ __all__ = [
     "Exits",
     "Experts",
     "Flow",
+    "Halt",
     "MixtureOfDepths",
+    "PolicySkip",
     "RandomRouter",
     "Router",
     "Select",

@@ -59,7 +59,7 @@ class PolicySkip(nnx.Module):
         self.blocks, self.gate, self.skip = nnx.List(blocks), gate, skip
         self.otherwise = nnx.Dict({str(number): module for number, module in otherwise.items()})
         self.straight_through = straight_through
-        self.curriculum = Curriculum(jnp.ones(()))
+        self.held = Held(jnp.zeros((len(skip),), bool))
         self.execution, self.strategy = "masked", "auto"
 
     def set_view(
@@ -76,7 +76,7 @@ class PolicySkip(nnx.Module):
         hint = f"use ChannelGate(features, {len(self.skip)}, rngs=rngs)"
         shape = (x.shape[0], len(self.skip))
         decision = wrapping.expect(self.gate(x), "channel", shape, "PolicySkip", hint)
-        decision = only_last(decision, curriculum_mask(self.curriculum[...], len(self.skip)))
+        decision = hold(decision, self.held[...])
         keep = decision.keep if self.straight_through else jax.lax.stop_gradient(decision.keep)
         macs = []
         for number, block in enumerate(self.blocks):
@@ -99,15 +99,15 @@ class PolicySkip(nnx.Module):
         return x
 
 
-class Curriculum(nnx.Variable):
-    """How far a curriculum is: the share of the blocks, from the last on, that the policy decides about."""
+class Held(nnx.Variable):
+    """Which blocks run for every example, whatever the policy says; none, unless a curriculum is under way."""
 
 
 def set_curriculum(model: nnx.Module, progress: Float[Array, ""] | float) -> None:
     """Let the policies of `model` decide about the last blocks alone, and about all from `progress` = 1 on."""
-    for _, curriculum in nnx.iter_graph(model):
-        if isinstance(curriculum, Curriculum):
-            curriculum[...] = jnp.asarray(progress, jnp.float32)
+    for _, held in nnx.iter_graph(model):
+        if isinstance(held, Held):
+            held[...] = curriculum_mask(progress, held.shape[0]) == 0
 
 
 def curriculum_mask(progress: Float[Array, ""] | float, blocks: int) -> Float[Array, "K"]:
@@ -117,10 +117,9 @@ def curriculum_mask(progress: Float[Array, ""] | float, blocks: int) -> Float[Ar
     return (jnp.arange(blocks) >= blocks - free).astype(jnp.float32)
 
 
-def only_last(decision: Decision, mask: Float[Array, "K"]) -> Decision:
-    """`decision` where `mask` is 1, and everything kept for sure where it is 0."""
-    mask = mask[None]
-    keep, probability = (mask * chosen + (1 - mask) for chosen in (decision.keep, decision.probability))
+def hold(decision: Decision, held: Bool[Array, "K"]) -> Decision:
+    """`decision`, with everything kept for sure where `held`."""
+    keep, probability = (jnp.where(held[None], 1, chosen) for chosen in (decision.keep, decision.probability))
     return dataclasses.replace(decision, keep=keep, probability=probability)
 
 
