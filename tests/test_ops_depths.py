@@ -21,7 +21,7 @@ FEATURES = 4
 
 
 class Attention(nnx.Module):
-    """Attention to the tokens of `mask`, then a layer for each token, both with shortcuts."""
+    """Attention to the tokens of `mask` up to each token, then a layer for each token, both with shortcuts."""
 
     def __init__(self, rngs):
         self.queries, self.keys, self.values, self.out = (
@@ -30,7 +30,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x, mask):
         scores = jnp.einsum("bqc,bkc->bqk", self.queries(x), self.keys(x))
-        x = x + jnp.einsum("bqk,bkc->bqc", nnx.softmax(jnp.where(mask[:, None], scores, -jnp.inf)), self.values(x))
+        seen = mask[:, None] & jnp.tril(jnp.ones(scores.shape[1:], bool))[None]
+        x = x + jnp.einsum("bqk,bkc->bqc", nnx.softmax(jnp.where(seen, scores, -jnp.inf)), self.values(x))
         return x + jnp.tanh(self.out(x))
 
 
@@ -58,7 +59,7 @@ def alone(block, x, weights):
     for example, row in enumerate(weights):
         (kept,) = np.nonzero(row)
         x = out[example, kept]
-        attention = np.exp(x @ queries @ (x @ keys).T)
+        attention = np.tril(np.exp(x @ queries @ (x @ keys).T))
         y = x + attention / attention.sum(1, keepdims=True) @ (x @ values)
         out[example, kept] += row[kept, None] * (y + np.tanh(y @ last) - x)
     return out

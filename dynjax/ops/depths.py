@@ -84,7 +84,8 @@ class MixtureOfDepths(nnx.Module):
 
     Args:
         block: `block(x, mask)` with x (B, N, C) and mask (B, N), True for tokens that others may look at; gives (B, N,
-            C). It must not depend on N or on places in x otherwise: positions belong into the features.
+            C). It may depend on the tokens' order (a causal mask), but not on their number and places: positions belong
+            into the features.
         gate: gives a decision of shape (B, T), for example `TokenGate(features, capacity=0.125, rngs=rngs)`.
 
     Raises:
@@ -134,11 +135,12 @@ class MixtureOfDepths(nnx.Module):
 def _mixed(block: Callable, x: jax.Array, keep: jax.Array, weight: jax.Array) -> jax.Array:
     """All of x through the block, of which only the kept tokens are seen and changed."""
     kept = keep > 0.5
-    # Where nothing is kept nothing is changed; but attention to nothing may be no number.
-    y = block(x, kept | ~kept.any(1, keepdims=True))
+    y = block(x, kept)
     if y.shape != x.shape:
         raise ValueError(f"the block of MixtureOfDepths gives shape {y.shape} for {x.shape}; it must keep the shape")
-    return x + (keep * weight).astype(x.dtype)[..., None] * (y.astype(x.dtype) - x)
+    changed = x + weight.astype(x.dtype)[..., None] * (y.astype(x.dtype) - x)
+    # Not a product with 0: a token left out that may look at no other can come out of attention as no number.
+    return jnp.where(kept[..., None], changed, x)
 
 
 def _gathered(block: Callable, x: jax.Array, keep: jax.Array, weight: jax.Array, number: int) -> jax.Array:
