@@ -87,6 +87,7 @@ ROWS = (
     digits_msdnet_exits,
     digits_msdnet_static,
     digits_msdnet_random,
+    *labelled.variants("msdnet", "MSDNet of 4 blocks", SMALL, {"exits": "exits"}, sets=("mnist",), from_twin=False),
     cifar10_msdnet_exits,
     cifar10_msdnet_static,
     cifar10_msdnet_random,

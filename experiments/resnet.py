@@ -104,6 +104,7 @@ ROWS = (
     digits_resnet_skip,
     digits_resnet_random,
     digits_resnet_exits,
+    *labelled.variants("resnet", "a ResNet with gates", SMALL, {"skip": "skip"}, sets=("mnist",)),
     cifar10_resnet_static,
     cifar10_resnet_skip,
     cifar10_resnet_random,
