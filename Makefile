@@ -41,6 +41,8 @@ format: venv
 
 bench: venv
 	$(BIN)/python -m benchmarks.executors
+	$(BIN)/python -m benchmarks.dynamics
+	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.training
 
 # Writes every notebook from its text form, without outputs, and runs a copy of it into runs/notebooks.

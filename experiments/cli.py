@@ -55,6 +55,24 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+def use_all_cores(batch_size: int, accumulate: int = 1) -> None:
+    """On a CPU, one device for each core, as far as they share a batch equally in parts of at least 4 examples.
+
+    XLA's gradients of convolutions use one core of a CPU device. Does nothing where the number of CPU devices is given
+    (XLA_FLAGS, JAX_NUM_CPU_DEVICES) or training is distributed, whose processes bring their own.
+    """
+    import jax
+
+    given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    distributed = os.environ.get("JAX_NUM_PROCESSES") or os.environ.get("DYNJAX_DISTRIBUTED")
+    if given or distributed or jax.config.jax_num_cpu_devices != -1:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    part = 4 * max(accumulate, 1)
+    fitting = [n for n in range(1, cores + 1) if batch_size % (n * max(accumulate, 1)) == 0 and batch_size >= n * part]
+    jax.config.update("jax_num_cpu_devices", max(fitting, default=1))
+
+
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a command and exit with the status it returns (None: 0), 2 after one line for a UserError, 130 after Ctrl-C.
 

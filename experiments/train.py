@@ -47,6 +47,7 @@ def main(arguments: list[str]) -> int | None:
     config, workdir = parse(arguments)
     from dynjax import log, mesh, train
 
+    cli.use_all_cores(config.batch_size, config.optimizer.accumulate)
     mesh.initialize()
     try:
         scores = train.train(config, workdir)
