@@ -102,7 +102,9 @@ class Channels(nnx.Module):
             def some(number):
                 return lambda x, order: self._slice(layers, pick_groups(order[:number], groups), groups, number)(x)
 
-            ways = [lambda x, order: zeros[:1], *map(some, range(1, groups)), lambda x, order: whole(x)]
+            # Not a part of `zeros`: XLA would fill all of those for every example.
+            nothing = jnp.zeros((1, *spec.shape[1:]), spec.dtype)
+            ways = [lambda x, order: nothing, *map(some, range(1, groups)), lambda x, order: whole(x)]
 
             def body(i, out):
                 one = lax.dynamic_index_in_dim(x, i, keepdims=True)
