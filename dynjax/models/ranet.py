@@ -1,0 +1,176 @@
+"""A network that looks at a picture at a low resolution first (RANet, Yang et al. 2020, arXiv:2003.07326), for CIFAR.
+
+Sub-networks of dense blocks work on base maps of rising resolution, the coarsest first, each with exits behind its last
+blocks. A finer one is run for the pictures that no exit so far was sure about: its first blocks are fused with the
+blocks of the coarser one, and where that one ended it goes down to the next coarser resolution, so that every exit
+reads the coarsest. Deviations: it goes down by average pooling behind a block, not by a stride in its last layer; every
+sub-network has a resolution of its own.
+
+The coarser of two sub-networks has twice the channels. Letters: B examples, H W pixels, C D channels, K classes.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dynjax.config import RANetConfig
+from dynjax.models.exits import CONFIDENCE, ExitNet
+from dynjax.models.msdnet import Conv, Head, StaticMSDNet, conv3
+from dynjax.ops import Exits
+
+COARSE = 0.25
+"""Share of a fused layer's channels that come from the coarser sub-network."""
+REDUCTION = 0.5
+"""Share of the channels that are left where a sub-network goes down to a lower resolution."""
+
+
+def resized(x: Float[Array, "B h w C"], like: Float[Array, "B H W D"]) -> Float[Array, "B H W C"]:
+    """`x`, by bilinear interpolation, at the resolution of `like`."""
+    return jax.image.resize(x, (*like.shape[:3], x.shape[-1]), "bilinear")
+
+
+class Block(nnx.Module):
+    """A dense block: every layer sees what all before it gave. (B, H, W, C) to (B, H, W, C + layers * growth)."""
+
+    def __init__(self, before: int, growth: int, layers: int, narrow: int, *, rngs: nnx.Rngs):
+        self.layers = nnx.List([conv3(before + i * growth, growth, 1, narrow, rngs=rngs) for i in range(layers)])
+        self.widths = tuple(before + i * growth for i in range(layers + 1))
+        self.after = self.widths[-1]
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> tuple[jax.Array, jax.Array]:
+        """The dense map, for the finer sub-network, and the block's output."""
+        for layer in self.layers:
+            x = jnp.concatenate([x, layer(x)], -1)
+        return x, x
+
+
+class FusedBlock(nnx.Module):
+    """A dense block whose layers also see what the layers of a coarser block saw (section 3.2, fusion block)."""
+
+    def __init__(self, before: int, growth: int, coarse: nnx.Module, narrow: int, *, rngs: nnx.Rngs):
+        layers, up = len(coarse.layers), int(growth * COARSE)
+        self.widths = tuple(before + i * growth for i in range(layers + 1))
+        self.layers = nnx.List([conv3(w, growth - up, 1, narrow, rngs=rngs) for w in self.widths[:-1]])
+        self.coarse = nnx.List([conv3(w, up, 1, 2 * narrow, rngs=rngs) for w in coarse.widths[:-1]])
+        last = int(self.widths[-1] * COARSE)
+        self.last = Conv(coarse.widths[-1], last, 1, rngs=rngs)
+        self.seen = coarse.widths
+        self.after = self.widths[-1] + last
+
+    def __call__(self, x: Float[Array, "B H W C"], coarse: Float[Array, "B h w D"]) -> tuple[jax.Array, jax.Array]:
+        """The dense map, for the finer sub-network, and the block's output; from the dense map of the coarser block."""
+        for layer, up, seen in zip(self.layers, self.coarse, self.seen, strict=False):
+            x = jnp.concatenate([x, resized(up(coarse[..., :seen]), x), layer(x)], -1)
+        return x, jnp.concatenate([x, resized(self.last(coarse), x)], -1)
+
+
+class Down(nnx.Module):
+    """Fewer channels and half the resolution."""
+
+    def __init__(self, before: int, *, rngs: nnx.Rngs):
+        self.after = int(before * REDUCTION)
+        self.conv = Conv(before, self.after, 1, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        return nnx.avg_pool(self.conv(x), (2, 2), (2, 2), "SAME")
+
+
+class First(nnx.Module):
+    """The base maps from the picture, the coarsest first; each from the next finer one."""
+
+    def __init__(self, widths: Sequence[int], *, rngs: nnx.Rngs):
+        widths = [3, *reversed(widths)]
+        self.convs = nnx.List(
+            [Conv(widths[i], widths[i + 1], 3, 1 if i == 0 else 2, rngs=rngs) for i in range(len(widths) - 1)]
+        )
+
+    def __call__(self, x: Float[Array, "B H W 3"]) -> list[jax.Array]:
+        maps = []
+        for conv in self.convs:
+            x = conv(x)
+            maps.append(x)
+        return maps[::-1]
+
+
+class Stage(nnx.Module):
+    """The blocks of one sub-network up to its next exit.
+
+    Takes and gives a list of maps: the base maps of the finer sub-networks, and the dense maps of the blocks that the
+    next one is fused with; the last is the map that the exit reads. The first stage of a sub-network takes its base map
+    before the finer ones, and the dense maps of the coarser sub-network. Nothing is kept behind the finest.
+
+    Args:
+        blocks: dense blocks; `Down` behind them where the sub-network goes down.
+        finer: how many sub-networks come after this one.
+        starts: whether this is the first stage of its sub-network.
+    """
+
+    def __init__(self, blocks: Sequence[nnx.Module], finer: int, starts: bool):
+        self.blocks, self.finer, self.starts = nnx.List(blocks), finer, starts
+
+    def __call__(self, maps: list[jax.Array]) -> list[jax.Array]:
+        x, maps = (maps[0], maps[1:]) if self.starts else (maps[-1], maps)
+        bases, dense = maps[: self.finer], maps[self.finer :]
+        coarse, own = (dense, []) if self.starts else ([], dense)
+        for block in self.blocks:
+            if isinstance(block, Down):
+                x = block(x)
+                continue
+            seen, x = block(x, coarse[len(own)]) if isinstance(block, FusedBlock) else block(x)
+            own = [*own, seen]
+        # The last block is fused with nothing, so that its dense map is what it gives.
+        return [*bases, *own] if self.finer else [x]
+
+
+def stages(config: RANetConfig, rngs: nnx.Rngs) -> list[tuple[nnx.Module, int]]:
+    """The stages of all sub-networks, and how many channels the exit behind each reads."""
+    factors = [2**i for i in reversed(range(config.scales))]
+    found, coarse, ends = [], [], []
+    for scale, factor in enumerate(factors):
+        width, growth = config.channels * factor, config.growth * factor
+        blocks, own = [], []
+        for number in range(config.blocks + config.step * scale):
+            if number < len(coarse):
+                block = FusedBlock(width, growth, coarse[number], factor, rngs=rngs)
+            else:
+                block = Block(width, growth, config.layers, factor, rngs=rngs)
+            width = block.after
+            own.append(block)
+            blocks.append(block)
+            if number + 1 in ends:
+                blocks.append(Down(width, rngs=rngs))
+                width = blocks[-1].after
+            if number >= len(coarse):
+                starts = number == len(coarse)
+                found.append((Stage(blocks, config.scales - 1 - scale, starts), width))
+                blocks = []
+        coarse = own
+        ends.append(len(own))
+    first = First([config.channels * factor for factor in factors], rngs=rngs)
+    return [(nnx.Sequential(first, found[0][0]), found[0][1]), *found[1:]]
+
+
+def build(config: RANetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
+    """The RANet of `config`.
+
+    `twin_params`: variables of a static twin, which has the same stages and the last head.
+
+    Raises:
+        ValueError: where the numbers of scales, blocks or layers make no network.
+    """
+    for name in ("scales", "channels", "blocks", "layers", "step"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    if int(config.growth * COARSE) < 1:
+        raise ValueError(f"growth={config.growth} must be at least 4: a quarter comes from the coarser sub-network")
+    parts, widths = zip(*stages(config, rngs), strict=True)
+    static = StaticMSDNet(list(parts), Head(widths[-1], num_classes, rngs=rngs))
+    if twin_params is not None:
+        nnx.update(static, twin_params)
+    if config.dynamics == "static":
+        return static
+    heads = [Head(width, num_classes, rngs=rngs) for width in widths[:-1]]
+    return ExitNet(Exits(static.stages, [*heads, static.head], confidence=CONFIDENCE[config.gate]))
