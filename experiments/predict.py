@@ -1,10 +1,12 @@
-"""Masks and compute maps of pictures: python -m experiments.predict --workdir W --out DIR [--budget 0.5] IMAGE ...
+"""Masks and compute maps, or classes: python -m experiments.predict --workdir W --out DIR [--budget 0.5] IMAGE ...
 
 Writes DIR/STEM_mask.png (class ids with a palette) and DIR/STEM_overlay.png in the picture's own size, and
-DIR/STEM_compute.png, where the MACs were spent.
+DIR/STEM_compute.png, where the MACs were spent. A row that classifies writes DIR/predictions.csv: picture, class,
+its probability, MACs.
 A file that is no picture is named on stderr, the others are done, and the exit status is 2.
 """
 
+import csv
 import dataclasses
 import json
 import sys
@@ -113,7 +115,7 @@ def main(raw: list[str]) -> int:
     from PIL import Image
     from tqdm.auto import tqdm
 
-    from dynjax import checkpoint, report
+    from dynjax import checkpoint, models, report
     from dynjax.data.pairs import BadFile, read_image
     from dynjax.trace import traced
 
@@ -129,12 +131,16 @@ def main(raw: list[str]) -> int:
     graphdef, state = nnx.split(at_budget(model, config, len(classes), arguments.budget, known))
     height, width = picture_size(config, known)
 
+    segments = models.segments(config.model)
+
     @jax.jit
     def run(state: nnx.State, image: jax.Array) -> tuple:
         logits, trace = traced(nnx.merge(graphdef, state))(image)
-        return logits[0].argmax(-1), trace.heatmap((height, width))[0], trace.macs()[0], trace.full_macs
+        heat = trace.heatmap((height, width))[0] if segments else None
+        sure = jax.nn.softmax(logits[0]).max(-1)
+        return logits[0].argmax(-1), sure, heat, trace.macs()[0], trace.full_macs
 
-    failed = 0
+    failed, found = 0, []
     for path, name in tqdm(list(stems(arguments.images)), unit="picture", disable=len(arguments.images) < 4 or None):
         try:
             image = read_image(path)
@@ -144,7 +150,10 @@ def main(raw: list[str]) -> int:
             continue
         own = image.shape[1::-1]
         small = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-        prediction, heat, macs, full = jax.device_get(run(state, small[None]))
+        prediction, sure, heat, macs, full = jax.device_get(run(state, small[None]))
+        if not segments:
+            found.append((str(path), classes[int(prediction)], f"{sure:.4f}", f"{macs:.0f}"))
+            continue
         mask = np.asarray(Image.fromarray(prediction.astype(np.uint8)).resize(own, Image.Resampling.NEAREST))
         title = f"{macs / 1e6:.1f} MMAC, {100 * macs / full:.0f} % of all"
         try:
@@ -153,6 +162,13 @@ def main(raw: list[str]) -> int:
             report.plot_compute(out / f"{name}_compute.png", image, heat, title=title)
         except OSError as error:
             raise UserError(f"cannot write in {out}: {error.strerror or error}") from None
+    if not segments:
+        try:
+            with open(out / "predictions.csv", "w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([("picture", "class", "probability", "macs"), *found])
+        except OSError as error:
+            raise UserError(f"cannot write in {out}: {error.strerror or error}") from None
+        print("\n".join(f"{path}: {name} ({probability})" for path, name, probability, _ in found))
     print(f"{out}: {len(arguments.images) - failed} of {len(arguments.images)} pictures done")
     return cli.BAD_INPUT if failed else 0
 

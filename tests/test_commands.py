@@ -25,7 +25,7 @@ COMMANDS = {"evaluate": evaluate, "predict": predict, "results": results}
 
 def make(folder, name):
     config = rows.tiny(rows.get_row(name))
-    data = dataclasses.replace(config.data, size=(48, 48), examples=20)
+    data = dataclasses.replace(config.data, examples=20)
     train.train(dataclasses.replace(config, data=data, batch_size=8), folder, quiet=True)
     return folder
 
@@ -103,6 +103,32 @@ def test_evaluate_writes_what_it_promises(workdir):
         [48, 48],
     )
     assert set(record["thresholds"]) == {"0.6", "1"}
+
+
+def test_a_classifier_with_exits(tmp_path, pictures):
+    folder = make(tmp_path / "w", "digits_resnet_exits")
+    said = run_evaluate(folder, "--budgets", 0.7, 1.0, "--timing-batches", 2, "--batch-size", 16)
+    assert "accuracy %" in said and "pixel acc." not in said and "speed-up at 2" in said
+    for line in lines(folder):
+        assert line["pixel_accuracy"] == "" and 0 <= float(line["score"]) <= 1
+    with open(folder / "latency.csv", newline="") as file:
+        found = [(line["budget"], line["batch"]) for line in csv.DictReader(file)]
+    assert found == [("0.7", "1"), ("1", "1"), ("0.7", "2"), ("1", "2")]
+    with open(folder / "budgeted.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 40
+    with open(folder / "anytime.csv", newline="") as file:
+        assert [line["exit"] for line in csv.DictReader(file)] == ["0", "1"]
+    for name in ("curve", "compute_histogram", "compute_by_class", "extremes", "exits"):
+        with Image.open(folder / f"{name}.png") as picture:
+            assert min(picture.size) > 150
+    assert json.loads((folder / "evaluation.json").read_text())["score"] == "accuracy"
+    status = predict.main(
+        ["--workdir", str(folder), "--out", str(tmp_path / "o"), "--budget", "0.7", str(pictures / "wide.png")]
+    )
+    assert status == 0
+    with open(tmp_path / "o" / "predictions.csv", newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert line["class"] in "0123456789" and 0.1 <= float(line["probability"]) <= 1 and float(line["macs"]) > 0
 
 
 def test_evaluate_ends_in_the_table(evaluated):
