@@ -242,10 +242,8 @@ class Experts(nnx.Module):
             return self._blocks(gathered(x, place, rows + block), sizes, block)
 
         def buckets():
-            tokens, owner = (
-                gathered(x, place, rows),
-                jnp.repeat(jnp.arange(self.experts), sizes, total_repeat_length=rows),
-            )
+            tokens = gathered(x, place, rows)
+            owner = jnp.repeat(jnp.arange(self.experts), sizes, total_repeat_length=rows)
             hidden = lax.ragged_dot(tokens, self.up[...], sizes) + self.up_bias[...][owner]
             return lax.ragged_dot(self.activation(hidden), self.down[...], sizes) + self.down_bias[...][owner]
 

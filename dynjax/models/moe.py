@@ -1,0 +1,120 @@
+"""A small vision transformer whose MLPs are mixtures of experts (after V-MoE, Riquelme et al. 2021, arXiv:2106.05974).
+
+Deviations: every block has experts, and no token is dropped. Positions are fixed sines and cosines, so any size of
+picture goes.
+
+Letters: B examples, H W pixels, T tokens, C features, K classes.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from dynjax.config import MoEConfig
+from dynjax.models.blocks import pixels
+from dynjax.ops import Experts, RandomRouter, Router
+
+
+class Block(nnx.Module):
+    """Attention and an MLP, each behind a layer normalisation and around a shortcut (Dosovitskiy et al. 2021)."""
+
+    def __init__(self, features: int, heads: int, mlp: nnx.Module, *, rngs: nnx.Rngs):
+        self.norm1 = nnx.LayerNorm(features, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(heads, features, decode=False, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(features, rngs=rngs)
+        self.mlp = mlp
+
+    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchClassifier(nnx.Module):
+    """Logits for every picture: (B, H, W, 3) bytes to (B, K) float32; its patches are the tokens.
+
+    A picture is padded with its edge to whole patches of `patch` pixels.
+    """
+
+    def __init__(self, classes: int, config: MoEConfig, *, rngs: nnx.Rngs):
+        if config.width % 4 or config.width % config.heads:
+            raise ValueError(f"width={config.width} must be a multiple of 4 and of heads={config.heads}")
+        if config.patch < 1:
+            raise ValueError(f"patch={config.patch} must be at least 1 pixel")
+        self.patch = config.patch
+        self.embed = nnx.Linear(3 * config.patch**2, config.width, rngs=rngs)
+        self.blocks = nnx.List(
+            [Block(config.width, config.heads, mlp(config, rngs=rngs), rngs=rngs) for _ in range(config.depth)]
+        )
+        self.norm = nnx.LayerNorm(config.width, rngs=rngs)
+        self.head = nnx.Linear(config.width, classes, rngs=rngs)
+
+    def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B K"]:
+        patches = patches_of(pixels(image, self.embed.kernel.dtype), self.patch)
+        x = self.embed(patches)
+        x = x + positions(*x.shape[1:]).astype(x.dtype)[None]
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1)).astype(jnp.float32)
+
+
+def mlp(config: MoEConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+    """The MLP of a block: experts, or for the static twin one network that does the work of `top` experts."""
+    if config.dynamics == "static":
+        hidden = config.top * config.hidden
+        up, down = nnx.Linear(config.width, hidden, rngs=rngs), nnx.Linear(hidden, config.width, rngs=rngs)
+        return nnx.Sequential(up, nnx.gelu, down)
+    if config.gate == "random":
+        router = RandomRouter(config.experts, top=config.top, least=config.least, rngs=rngs)
+    else:
+        router = Router(config.width, config.experts, top=config.top, least=config.least, rngs=rngs)
+    return Experts(config.width, config.hidden, config.experts, gate=router, rngs=rngs)
+
+
+def patches_of(x: Float[Array, "B H W D"], side: int) -> Float[Array, "B h w E"]:
+    """Every patch of side x side pixels as one vector; the edge of the picture repeated where it has no more pixels."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % side), (0, -x.shape[2] % side), (0, 0)), "edge")
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // side, side, width // side, side, channels).swapaxes(2, 3)
+    return x.reshape(batch, height // side, width // side, side**2 * channels)
+
+
+def positions(height: int, width: int, features: int) -> Float[Array, "h w C"]:
+    """Sines and cosines of the row and of the column, a quarter of the features each.
+
+    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5) in two dimensions, as Beyer et al. 2022 (arXiv:2205.01580) do.
+    """
+    rates = 1e4 ** -np.linspace(0, 1, features // 4)
+    angles = [np.arange(side)[:, None] * rates for side in (height, width)]
+    rows, columns = (np.concatenate([np.sin(a), np.cos(a)], 1) for a in angles)
+    shape = (height, width, features // 2)
+    parts = [np.broadcast_to(rows[:, None], shape), np.broadcast_to(columns[None], shape)]
+    return jnp.asarray(np.concatenate(parts, -1), jnp.float32)
+
+
+def build(config: MoEConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
+    """The classifier of `config`.
+
+    `twin_params`: variables of a static twin. Its MLPs become experts: expert e starts as the hidden features of part
+    e mod top of the `top` that they are cut into. Those of a token's experts are averaged, so a token whose experts
+    have different parts and equal weights has the twin's MLP. After the upcycling of Komatsuzaki et al. 2023
+    (arXiv:2212.05055), where every expert is the whole MLP.
+    """
+    model = PatchClassifier(num_classes, config, rngs=rngs)
+    if twin_params is None:
+        return model
+    if config.dynamics == "static":
+        nnx.update(model, twin_params)
+        return model
+    shared, mlps = nnx.split_state(twin_params, lambda path, _: "mlp" not in path, ...)
+    nnx.update(model, shared)
+    for number, block in enumerate(model.blocks):
+        up, _, down = (mlps["blocks"][number]["mlp"]["layers"].get(layer) for layer in range(3))
+        part = jnp.arange(config.experts) % config.top
+        parts = (config.top, config.hidden)
+        block.mlp.up[...] = jnp.moveaxis(up["kernel"][...].reshape(-1, *parts), 1, 0)[part]
+        block.mlp.up_bias[...] = up["bias"][...].reshape(parts)[part]
+        block.mlp.down[...] = config.top * down["kernel"][...].reshape(*parts, -1)[part]
+        block.mlp.down_bias[...] = jnp.broadcast_to(down["bias"][...][None], block.mlp.down_bias.shape)
+    return model
