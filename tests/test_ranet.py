@@ -58,25 +58,25 @@ def test_resolutions_rise_and_every_exit_reads_the_coarsest(model):
     assert make(lambda rngs: build(rngs, gate="random")).exits.confidence == "random"
 
 
-def test_macs(model):
-    view, x = still(model), pictures(1, 16, 16)
+def test_macs():
+    view, x = still(make(lambda rngs: build(rngs, scales=2, layers=1))), pictures(1, 16, 16)
     first = cost.macs(view.exits.stages[0], jnp.zeros((1, 16, 16, 3)))
     maps = execute.shape_of(view.exits.stages[0], jnp.zeros((1, 16, 16, 3)))
-    few, all_of_it = [dj.traced(at(threshold, view))(x)[1] for threshold in (30.0, -30.0)]
-    np.testing.assert_allclose(few.macs(), first + cost.macs(view.exits.heads[0], maps), rtol=1e-6)
-    np.testing.assert_allclose(all_of_it.macs(), all_of_it.full_macs, rtol=1e-6)
-    assert all_of_it.static_macs == 0
+    trace = jax.jit(lambda threshold: dj.traced(at(threshold, view))(x)[1])
+    np.testing.assert_allclose(trace(30.0).macs(), first + cost.macs(view.exits.heads[0], maps), rtol=1e-6)
+    np.testing.assert_allclose(trace(-30.0).macs(), trace(-30.0).full_macs, rtol=1e-6)
+    assert trace(30.0).static_macs == 0
 
 
 def test_channels_by_hand():
     """Two sub-networks: the widths of every map as the paper's blocks make them."""
-    small = SMALL | dict(scales=2, channels=4, growth=8)
-    stages = ranet.stages(RANetConfig(**small), nnx.Rngs(0))
+    model = make(lambda rngs: build(rngs, scales=2, channels=4, growth=8))
     # The coarse one: 8 channels and 2 layers of 16. The fine one: 4 and 2 layers of 8, a quarter more from the coarse
     # one, half of them left where it goes down; then 2 layers of 8 again.
     down = int((4 + 2 * 8) * 1.25 * 0.5)
-    assert [width for _, width in stages] == [8 + 2 * 16, down + 2 * 8]
-    fused = stages[1][0].blocks[0]
+    widths = [head.convs.layers[0].conv.in_features for head in model.exits.heads]
+    assert widths == [8 + 2 * 16, down + 2 * 8]
+    fused = model.exits.stages[1].blocks[0]
     assert fused.seen == (8, 24, 40) and fused.widths == (4, 12, 20)
 
 
