@@ -9,7 +9,7 @@ of a condition.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -253,8 +253,6 @@ class HyperConv(nnx.Module):
         return _with_bias(self.layout.convolve(x, factors, kernel, _low_rank, self.strategy), self.bias)
 
 
-Kind = Literal["condconv", "dyconv", "odconv", "hyper"]
-
 _KINDS: dict[str, Callable[..., nnx.Module]] = {
     "condconv": CondConv,
     "dyconv": DynamicConv,
@@ -265,7 +263,7 @@ _KINDS: dict[str, Callable[..., nnx.Module]] = {
 
 def with_kernels(
     model: nnx.Module,
-    kinds: Mapping[str, Kind],
+    kinds: Mapping[str, str],
     *,
     kernels: int = 4,
     noise: float = 0.1,

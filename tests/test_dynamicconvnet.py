@@ -1,0 +1,142 @@
+"""The network of dynamic kernels: its forms, its twin, training, the random control; the same kernels in the U-Net."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from blocks import make, still
+from flax import nnx
+
+import dynjax as dj
+from dynjax import cost
+from dynjax.config import DynamicConvNetConfig, UNetConfig, UserError
+from dynjax.models import build, static_twin, unet
+from dynjax.ops.kernels import CondConv, set_temperature, with_kernels
+
+SMALL = DynamicConvNetConfig(widths=(4, 6), blocks=(1, 1), kernels=3)
+MIXTURES = ("condconv", "dyconv", "odconv")
+DYNAMIC = (*MIXTURES, "hyper", "involution", "ddf")
+
+
+def net(seed=0, **changes):
+    model = make(lambda rngs: build(dataclasses.replace(SMALL, **changes), 5, rngs=rngs), seed)
+    set_temperature(model, 1.0)
+    return model
+
+
+def pictures(*shape):
+    return jnp.asarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+
+
+def test_the_default_size_is_about_ten_million_macs():
+    sizes = {}
+    for dynamics in ("static", *MIXTURES, "hyper"):
+        config = DynamicConvNetConfig(dynamics=dynamics)
+        model = still(nnx.eval_shape(lambda config=config: build(config, 10, rngs=nnx.Rngs(0))))
+        sizes[dynamics] = cost.macs(model, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.uint8))
+    # Taps on the padding are not counted: 3 n - 2 along n pixels.
+    convolutions = [(94**2, 3 * 16), *[(94**2, 16 * 16)] * 2, *[(46**2, 24 * 24)] * 2, *[(22**2, 48 * 48)] * 2]
+    linear = 16**2 * 64 * 24 + 8**2 * 96 * 48 + 48 * 10
+    assert sizes["static"] == sum(taps * channels for taps, channels in convolutions) + linear
+    mixed = sum(2 * (4 * 9 * c * c + 4 * c) for c in (16, 24, 48))
+    assert sizes["condconv"] == sizes["static"] + mixed
+    assert all(sizes["static"] < sizes[kind] < 1.05 * sizes["static"] for kind in (*MIXTURES, "hyper"))
+
+
+@pytest.mark.parametrize("dynamics", ["static", *DYNAMIC])
+def test_logits_of_any_size_and_their_decisions(dynamics):
+    model = still(net(dynamics=dynamics))
+    for size in ((8, 8), (9, 5)):
+        logits, trace = jax.eval_shape(lambda x: dj.traced(model)(x), jax.ShapeDtypeStruct((3, *size, 3), jnp.uint8))
+        assert (logits.shape, logits.dtype) == ((3, 5), jnp.float32)
+    paths = [f"stages/{stage}/0/conv{number}" for stage in (0, 1) for number in (1, 2)]
+    assert sorted(trace.decisions) == (paths if dynamics in MIXTURES else [])
+    assert all(d.keep.shape == (3, 3) and d.granularity == "kernel" for d in trace.decisions.values())
+
+
+@pytest.mark.parametrize("dynamics", ["odconv", "hyper"])
+def test_a_few_steps_of_training_lower_the_loss(dynamics):
+    model, x, label = net(dynamics=dynamics), pictures(6, 8, 8), jnp.asarray([0, 1, 2, 3, 4, 0])
+    optimizer = optax.adam(1e-2)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def step(params, rest, state):
+        def loss(params):
+            model = nnx.merge(graphdef, params, rest, copy=True)
+            logits = model(x)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+            return losses.mean(), nnx.state(model, nnx.Not(nnx.Param))
+
+        (value, rest), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), rest, state, value, grads
+
+    state, losses = optimizer.init(params), []
+    for _ in range(8):
+        params, rest, state, value, grads = step(params, rest, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_trained_static_kernels_start_the_dynamic_ones():
+    static, x = net(), pictures(2, 8, 8)
+    config = dataclasses.replace(SMALL, dynamics="dyconv")
+    assert static_twin(config) == SMALL
+    twin_params = nnx.state(static, (nnx.Param, nnx.BatchStat))
+    # Not by `make`, which would put other numbers in their place; compiled at once rather than layer by layer.
+    started = nnx.jit(lambda: build(config, 5, rngs=nnx.Rngs(3), twin_params=twin_params))()
+    fresh = nnx.eval_shape(lambda: build(config, 5, rngs=nnx.Rngs(3)))
+    assert jax.tree.structure(nnx.state(started)) == jax.tree.structure(nnx.state(fresh))
+    y, expected = jax.jit(lambda x: (still(started)(x), still(static)(x)))(x)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_random_control_is_a_function_of_the_picture_when_evaluated():
+    model, x = net(dynamics="dyconv", gate="random"), pictures(4, 8, 8)
+    y, again, one = jax.jit(lambda x: (still(model)(x), still(model)(x), still(model)(x[1:2])))(x)
+    np.testing.assert_array_equal(y, again)
+    np.testing.assert_allclose(one, y[1:2], rtol=1e-4, atol=1e-4)
+    trace = jax.jit(lambda x: dj.traced(still(model))(x)[1])(x)
+    for decision in trace.decisions.values():
+        np.testing.assert_allclose(decision.probability.sum(1), 1, rtol=1e-5)
+        assert len(np.unique(np.asarray(decision.probability), axis=0)) == 4
+
+
+def test_what_makes_no_sense_is_refused():
+    config = dataclasses.replace(SMALL, dynamics="involution")
+    with pytest.raises(UserError, match="gate random is not for involution"):
+        build(dataclasses.replace(config, gate="random"), 5, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="involution cannot start from a static twin"):
+        build(config, 5, rngs=nnx.Rngs(0), twin_params=nnx.State({}))
+    with pytest.raises(ValueError, match=r"widths=\(4, 6\) and blocks=\(1,\)"):
+        build(dataclasses.replace(SMALL, blocks=(1,)), 5, rngs=nnx.Rngs(0))
+
+
+def test_a_u_net_with_kernels_of_the_example_takes_a_step():
+    static = make(lambda rngs: unet.build(UNetConfig(widths=(4, 6), blocks=(1, 0)), 3, rngs=rngs))
+    model = nnx.jit(
+        lambda static: with_kernels(
+            static, {r"(encoder|decoder)/\d+/\d+/conv1": "condconv"}, kernels=2, rngs=nnx.Rngs(0)
+        )
+    )(static)
+    assert isinstance(model.encoder[0][0].conv1, CondConv) and isinstance(model.encoder[0][0].conv2, nnx.Conv)
+    x = pictures(2, 9, 12)
+
+    @nnx.jit
+    def run(static, model, x):
+        before = still(static)(x), still(model)(x)
+        loss = lambda model: (model(x) ** 2).mean()  # noqa: E731
+        value, grads = nnx.value_and_grad(loss)(model)
+        nnx.update(model, jax.tree.map(lambda p, g: p - 0.01 * g, nnx.state(model, nnx.Param), grads))
+        return before, grads, value, loss(model)
+
+    (expected, started), grads, first, second = run(static, model, x)
+    np.testing.assert_allclose(started, expected, rtol=1e-4, atol=1e-4)
+    assert second < first
+    assert np.asarray(grads.decoder[0][0].conv1.kernel[...]).any((1, 2, 3, 4)).all()
+    assert np.asarray(grads.decoder[0][0].conv1.attention.out.kernel[...]).any()
