@@ -23,7 +23,8 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     class Arguments:
         workdir: str
         """Folder of this run: checkpoints, log, configuration."""
-        config: Annotated[Config, tyro.conf.arg(name="")]
+        # The model's options are those of the row's own family, without a subcommand for each family.
+        config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
 
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"the first argument must be a row: python -m {COMMAND} ROW --workdir W; --list names the rows")

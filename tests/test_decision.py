@@ -87,3 +87,19 @@ def test_recorded_only_while_a_trace_is_taken():
     assert not nnx.state(wrapper, Decisions)
     _, captured = nnx.capture(wrapper, Decisions)(x)
     assert len(jax.tree.leaves(captured)) == 2
+
+
+def test_experts_of_tokens_cost_as_many_as_a_token_can_take():
+    keep = jnp.asarray([[[1, 1, 0], [1, 0, 0]]], jnp.float32)  # the second token takes one of its two
+    probability = jnp.asarray([[[0.5, 0.25, 0.25], [0.75, 0.125, 0.125]]])
+    costs = dict(unit_macs=(10.0,) * 3, whole_macs=(20.0,) * 3, most=2)
+    decision = Decision(keep, probability, "token branch", **costs)
+    np.testing.assert_allclose(decision.macs(), [30])
+    assert (decision.full_macs, decision.masked_macs) == (40, 60)
+    np.testing.assert_allclose(decision.expected_macs(), [20 + 7.5 + 7.5])  # the first expert's 25 stop at all it has
+
+
+def test_kernels_cost_nothing():
+    decision = Decision(jnp.ones((2, 3)), jnp.full((2, 3), 1 / 3), "kernel", (0.0,) * 3, (0.0,) * 3)
+    np.testing.assert_array_equal(decision.macs(), [0, 0])
+    assert decision.full_macs == 0

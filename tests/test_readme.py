@@ -27,10 +27,14 @@ def test_links_point_to_files():
 
 
 def test_every_row_is_named_and_no_other():
-    named = set()
-    for stem, inner in re.findall(r"`(\w+_)\{([\w,]+)\}`", README):
-        named |= {stem + end for end in inner.split(",")}
-    assert named == set(ROWS)
+    table = README[README.index("| rows | data |") :].split("\n\n")[0]
+    firsts = [line.split("|")[1] for line in table.splitlines()[2:]]
+    named = []
+    for name in re.findall(r"`([^`]+)`", " ".join(firsts)):
+        parts = [part.split(",") for part in re.split(r"[{}]", name)]
+        named += ["".join(way) for way in itertools.product(*parts)]
+    assert len(named) == len(set(named))
+    assert set(named) == set(ROWS)
 
 
 def test_commands_exist():

@@ -34,16 +34,24 @@ def test_a_row_says_what_it_is(name):
     assert config == rows.ROWS[name]()
 
 
+ONE_OF_A_KIND = (
+    "digits_unet_tiles digits_unet_skip digits_unet_select camvid_small_random camvid_unet_static digits_resnet_skip "
+    "digits_policy_reinforce digits_slimmable_slices digits_msdnet_exits digits_halt_sact digits_halt_pondernet "
+    "digits_routed_gates digits_moe_experts digits_dyconv_kernels digits_dynamicconvnet_ddf"
+).split()
+"""Rows whose tiny form is trained in every run of the tests; the others' in `make test-slow`."""
+
+
 def in_tiny_form():
-    """One row of each that are alike once they are tiny; static twins and controls of classifiers are slow tests."""
-    seen = set()
+    """One row of each that are alike once they are tiny."""
+    seen = {rows.tiny(rows.get_row(name)).model for name in ONE_OF_A_KIND}
     for name in rows.ROWS:
         config = rows.tiny(rows.get_row(name))
-        if config.model.family != "unet" and config.model in seen:
-            continue
-        seen.add(config.model)
-        extra = config.model.family != "unet" and (config.model.dynamics == "static" or config.model.gate == "random")
-        yield pytest.param(name, marks=[pytest.mark.slow] if extra else [])
+        if name in ONE_OF_A_KIND:
+            yield name
+        elif config.model.family == "unet" or config.model not in seen:
+            seen.add(config.model)
+            yield pytest.param(name, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", list(in_tiny_form()))
