@@ -70,8 +70,8 @@ class Decision:
         return self._macs(self.keep)
 
     def expected_macs(self) -> Float[Array, "B"]:
-        """Expected MACs per example under `probability`."""
-        return self._macs(self.probability)
+        """Expected MACs per example under `probability`; of experts, as many as a token can take."""
+        return self._macs(self.probability * self.most if self.most else self.probability)
 
     def unit_keep(self) -> Float[Array, "B units kinds"]:
         """`keep` with every place of one example on one axis and the branches, stages or groups (or 1) on the last."""

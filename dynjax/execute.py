@@ -171,7 +171,7 @@ def _samples_compact(block, x, keep, other, strategy):
 
         return _buckets(number, examples, run, whole, other)
 
-    return _by_platform(strategy, loop, buckets)
+    return by_platform(strategy, loop, buckets)
 
 
 # Tiles
@@ -270,7 +270,7 @@ def _tiles_compact(block, x, keep, other, size, radius, strategy):
 
         return _buckets(number, total, some, whole, other)
 
-    return _by_platform(strategy, loop, buckets)
+    return by_platform(strategy, loop, buckets)
 
 
 def _grown(x, grow):
@@ -296,7 +296,8 @@ def _buckets(number, total, run, whole, other):
     return lax.switch(index, [lambda: other, *(functools.partial(run, c) for c in capacities), whole])
 
 
-def _by_platform(strategy, loop, buckets):
+def by_platform(strategy: Strategy, loop: Callable[[], Tree], buckets: Callable[[], Tree]) -> Tree:
+    """What the strategy says; "auto" is the loop on a CPU and buckets elsewhere. Raises ValueError for another."""
     if strategy == "auto":
         # Not lax.platform_dependent: it traces both ways, which takes longer than all the rest. To export for another
         # platform than this process runs on, name the strategy.

@@ -41,7 +41,7 @@ from dynjax.tasks.classification import cross_entropy
 
 FAST = bool(os.environ.get("DYNJAX_FAST"))
 STEPS, BATCH, CHANNELS = (1, 4, 4) if FAST else (250, 64, 16)
-SIZE = (8, 8) if FAST else (16, 16)
+SIZE, DEPTH = ((8, 8), 2) if FAST else ((16, 16), 4)
 rngs = nnx.Rngs(0)
 
 # %% [markdown]
@@ -129,8 +129,8 @@ def show(title, model, names=None, target=0.5):
 # A gate before each block looks at the features and decides (SkipNet, ConvNet-AIG).
 
 # %%
-blocks = [dj.Skip(Block(), dj.SampleGate(CHANNELS, rngs=rngs)) for _ in range(4)]
-show("Skip", train(Net(nnx.Sequential(*blocks))), [f"block {k}" for k in range(4)])
+blocks = [dj.Skip(Block(), dj.SampleGate(CHANNELS, rngs=rngs)) for _ in range(DEPTH)]
+show("Skip", train(Net(nnx.Sequential(*blocks))), [f"block {k}" for k in range(DEPTH)])
 
 # %% [markdown]
 # ## Depth: one policy for all blocks
@@ -138,9 +138,9 @@ show("Skip", train(Net(nnx.Sequential(*blocks))), [f"block {k}" for k in range(4
 # A network sees the input once and decides about every block (BlockDrop).
 
 # %%
-policy = dj.ChannelGate(CHANNELS, 4, rngs=rngs)
-model = Net(dj.PolicySkip([Block() for _ in range(4)], policy))
-show("PolicySkip", train(model), [f"block {k}" for k in range(4)])
+policy = dj.ChannelGate(CHANNELS, DEPTH, rngs=rngs)
+model = Net(dj.PolicySkip([Block() for _ in range(DEPTH)], policy))
+show("PolicySkip", train(model), [f"block {k}" for k in range(DEPTH)])
 
 # %% [markdown]
 # ## Depth: steps until a picture is done
@@ -148,8 +148,8 @@ show("PolicySkip", train(model), [f"block {k}" for k in range(4)])
 # One block again and again; a halting unit says when it is enough (adaptive computation time).
 
 # %%
-model = Net(dj.Halt(Block(), dj.SampleGate(CHANNELS, bias=0.0, rngs=rngs), max_steps=4))
-show("Halt", train(model), [f"step {k}" for k in range(4)])
+model = Net(dj.Halt(Block(), dj.SampleGate(CHANNELS, bias=0.0, rngs=rngs), max_steps=DEPTH))
+show("Halt", train(model), [f"step {k}" for k in range(DEPTH)])
 
 # %% [markdown]
 # ## Depth: early exits
@@ -172,8 +172,8 @@ def all_heads(model, image, label):
     return jnp.stack([cross_entropy(logits, label).mean() for logits in outputs]).mean()
 
 
-model = Net(dj.Exits([Block() for _ in range(4)], [Head() for _ in range(4)]))
-show("Exits", train(model, loss_of=all_heads), [f"stage {k}" for k in range(4)])
+model = Net(dj.Exits([Block() for _ in range(DEPTH)], [Head() for _ in range(DEPTH)]))
+show("Exits", train(model, loss_of=all_heads), [f"stage {k}" for k in range(DEPTH)])
 
 # %% [markdown]
 # ## Width: groups of channels
@@ -236,7 +236,7 @@ show("Experts", train(model, target=0.8, loss_of=balanced), [f"expert {k}" for k
 from dynjax.config import RoutedConfig
 from dynjax.models import routed
 
-model = routed.build(RoutedConfig(channels=CHANNELS // 2, scales=2, layers=3, dynamics="gates"), 10, rngs=rngs)
+model = routed.build(RoutedConfig(channels=CHANNELS // 2, scales=2, layers=DEPTH, dynamics="gates"), 10, rngs=rngs)
 model = nnx.view(model, use_running_average=False, raise_if_not_found=False)
 show("Supernet", train(model))
 

@@ -161,7 +161,7 @@ def _compact(block: Callable, x: jax.Array, keep: jax.Array, weight: jax.Array, 
     def one_by_one():
         return lax.map(lambda each: several(*(a[None] for a in each))[0], (x, keep, weight))
 
-    return execute._by_platform(strategy, one_by_one, lambda: several(x, keep, weight))
+    return execute.by_platform(strategy, one_by_one, lambda: several(x, keep, weight))
 
 
 def selection_loss(trace: Trace) -> Float[Array, ""]:

@@ -247,7 +247,7 @@ class Experts(nnx.Module):
             hidden = lax.ragged_dot(tokens, self.up[...], sizes) + self.up_bias[...][owner]
             return lax.ragged_dot(self.activation(hidden), self.down[...], sizes) + self.down_bias[...][owner]
 
-        y = execute._by_platform(self.strategy, loop, buckets).at[place].get(mode="clip")
+        y = execute.by_platform(self.strategy, loop, buckets).at[place].get(mode="clip")
         weight = jnp.where(taken, jnp.take_along_axis(weight, chosen, 1), 0)
         return jnp.where(taken[..., None], y * weight[..., None].astype(y.dtype), 0).sum(1)
 

@@ -127,7 +127,7 @@ class Channels(nnx.Module):
                 )
             return y
 
-        return execute._by_platform(self.strategy, loop, buckets)
+        return execute.by_platform(self.strategy, loop, buckets)
 
 
 # One of several widths
