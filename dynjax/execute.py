@@ -159,7 +159,10 @@ def _samples_compact(block, x, keep, other, strategy):
         def some():
             return lax.fori_loop(0, number, body, other)
 
-        return lax.cond(number > BREAK_EVEN_SAMPLES * examples, whole, some) if examples > 1 else some()
+        if examples == 1:
+            # Not a loop: XLA moves what does not depend on the trip out of it, which here is all of the block.
+            return lax.cond(number > 0, whole, lambda: other)
+        return lax.cond(number > BREAK_EVEN_SAMPLES * examples, whole, some)
 
     def buckets():
         def run(capacity):

@@ -203,3 +203,24 @@ def test_errors_name_what_was_wrong():
             execute.samples(lambda x: x[..., :1], x, keep, execution=execution)
         with pytest.raises(ValueError, match="choice has 2 branches and there are 1 blocks"):
             execute.branches([convolve], x, jnp.ones((2, 2)), execution=execution)
+
+
+@pytest.mark.parametrize("strategy", ["loop", "buckets"])
+@pytest.mark.parametrize("examples", [1, 2, 5])
+def test_the_compiled_program_multiplies_only_where_something_was_decided(examples, strategy):
+    """XLA moves work out of loops: at one example all of a block, once, so that it was run whatever was kept."""
+    kernel = jnp.ones((4, 4))
+
+    def samples(x, keep):
+        return execute.samples(lambda x: jnp.tanh(x @ kernel), x, keep, execution="compact", strategy=strategy)
+
+    def tiles(x, keep):
+        return execute.tiles(
+            lambda x: jnp.tanh(x @ kernel), x, keep, size=2, radius=0, execution="compact", strategy=strategy
+        )
+
+    cases = [(samples, (examples, 6, 4), (examples,)), (tiles, (examples, 2, 2, 4), (examples, 1, 1))]
+    for run, shape, units in cases:
+        program = jax.jit(run).lower(jnp.ones(shape), jnp.ones(units)).compile().as_text()
+        always = program[program.index("ENTRY") :]
+        assert "dot" in program and " dot(" not in always and "convolution(" not in always, (run.__name__, always)
