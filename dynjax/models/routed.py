@@ -1,14 +1,14 @@
 """A classifier and a segmenter whose pictures take their own paths through a grid of scales and layers.
 
-After dynamic routing (Li et al. 2020, arXiv:2003.10401, section 3.4), at a size for small pictures. Deviations: a path
-down folds 2x2 pixels into the channels of its 1x1 convolution rather than drop three of four; a path up repeats pixels
-rather than interpolate, which would cost more than the convolution; cells have plain 3x3 convolutions unless separable
-ones are asked for.
+After dynamic routing (Li et al. 2020, arXiv:2003.10401, section 3.4), at a size for small pictures. Deviations: maps
+are normalised per example, since batch statistics would depend on the paths that others take, count examples that do
+not reach a cell, and change with the threshold; a path down folds 2x2 pixels into the channels of its 1x1 convolution
+rather than drop three of four; a path up repeats pixels rather than interpolate, which would cost more than the
+convolution; cells have plain 3x3 convolutions unless separable ones are asked for.
 
 Letters: B examples, H W pixels, C D channels, K classes, S scales.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -17,13 +17,32 @@ from jaxtyping import Array, Float, UInt8
 
 from dynjax.config import RoutedConfig
 from dynjax.gates import PathGate, SampledPaths
-from dynjax.models.blocks import Block, Mix, gather_pixels, pixels
-from dynjax.models.unet import Merge, repeat_pixels, spread_pixels
+from dynjax.models.blocks import gather_pixels, pixels
+from dynjax.models.unet import repeat_pixels, spread_pixels
 from dynjax.ops import Cell, Supernet
 
 
-class SeparableBlock(nnx.Module):
-    """Two depthwise 3x3 convolutions, each with a linear layer and batch normalisation, around a shortcut."""
+def _norm(channels: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """Each example by its own mean and deviation, over the map and all channels."""
+    return nnx.GroupNorm(channels, num_groups=1, rngs=rngs)
+
+
+class Residual(nnx.Module):
+    """Two 3x3 convolutions around a shortcut."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv1 = nnx.Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)
+        self.norm1 = _norm(channels, rngs)
+        self.conv2 = nnx.Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)
+        self.norm2 = _norm(channels, rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        y = nnx.relu(self.norm1(self.conv1(x)))
+        return nnx.relu(x + self.norm2(self.conv2(y)))
+
+
+class Separable(nnx.Module):
+    """Two depthwise 3x3 convolutions, each with a linear layer, around a shortcut."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         def depthwise():
@@ -31,11 +50,22 @@ class SeparableBlock(nnx.Module):
 
         self.depth1, self.mix1 = depthwise(), Mix(channels, channels, rngs=rngs)
         self.depth2, self.linear2 = depthwise(), nnx.Linear(channels, channels, use_bias=False, rngs=rngs)
-        self.norm2 = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
+        self.norm2 = _norm(channels, rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         y = self.mix1(self.depth1(x))
         return nnx.relu(x + self.norm2(self.linear2(self.depth2(y))))
+
+
+class Mix(nnx.Module):
+    """A linear layer over the channels, normalised per example, and ReLU."""
+
+    def __init__(self, before: int, after: int, *, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(before, after, use_bias=False, rngs=rngs)
+        self.norm = _norm(after, rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
+        return nnx.relu(self.norm(self.linear(x)))
 
 
 class Up(nnx.Module):
@@ -59,28 +89,31 @@ class Down(nnx.Module):
 
 
 class LabelHead(nnx.Module):
-    """Logits from the means over the maps of all scales."""
+    """Logits from the normalised means over the maps of all scales."""
 
     def __init__(self, channels: Sequence[int], classes: int, *, rngs: nnx.Rngs):
+        self.norm = nnx.LayerNorm(sum(channels), rngs=rngs)
         self.linear = nnx.Linear(sum(channels), classes, rngs=rngs)
 
     def __call__(self, maps: Sequence[Float[Array, "B _H _W _C"]]) -> Float[Array, "B K"]:
-        return self.linear(jnp.concatenate([x.mean((1, 2)) for x in maps], -1)).astype(jnp.float32)
+        means = jnp.concatenate([x.mean((1, 2)) for x in maps], -1)
+        return self.linear(self.norm(means)).astype(jnp.float32)
 
 
 class MaskHead(nnx.Module):
-    """Logits of every pixel: from the coarsest scale up, each map is mixed with what comes from below."""
+    """Logits of every pixel: from the coarsest scale up, each map is added to what comes from below, and mixed."""
 
     def __init__(self, channels: Sequence[int], classes: int, stride: int, *, rngs: nnx.Rngs):
-        self.merge = nnx.List([Merge(fine, coarse, rngs=rngs) for fine, coarse in itertools.pairwise(channels)])
+        self.up = nnx.List([Up(coarse, rngs=rngs) for coarse in channels[1:]])
+        self.mix = Mix(channels[0], channels[0], rngs=rngs)
         self.linear = nnx.Linear(channels[0], classes * stride**2, rngs=rngs)
         self.stride = stride
 
     def __call__(self, maps: Sequence[Float[Array, "B _H _W _C"]]) -> Float[Array, "B H W K"]:
         x = maps[-1]
-        for scale in reversed(range(len(self.merge))):
-            x = self.merge[scale](maps[scale], x)
-        return spread_pixels(self.linear(x).astype(jnp.float32), self.stride)
+        for finer, up in zip(reversed(maps[:-1]), reversed(self.up), strict=True):
+            x = finer + up(x)[:, : finer.shape[1], : finer.shape[2]]
+        return spread_pixels(self.linear(self.mix(x)).astype(jnp.float32), self.stride)
 
 
 class Routed(nnx.Module):
@@ -99,7 +132,7 @@ class Routed(nnx.Module):
             )
         stride, channels = config.stem_stride, [config.channels * 2**scale for scale in range(config.scales)]
         self.stem = nnx.Conv(3, channels[0], (max(3, 2 * stride - 1),) * 2, stride, use_bias=False, rngs=rngs)
-        self.stem_norm = nnx.BatchNorm(channels[0], momentum=0.95, rngs=rngs)
+        self.stem_norm = _norm(channels[0], rngs)
         self.supernet = Supernet([_layer(number, config, channels, rngs) for number in range(config.layers)])
         if config.task == "classification":
             self.head = LabelHead(channels, classes, rngs=rngs)
@@ -115,7 +148,7 @@ class Routed(nnx.Module):
 def _layer(number: int, config: RoutedConfig, channels: Sequence[int], rngs: nnx.Rngs) -> list[Cell]:
     """The cells of one layer: as many as it reaches, with all the paths that lead somewhere."""
     last = number == config.layers - 1
-    operation = {"residual": Block, "separable": SeparableBlock}[config.operation]
+    operation = {"residual": Residual, "separable": Separable}[config.operation]
     cells = []
     for scale, width in enumerate(channels[: number + 1]):
         up = Up(width, rngs=rngs) if scale and not last else None
