@@ -57,9 +57,8 @@ def test_logits_of_any_size_and_their_decisions(dynamics):
     assert all(d.keep.shape == (3, 3) and d.granularity == "kernel" for d in trace.decisions.values())
 
 
-@pytest.mark.parametrize("dynamics", ["odconv", "hyper"])
-def test_a_few_steps_of_training_lower_the_loss(dynamics):
-    model, x, label = net(dynamics=dynamics), pictures(6, 8, 8), jnp.asarray([0, 1, 2, 3, 4, 0])
+def test_a_few_steps_of_training_lower_the_loss():
+    model, x, label = net(dynamics="odconv"), pictures(6, 8, 8), jnp.asarray([0, 1, 2, 3, 4, 0])
     optimizer = optax.adam(1e-2)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
@@ -89,7 +88,7 @@ def test_trained_static_kernels_start_the_dynamic_ones():
     assert static_twin(config) == SMALL
     twin_params = nnx.state(static, (nnx.Param, nnx.BatchStat))
     # Not by `make`, which would put other numbers in their place; compiled at once rather than layer by layer.
-    started = nnx.jit(lambda: build(config, 5, rngs=nnx.Rngs(3), twin_params=twin_params))()
+    started = nnx.jit(lambda rngs: build(config, 5, rngs=rngs, twin_params=twin_params))(nnx.Rngs(3))
     fresh = nnx.eval_shape(lambda: build(config, 5, rngs=nnx.Rngs(3)))
     assert jax.tree.structure(nnx.state(started)) == jax.tree.structure(nnx.state(fresh))
     y, expected = jax.jit(lambda x: (still(started)(x), still(static)(x)))(x)
@@ -119,11 +118,8 @@ def test_what_makes_no_sense_is_refused():
 
 def test_a_u_net_with_kernels_of_the_example_takes_a_step():
     static = make(lambda rngs: unet.build(UNetConfig(widths=(4, 6), blocks=(1, 0)), 3, rngs=rngs))
-    model = nnx.jit(
-        lambda static: with_kernels(
-            static, {r"(encoder|decoder)/\d+/\d+/conv1": "condconv"}, kernels=2, rngs=nnx.Rngs(0)
-        )
-    )(static)
+    paths = {r"(encoder|decoder)/\d+/\d+/conv1": "condconv"}
+    model = nnx.jit(lambda static, rngs: with_kernels(static, paths, kernels=2, rngs=rngs))(static, nnx.Rngs(0))
     assert isinstance(model.encoder[0][0].conv1, CondConv) and isinstance(model.encoder[0][0].conv2, nnx.Conv)
     x = pictures(2, 9, 12)
 

@@ -215,13 +215,6 @@ def test_a_condition_makes_the_kernel_with_the_input_or_without():
     np.testing.assert_allclose(twice - once, once - none, atol=1e-4)
 
 
-def test_a_generated_kernel_starts_as_the_static_one():
-    conv = nnx.jit(lambda: HyperConv(4, 6, (3, 3), rngs=nnx.Rngs(0)))()
-    x = image(2, 5, 4, 4)
-    static = one_by_one(x, jnp.broadcast_to(conv.kernel[...], (2, 3, 3, 4, 6)))
-    np.testing.assert_allclose(conv(x), static, rtol=1e-5, atol=1e-5)
-
-
 # With other dynamics
 
 
@@ -266,12 +259,12 @@ def test_tiles_around_a_kernel_of_the_example_are_refused():
 # From a static model
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["condconv", "odconv", "hyper"])  # test_dynamicconvnet.py has the other one
 def test_a_model_starts_from_its_static_kernels(kind):
     model, x = make(Residual), image(2, 6, 5, CHANNELS)
     model.conv2 = make(lambda rngs: nnx.Conv(CHANNELS, CHANNELS, (3, 3), feature_group_count=2, rngs=rngs))
-    # Compiled at once, rather than an initialiser after the other.
-    dynamic = nnx.jit(lambda model: with_kernels(model, {"conv2": kind}, rngs=nnx.Rngs(0)))(model)
+    # Compiled at once, rather than an initialiser after the other; of keys given inside XLA would fold all numbers.
+    dynamic = nnx.jit(lambda model, rngs: with_kernels(model, {"conv2": kind}, rngs=rngs))(model, nnx.Rngs(0))
     assert isinstance(model.conv2, nnx.Conv) and isinstance(dynamic.conv1, nnx.Conv)
     assert isinstance(dynamic.conv2, KINDS[kind])
     if kind not in ("hyper", "condconv"):
