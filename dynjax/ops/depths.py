@@ -144,11 +144,13 @@ def _mixed(block: Callable, x: jax.Array, keep: jax.Array, weight: jax.Array) ->
 
 
 def _gathered(block: Callable, x: jax.Array, keep: jax.Array, weight: jax.Array, number: int) -> jax.Array:
-    """As `_mixed`, from `number` tokens of each example in their order, among which are all that are kept."""
-    chosen = jnp.sort(jnp.argsort(keep < 0.5, axis=1, stable=True)[:, :number], axis=1)
+    """As `_mixed`, from `number` tokens of each example, among which are all that are kept, in their order."""
+    # Of equals top_k takes the first: the kept in their order, then others, which the block must not look at.
+    chosen = lax.top_k((keep > 0.5).astype(jnp.float32), number)[1]
     keep, weight = (jnp.take_along_axis(a, chosen, 1) for a in (keep, weight))
     y = _mixed(block, jnp.take_along_axis(x, chosen[..., None], 1), keep, weight)
-    return x.at[jnp.arange(x.shape[0])[:, None], chosen].set(y, unique_indices=True)
+    at = x.at[jnp.arange(x.shape[0])[:, None], chosen]
+    return at.set(y, unique_indices=True, mode="promise_in_bounds")
 
 
 def _compact(block: Callable, x: jax.Array, keep: jax.Array, weight: jax.Array, strategy: str) -> jax.Array:
@@ -159,7 +161,15 @@ def _compact(block: Callable, x: jax.Array, keep: jax.Array, weight: jax.Array, 
         return execute._buckets(number, x.shape[1], run, lambda: _mixed(block, x, keep, weight), x)
 
     def one_by_one():
-        return lax.map(lambda each: several(*(a[None] for a in each))[0], (x, keep, weight))
+        if x.shape[0] == 1:
+            return several(x, keep, weight)
+
+        def loop():
+            return lax.map(lambda each: several(*(a[None] for a in each))[0], (x, keep, weight))
+
+        # Where nearly all are kept, one launch is faster than as many as there are examples.
+        nearly_all = (keep > 0.5).mean() > execute.BREAK_EVEN_SAMPLES
+        return lax.cond(nearly_all, lambda: _mixed(block, x, keep, weight), loop)
 
     return execute.by_platform(strategy, one_by_one, lambda: several(x, keep, weight))
 
