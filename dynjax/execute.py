@@ -299,7 +299,7 @@ def _buckets(number, total, run, whole, other):
     return lax.switch(index, [lambda: other, *(functools.partial(run, c) for c in capacities), whole])
 
 
-def by_platform(strategy: Strategy, loop: Callable[[], Tree], buckets: Callable[[], Tree]) -> Tree:
+def by_platform(strategy: str, loop: Callable[[], Tree], buckets: Callable[[], Tree]) -> Tree:
     """What the strategy says; "auto" is the loop on a CPU and buckets elsewhere. Raises ValueError for another."""
     if strategy == "auto":
         # Not lax.platform_dependent: it traces both ways, which takes longer than all the rest. To export for another

@@ -35,7 +35,7 @@ def test_a_row_says_what_it_is(name):
 
 
 ONE_OF_A_KIND = (
-    "digits_unet_tiles digits_unet_skip digits_unet_select camvid_small_random camvid_unet_static digits_resnet_skip "
+    "digits_unet_tiles digits_unet_select camvid_small_random digits_resnet_skip "
     "digits_policy_reinforce digits_slimmable_slices digits_msdnet_exits digits_halt_sact digits_halt_pondernet "
     "digits_routed_gates digits_moe_experts digits_dyconv_kernels digits_dynamicconvnet_ddf"
 ).split()
