@@ -286,7 +286,7 @@ def test_a_budget_can_close_and_open_paths(threshold):
     def spent(model, x):
         return dj.traced(model)(x)[1].macs().mean()
 
-    grads = nnx.grad(spent)(at(threshold, make(routed)), image(2, 4, 4, CHANNELS))
+    grads = nnx.jit(nnx.grad(spent))(at(threshold, make(routed)), image(2, 4, 4, CHANNELS))
     slope = np.asarray(grads.gate.logits.bias[...])
     # Of no cost of its own, the path keep pulls only where it is the most open one, and then the operation's cost too.
     assert (slope >= 0).all() and slope[0] > 0 and slope[2] > 0
