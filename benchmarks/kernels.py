@@ -73,10 +73,10 @@ def way_of(name: str, batch: int, channels: int) -> tuple[Callable, tuple]:
     kernels = jax.random.normal(random, (KERNELS, 3, 3, channels, channels))
     weights = jax.nn.softmax(jax.random.normal(random, (batch, KERNELS)))
     if name in LAYERS:
-        layer = LAYERS[name](channels, channels, (3, 3), rngs=nnx.Rngs(0))
-        graphdef, params, rest = nnx.split(
-            nnx.view(layer, use_running_average=True, raise_if_not_found=False), nnx.Param, ...
-        )
+        bias = {} if name in ("involution", "ddf") else dict(use_bias=False)
+        layer = LAYERS[name](channels, channels, (3, 3), **bias, rngs=nnx.Rngs(0))
+        layer = nnx.view(layer, use_running_average=True, raise_if_not_found=False)
+        graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
         return lambda x, params: nnx.merge(graphdef, params, rest)(x), (params,)
     if name == "static":
         return static, (kernels[0],)
