@@ -62,7 +62,7 @@ def generated(
         shared: tree of arrays that all examples share, such as the kernels to mix.
         kernel_of: a function that closes over no arrays, for example `mixture`.
         padding: "SAME", "VALID", pixels on every side, or (low, high) for height and width.
-        strategy: "loop" or "grouped"; "auto" takes the loop on CPUs.
+        strategy: "loop" or "grouped"; "auto" takes the loop on CPUs. The loop gathers a batch split over devices.
 
     Raises:
         ValueError: if shapes do not agree, or for another padding or strategy.
