@@ -71,7 +71,8 @@ def load_balance(trace: Trace) -> Float[Array, ""]:
     losses = []
     for d in trace.decisions.values():
         if "branch" in d.granularity:
-            taken = jax.lax.stop_gradient(d.keep).reshape(-1, d.keep.shape[-1]).mean(0) / (d.most or 1)
+            taken = jax.lax.stop_gradient(d.keep).reshape(-1, d.keep.shape[-1]).mean(0)
+            taken = taken / taken.sum()
             probable = d.probability.reshape(-1, d.probability.shape[-1]).mean(0)
             losses.append(d.keep.shape[-1] * (taken * probable).sum())
     return jnp.stack(losses).mean() if losses else jnp.zeros(())

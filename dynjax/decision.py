@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
 Granularity = Literal[
@@ -99,6 +100,15 @@ class Decisions(nnx.Variable):
 
 
 def record(module: nnx.Module, decision: Decision) -> None:
-    """Sow `decision` under `module`'s path; does nothing unless a trace is being taken."""
-    if hasattr(module, "__captures__"):
-        module.sow(Decisions, "decision", decision)
+    """Sow `decision` under `module`'s path; does nothing unless a trace is being taken.
+
+    Nor inside a loop that a wrapper around `module` runs, over the examples kept: they cannot leave it.
+    """
+    if not hasattr(module, "__captures__"):
+        return
+    try:
+        for captured in module.__captures__:
+            captured.set_value(captured.get_value())
+    except TraceContextError:
+        return
+    module.sow(Decisions, "decision", decision)

@@ -172,7 +172,7 @@ def _samples_compact(block, x, keep, other, strategy):
             y = block(jax.tree.map(lambda a: a.at[index].get(mode="clip"), x))
             return jax.tree.map(lambda o, y: o.at[index].set(y, mode="drop"), other, y)
 
-        return _buckets(number, examples, run, whole, other)
+        return smallest_bucket(number, examples, run, whole, other)
 
     return by_platform(strategy, loop, buckets)
 
@@ -271,7 +271,7 @@ def _tiles_compact(block, x, keep, other, size, radius, strategy):
             at = jnp.where(used, example[:, None, None], examples)
             return base.at[at, rows[:, :, None], columns[:, None, :]].set(y, mode="drop")[:, :height, :width]
 
-        return _buckets(number, total, some, whole, other)
+        return smallest_bucket(number, total, some, whole, other)
 
     return by_platform(strategy, loop, buckets)
 
@@ -292,7 +292,7 @@ def break_even(size: int, radius: int) -> float:
 # Shared
 
 
-def _buckets(number, total, run, whole, other):
+def smallest_bucket(number, total, run, whole, other):
     """The smallest capacity that holds `number` units; none at all for 0, the whole input past the largest."""
     capacities = sorted({math.ceil(share * total) for share in CAPACITIES if math.ceil(share * total) < total})
     index = jnp.where(number == 0, 0, 1 + jnp.searchsorted(jnp.asarray([*capacities, total]), number))

@@ -158,7 +158,7 @@ def _compact(block: Callable, x: jax.Array, keep: jax.Array, weight: jax.Array, 
         """With the smallest capacity that holds what any example keeps."""
         number = (keep > 0.5).sum(1, dtype=jnp.int32).max()
         run = functools.partial(_gathered, block, x, keep, weight)
-        return execute._buckets(number, x.shape[1], run, lambda: _mixed(block, x, keep, weight), x)
+        return execute.smallest_bucket(number, x.shape[1], run, lambda: _mixed(block, x, keep, weight), x)
 
     def one_by_one():
         if x.shape[0] == 1:

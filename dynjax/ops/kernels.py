@@ -14,12 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
 from dynjax import convolve
 from dynjax.decision import Decision, record
-from dynjax.ops import wrapping
 from dynjax.ops.attention import Attention, annealed_temperature, set_temperature
 from dynjax.ops.dynamize import dynamize
 
@@ -412,13 +410,5 @@ def _mean(x: jax.Array) -> jax.Array:
 
 def _record(module: nnx.Module, weights: jax.Array) -> None:
     """Leave the attention over kernels in the trace; all kernels are used, at no cost that depends on it."""
-    if not wrapping.tracing(module):
-        return
-    try:
-        for captured in module.__captures__:
-            captured.set_value(captured.get_value())
-    except TraceContextError:
-        # Inside a loop that a wrapper around this module runs, over the examples kept: they cannot leave it.
-        return
     free = (0.0,) * weights.shape[1]
     record(module, Decision(jnp.ones_like(weights), weights, "kernel", free, free))
