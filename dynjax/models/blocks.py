@@ -1,10 +1,12 @@
-"""What several model families are built of: residual blocks, and changes of resolution that are fast to train on CPUs.
+"""What several model families are built of: blocks, and changes of resolution that are fast to train on CPUs.
 
 Letters: B examples, H W pixels, C D channels.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
@@ -49,6 +51,39 @@ class Mix(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
         return nnx.relu(self.norm(self.linear(x)))
+
+
+class ConvNorm(nnx.Module):
+    """Convolution, batch normalisation, ReLU."""
+
+    def __init__(self, before: int, after: int, side: int, stride: int = 1, *, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(before, after, (side, side), stride, padding=side // 2, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(after, momentum=0.95, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        return nnx.relu(self.norm(self.conv(x)))
+
+
+def conv3(before: int, after: int, stride: int, narrow: int | None, *, rngs: nnx.Rngs) -> nnx.Sequential:
+    """A 3x3 convolution, behind a 1x1 convolution to `narrow` times its channels where that is fewer."""
+    inner = before if narrow is None else min(before, narrow * after)
+    first = [] if narrow is None else [ConvNorm(before, inner, 1, rngs=rngs)]
+    return nnx.Sequential(*first, ConvNorm(inner, after, 3, stride, rngs=rngs))
+
+
+class Pyramid(nnx.Module):
+    """Maps of the picture, each of half the resolution of the one before and made from it; `widths` channels."""
+
+    def __init__(self, widths: Sequence[int], *, rngs: nnx.Rngs):
+        pairs = zip((3, *widths), widths, strict=False)
+        self.convs = nnx.List([ConvNorm(a, b, 3, 1 if i == 0 else 2, rngs=rngs) for i, (a, b) in enumerate(pairs)])
+
+    def __call__(self, x: Float[Array, "B H W 3"]) -> list[jax.Array]:
+        maps = []
+        for conv in self.convs:
+            x = conv(x)
+            maps.append(x)
+        return maps
 
 
 def gather_pixels(x: Float[Array, "B H W C"]) -> Float[Array, "B h w 4*C"]:

@@ -1,14 +1,43 @@
 """Classifiers that stop early: what the families with exits share. Letters: B examples, H W pixels, K classes."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from dynjax.models.blocks import pixels
+from dynjax.models.blocks import ConvNorm, pixels
 from dynjax.ops import Exits
 
 CONFIDENCE = {"learned": "max_prob", "random": "random"}
 """What a configuration's `gate` means for exits."""
+
+
+INNER = 128
+"""Channels inside an exit's head."""
+
+
+class Head(nnx.Module):
+    """An exit: two 3x3 convolutions of stride 2 on the coarsest map, its mean, and a linear layer."""
+
+    def __init__(self, channels: int, classes: int, *, rngs: nnx.Rngs):
+        self.convs = nnx.Sequential(ConvNorm(channels, INNER, 3, 2, rngs=rngs), ConvNorm(INNER, INNER, 3, 2, rngs=rngs))
+        self.linear = nnx.Linear(INNER, classes, rngs=rngs)
+
+    def __call__(self, maps: list[jax.Array]) -> Float[Array, "B K"]:
+        return self.linear(self.convs(maps[-1]).mean((1, 2))).astype(jnp.float32)
+
+
+class StaticExitNet(nnx.Module):
+    """The twin of `ExitNet`: all stages and the last head alone; (B, H, W, 3) bytes to (B, K) float32."""
+
+    def __init__(self, stages: list[nnx.Module], head: Head):
+        self.stages, self.head = nnx.List(stages), head
+
+    def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B K"]:
+        x = pixels(image, self.head.linear.kernel.dtype)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x)
 
 
 class ExitNet(nnx.Module):

@@ -13,50 +13,11 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
 
 from dynjax.config import MSDNetConfig
-from dynjax.models.blocks import pixels
-from dynjax.models.exits import CONFIDENCE, ExitNet
+from dynjax.models.blocks import ConvNorm, Pyramid, conv3
+from dynjax.models.exits import CONFIDENCE, ExitNet, Head, StaticExitNet
 from dynjax.ops import Exits
-
-INNER = 128
-"""Channels inside an exit's head."""
-
-
-class Conv(nnx.Module):
-    """Convolution, batch normalisation, ReLU."""
-
-    def __init__(self, before: int, after: int, side: int, stride: int = 1, *, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(before, after, (side, side), stride, padding=side // 2, use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(after, momentum=0.95, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        return nnx.relu(self.norm(self.conv(x)))
-
-
-def conv3(before: int, after: int, stride: int, narrow: int | None, *, rngs: nnx.Rngs) -> nnx.Sequential:
-    """A 3x3 convolution, behind a 1x1 convolution to `narrow` times its channels where that is fewer."""
-    inner = before if narrow is None else min(before, narrow * after)
-    first = [] if narrow is None else [Conv(before, inner, 1, rngs=rngs)]
-    return nnx.Sequential(*first, Conv(inner, after, 3, stride, rngs=rngs))
-
-
-class First(nnx.Module):
-    """The maps of every scale from the picture, each from the next finer one."""
-
-    def __init__(self, config: MSDNetConfig, *, rngs: nnx.Rngs):
-        widths = [3, *(config.channels * 2**s for s in range(config.scales))]
-        self.convs = nnx.List(
-            [Conv(widths[s], widths[s + 1], 3, 1 if s == 0 else 2, rngs=rngs) for s in range(config.scales)]
-        )
-
-    def __call__(self, x: Float[Array, "B H W 3"]) -> list[jax.Array]:
-        maps = []
-        for conv in self.convs:
-            x = conv(x)
-            maps.append(x)
-        return maps
 
 
 class Layer(nnx.Module):
@@ -90,34 +51,10 @@ class Transition(nnx.Module):
     """1x1 convolutions that bring `channels` down to `after`, at every scale from `first` on."""
 
     def __init__(self, channels: int, after: int, first: int, scales: int, *, rngs: nnx.Rngs):
-        self.convs = nnx.List([Conv(channels * 2**s, after * 2**s, 1, rngs=rngs) for s in range(first, scales)])
+        self.convs = nnx.List([ConvNorm(channels * 2**s, after * 2**s, 1, rngs=rngs) for s in range(first, scales)])
 
     def __call__(self, maps: list[jax.Array]) -> list[jax.Array]:
         return [conv(x) for conv, x in zip(self.convs, maps, strict=True)]
-
-
-class Head(nnx.Module):
-    """An exit: two 3x3 convolutions of stride 2 on the coarsest map, its mean, and a linear layer."""
-
-    def __init__(self, channels: int, classes: int, *, rngs: nnx.Rngs):
-        self.convs = nnx.Sequential(Conv(channels, INNER, 3, 2, rngs=rngs), Conv(INNER, INNER, 3, 2, rngs=rngs))
-        self.linear = nnx.Linear(INNER, classes, rngs=rngs)
-
-    def __call__(self, maps: list[jax.Array]) -> Float[Array, "B K"]:
-        return self.linear(self.convs(maps[-1]).mean((1, 2))).astype(jnp.float32)
-
-
-class StaticMSDNet(nnx.Module):
-    """All stages and the last head alone: (B, H, W, 3) bytes to (B, K) float32."""
-
-    def __init__(self, stages: list[nnx.Module], head: Head):
-        self.stages, self.head = nnx.List(stages), head
-
-    def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B K"]:
-        x = pixels(image, self.head.linear.kernel.dtype)
-        for stage in self.stages:
-            x = stage(x)
-        return self.head(x)
 
 
 def _stages(config: MSDNetConfig, rngs: nnx.Rngs) -> Iterator[tuple[nnx.Sequential, int]]:
@@ -126,7 +63,7 @@ def _stages(config: MSDNetConfig, rngs: nnx.Rngs) -> Iterator[tuple[nnx.Sequenti
     interval = math.ceil(total / config.scales)
     channels, number = config.channels, 0
     for block in range(config.blocks):
-        layers = [First(config, rngs=rngs)] if block == 0 else []
+        layers = [Pyramid([config.channels * 2**s for s in range(config.scales)], rngs=rngs)] if block == 0 else []
         for _ in range(config.base if block == 0 else config.step):
             before, first = max(0, number - 1) // interval, number // interval
             layers.append(Layer(channels, before, first, config, rngs=rngs))
@@ -154,7 +91,7 @@ def build(
         raise ValueError(f"growth={config.growth} must be at least 2: a scale takes half of it from the next finer one")
     stages, channels = zip(*_stages(config, rngs), strict=True)
     coarse = 2 ** (config.scales - 1)
-    static = StaticMSDNet(list(stages), Head(channels[-1] * coarse, num_classes, rngs=rngs))
+    static = StaticExitNet(list(stages), Head(channels[-1] * coarse, num_classes, rngs=rngs))
     if twin_params is not None:
         nnx.update(static, twin_params)
     if config.dynamics == "static":

@@ -17,8 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.config import RANetConfig
-from dynjax.models.exits import CONFIDENCE, ExitNet
-from dynjax.models.msdnet import Conv, Head, StaticMSDNet, conv3
+from dynjax.models.blocks import ConvNorm, Pyramid, conv3
+from dynjax.models.exits import CONFIDENCE, ExitNet, Head, StaticExitNet
 from dynjax.ops import Exits
 
 COARSE = 0.25
@@ -56,7 +56,7 @@ class FusedBlock(nnx.Module):
         self.layers = nnx.List([conv3(w, growth - up, 1, narrow, rngs=rngs) for w in self.widths[:-1]])
         self.coarse = nnx.List([conv3(w, up, 1, 2 * narrow, rngs=rngs) for w in coarse.widths[:-1]])
         last = int(self.widths[-1] * COARSE)
-        self.last = Conv(coarse.widths[-1], last, 1, rngs=rngs)
+        self.last = ConvNorm(coarse.widths[-1], last, 1, rngs=rngs)
         self.seen = coarse.widths
         self.after = self.widths[-1] + last
 
@@ -72,27 +72,15 @@ class Down(nnx.Module):
 
     def __init__(self, before: int, *, rngs: nnx.Rngs):
         self.after = int(before * REDUCTION)
-        self.conv = Conv(before, self.after, 1, rngs=rngs)
+        self.conv = ConvNorm(before, self.after, 1, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         return nnx.avg_pool(self.conv(x), (2, 2), (2, 2), "SAME")
 
 
-class First(nnx.Module):
-    """The base maps from the picture, the coarsest first; each from the next finer one."""
-
-    def __init__(self, widths: Sequence[int], *, rngs: nnx.Rngs):
-        widths = [3, *reversed(widths)]
-        self.convs = nnx.List(
-            [Conv(widths[i], widths[i + 1], 3, 1 if i == 0 else 2, rngs=rngs) for i in range(len(widths) - 1)]
-        )
-
-    def __call__(self, x: Float[Array, "B H W 3"]) -> list[jax.Array]:
-        maps = []
-        for conv in self.convs:
-            x = conv(x)
-            maps.append(x)
-        return maps[::-1]
+def coarsest_first(maps: list[jax.Array]) -> list[jax.Array]:
+    """The base maps in the order in which the sub-networks take them."""
+    return maps[::-1]
 
 
 class Stage(nnx.Module):
@@ -149,8 +137,8 @@ def stages(config: RANetConfig, rngs: nnx.Rngs) -> list[tuple[nnx.Module, int]]:
                 blocks = []
         coarse = own
         ends.append(len(own))
-    first = First([config.channels * factor for factor in factors], rngs=rngs)
-    return [(nnx.Sequential(first, found[0][0]), found[0][1]), *found[1:]]
+    bases = Pyramid([config.channels * factor for factor in reversed(factors)], rngs=rngs)
+    return [(nnx.Sequential(bases, coarsest_first, found[0][0]), found[0][1]), *found[1:]]
 
 
 def build(config: RANetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
@@ -167,7 +155,7 @@ def build(config: RANetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params:
     if int(config.growth * COARSE) < 1:
         raise ValueError(f"growth={config.growth} must be at least 4: a quarter comes from the coarser sub-network")
     parts, widths = zip(*stages(config, rngs), strict=True)
-    static = StaticMSDNet(list(parts), Head(widths[-1], num_classes, rngs=rngs))
+    static = StaticExitNet(list(parts), Head(widths[-1], num_classes, rngs=rngs))
     if twin_params is not None:
         nnx.update(static, twin_params)
     if config.dynamics == "static":
