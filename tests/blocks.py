@@ -43,6 +43,22 @@ def at(threshold: jax.Array | float, model: nnx.Module) -> nnx.Module:
     return model
 
 
+@nnx.jit
+def train(gate, x):
+    """The decision of a gate that trains, the gate being an argument of the compiled function."""
+    return gate(x)
+
+
+@nnx.jit
+def _evaluated(gate, x, threshold):
+    return at(threshold, nnx.view(gate, deterministic=True, raise_if_not_found=False))(x)
+
+
+def evaluate(gate, x, threshold=0.0):
+    """The decision of a gate that does not train."""
+    return _evaluated(gate, x, jnp.float32(threshold))
+
+
 def image(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from blocks import image, make
+from blocks import evaluate, image, make, train
 from flax import nnx
 from flax.errors import TraceContextError
 
@@ -15,23 +15,6 @@ from dynjax import budget, cost, gates
 
 KEY = jax.random.key(0)
 LOGITS = jnp.asarray([-40.0, -2.0, 0.0, 1.0, 40.0])
-
-
-@nnx.jit
-def train(gate, x):
-    """The decision of a gate that trains, the gate being an argument of the compiled function."""
-    return gate(x)
-
-
-@nnx.jit
-def evaluated(gate, x, threshold):
-    gate = nnx.clone(nnx.view(gate, deterministic=True, raise_if_not_found=False))
-    budget.set_threshold(gate, threshold)
-    return gate(x)
-
-
-def evaluate(gate, x, threshold=0.0):
-    return evaluated(gate, x, jnp.float32(threshold))
 
 
 # Pure functions
@@ -185,37 +168,6 @@ def test_a_sample_gate_takes_vectors():
     assert evaluate(make(MAKERS["branch"][0]), image(3, 4)).keep.shape == (3, 3)
 
 
-def test_fixed_gate():
-    x = image(3, 9, 7, 4)
-    keep = np.random.default_rng(0).integers(0, 2, (3, 3, 2))
-    np.testing.assert_array_equal(dj.FixedGate(keep, size=4)(x).keep, keep)
-    np.testing.assert_array_equal(dj.FixedGate([0])(x).keep, [0, 0, 0])
-    shapes = [((3,), "sample"), ((1, 2), "branch"), ((1, 3, 2), "tile"), ((3, 3, 2, 2), "tile branch")]
-    for shape, granularity in shapes:
-        decision = dj.FixedGate(np.ones(shape), size=4)(x)
-        assert decision.granularity == granularity and decision.keep.shape == (3, *shape[1:])
-    with pytest.raises(ValueError, match="keep has 2 examples and the input has 3"):
-        dj.FixedGate(np.ones(2))(x)
-    with pytest.raises(ValueError, match=r"keep has shape \(\)"):
-        dj.FixedGate(1)
-
-
-def test_random_gate_keeps_its_rate():
-    gate, x = dj.RandomGate(0.3, size=2, rngs=nnx.Rngs(0)), image(16, 20, 20, 1)
-    keep, again = (np.asarray(train(gate, x).keep) for _ in range(2))
-    assert keep.shape == (16, 10, 10) and keep.mean() == pytest.approx(0.3, abs=0.05)
-    assert (again != keep).any()
-    still = np.asarray(evaluate(gate, x).keep)
-    assert still.mean() == pytest.approx(0.3, abs=0.06)
-    np.testing.assert_array_equal(still, evaluate(gate, x).keep)
-    # A function of the content of each example alone, not of its place in the batch.
-    np.testing.assert_array_equal(still[::-1], evaluate(gate, np.asarray(x)[::-1]).keep)
-    assert (still[0] != still[1]).any()
-    shares = [np.asarray(evaluate(gate, x, at).keep).mean() for at in (-30.0, -1.0, 0.0, 1.0, 30.0)]
-    assert shares == sorted(shares, reverse=True) and shares[0] == 1 and shares[-1] == 0
-    assert evaluate(dj.RandomGate(0.5, rngs=nnx.Rngs(0)), x).keep.shape == (16,)
-
-
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
 def test_a_path_gate_is_the_soft_conditional_gate(threshold):
     """relu(tanh(logits)), worked by hand: the logits are the biases."""
@@ -244,24 +196,6 @@ def with_bias(gate, bias):
     return gate
 
 
-@pytest.mark.parametrize("draw", ["single", "sandwich", "independent"])
-def test_sampled_paths_draw_what_they_say(draw):
-    gate, x = make(lambda rngs: dj.SampledPaths(3, draw, rate=0.7, rngs=rngs)), image(3000, 2)
-    keep = np.asarray(train(gate, x).keep)
-    if draw == "single":
-        np.testing.assert_array_equal(keep.sum(1), 1)
-        np.testing.assert_allclose(keep.mean(0), 1 / 3, atol=0.04)
-    if draw == "sandwich":
-        assert keep[::3].all() and not keep[1::3].any()
-    if draw != "single":
-        np.testing.assert_allclose(keep[2::3].mean(0), 0.7, atol=0.05)
-    assert (np.asarray(train(gate, x).keep) != keep).any()
-    for threshold, rate in ((-30.0, 1.0), (0.0, 0.7), (np.log(0.7 / 0.3), 0.5), (30.0, 0.0)):
-        decision = evaluate(gate, x, threshold)
-        np.testing.assert_allclose(decision.keep.mean(0), rate, atol=0.05)
-        np.testing.assert_array_equal(decision.probability, decision.keep)
-
-
 def test_errors_name_the_argument():
     rngs, x = nnx.Rngs(0), image(1, 8, 8, 4)
     for build, message in [
@@ -270,9 +204,6 @@ def test_errors_name_the_argument():
         (lambda: dj.BranchGate(4, 0, rngs=rngs), "branches=0"),
         (lambda: dj.BranchGate(4, 2, size=0, rngs=rngs), "size=0"),
         (lambda: dj.ChannelGate(4, 0, rngs=rngs), "groups=0"),
-        (lambda: dj.FixedGate([1], size=0), "size=0"),
-        (lambda: dj.RandomGate(1.0, rngs=rngs), "rate=1.0"),
-        (lambda: dj.RandomGate(0.5, size=0, rngs=rngs), "size=0"),
         (lambda: make(lambda rngs: dj.SampleGate(5, rngs=rngs))(x), "SampleGate was made for features=5.*features=4"),
         (lambda: make(lambda rngs: dj.TileGate(5, rngs=rngs))(x), "TileGate was made for features=5.*features=4"),
     ]:

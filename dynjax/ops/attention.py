@@ -92,7 +92,7 @@ class Attention(nnx.Module):
         units = sum(size for size, _ in self.heads)
         if not self.deterministic:
             return jax.random.uniform(self.rngs.gate(), (features.shape[0], units))
-        # A continuous function of the content, as in gates.RandomGate: rounding must not draw everything anew.
+        # A continuous function of the content, as in controls.RandomGate: rounding must not draw everything anew.
         return jnp.mod(jax.random.uniform(jax.random.key(0), (1, units)) + 97 * features.mean(1, keepdims=True), 1)
 
 

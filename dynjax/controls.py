@@ -1,0 +1,155 @@
+"""Gates that learn nothing: a fixed decision for tests, and chance, the control of every table.
+
+Letters: B examples, h w tiles, K branches.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dynjax import gates
+from dynjax.decision import Decision
+
+
+class SampledPaths(nnx.Module):
+    """Paths drawn by chance: trains a supernet by sampling its sub-networks, and is the control of learned routing.
+
+    `x` (B, ...) gives a decision of shape (B, paths); an open path counts in full. `draw`, for each example anew:
+
+    - "single": one path, each as likely, so that one way leads through a supernet (Guo et al. 2020, arXiv:1904.00420,
+      uniform sampling of a single path). Deviation: an example, not a batch, has one way, so that every step trains
+      every cell.
+    - "sandwich": of three examples one has all paths open, one none, and one "independent" ones: the largest, the
+      smallest and a random sub-network (the sandwich rule of Yu & Huang 2019, arXiv:1903.05134), side by side in a
+      batch.
+    - "independent": each path is open with probability `rate`, which the threshold moves.
+
+    When deterministic all are "independent", by the example's content (see `RandomGate`).
+    """
+
+    def __init__(
+        self,
+        paths: int,
+        draw: Literal["single", "sandwich", "independent"] = "single",
+        *,
+        rate: float = 0.5,
+        rngs: nnx.Rngs,
+    ):
+        if draw not in ("single", "sandwich", "independent"):
+            raise ValueError(f"draw={draw!r} must be 'single', 'sandwich' or 'independent'")
+        if not 0 < rate < 1:
+            raise ValueError(f"rate={rate} must be in (0, 1)")
+        self.paths, self.draw, self.rate, self.deterministic = gates.positive(paths, "paths"), draw, rate, False
+        self.threshold = gates.Threshold(jnp.zeros(()))
+        self.rngs = nnx.Rngs(gate=rngs.params())
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def __call__(self, x: Float[Array, "B ..."]) -> Decision:
+        shape = (x.shape[0], self.paths)
+        if self.deterministic:
+            noise = _content_noise(x, shape[1:])
+        else:
+            noise = jax.random.logistic(gates.next_key(self.rngs), shape)
+        if self.draw == "single" and not self.deterministic:
+            keep = gates.one_hot_argmax(noise)
+        else:
+            keep = gates.threshold(math.log(self.rate) - math.log1p(-self.rate) - self.threshold[...] + noise)
+        if self.draw == "sandwich" and not self.deterministic:
+            turn = (jnp.arange(shape[0]) % 3)[:, None]
+            keep = jnp.where(turn == 2, keep, (turn == 0).astype(keep.dtype))
+        return Decision(keep, keep, "path")
+
+
+class FixedGate(nnx.Module):
+    """The same decision always, whatever the input.
+
+    `keep` of 0s and 1s has shape (B,), (B, h, w), (B, K) or (B, h, w, K), with `size`, the side of a tile in pixels,
+    where there are tiles. Its first axis may be 1, which is repeated for every example.
+    """
+
+    def __init__(self, keep, size: int | None = None):
+        keep = jnp.asarray(keep, jnp.float32)
+        if keep.ndim not in (1, 2, 3, 4):
+            raise ValueError(f"keep has shape {keep.shape}; it must be (B,), (B, K), (B, h, w) or (B, h, w, K)")
+        self.keep = nnx.Variable(keep)
+        self.size = size if size is None else gates.positive(size, "size")
+
+    def __call__(self, x: Float[Array, "B ..."]) -> Decision:
+        keep = self.keep[...]
+        if keep.shape[0] not in (1, x.shape[0]):
+            raise ValueError(
+                f"keep has {keep.shape[0]} examples and the input has {x.shape[0]}; give it that many, or 1"
+            )
+        keep = jnp.broadcast_to(keep, (x.shape[0], *keep.shape[1:]))
+        return Decision(keep, keep, ("sample", "branch", "tile", "tile branch")[keep.ndim - 1])
+
+
+class RandomGate(nnx.Module):
+    """Keeps a share `rate` at random: the control of every table.
+
+    Per example (B,), per tile (B, h, w) with `size`, or each of `units` groups of channels or paths (B, K) by itself.
+    With `branches`, takes one of so many (B, K), or (B, h, w, K) with `size`: each is rate / (1 - rate) times as likely
+    as the one before. When deterministic it looks just as random but is a function of the example's content, so that
+    every execution agrees.
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        size: int | None = None,
+        units: int | None = None,
+        branches: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if not 0 < rate < 1:
+            raise ValueError(f"rate={rate} must be in (0, 1)")
+        if units is not None and (size is not None or branches is not None):
+            raise ValueError(f"units={units} are decided per example and alone: leave out size and branches")
+        self.rate, self.size, self.deterministic = rate, size if size is None else gates.positive(size, "size"), False
+        self.units = units if units is None else gates.positive(units, "units")
+        self.branches = branches if branches is None else gates.positive(branches, "branches")
+        self.threshold = gates.Threshold(jnp.zeros(()))
+        self.rngs = nnx.Rngs(gate=rngs.params())
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def __call__(self, x: Float[Array, "B ..."]) -> Decision:
+        shape = () if self.size is None else tuple(-(-n // self.size) for n in x.shape[1:3])
+        shape = shape if self.units is None else (self.units,)
+        logit = math.log(self.rate) - math.log1p(-self.rate) - self.threshold[...]
+        if self.deterministic:
+            noise = _content_noise(x, shape)
+        else:
+            noise = jax.random.logistic(gates.next_key(self.rngs), (x.shape[0], *shape))
+        if self.branches is not None:
+            probability = jax.nn.softmax(logit * jnp.arange(self.branches))
+            # By the inverse of the distribution function: a lower threshold never means a cheaper branch.
+            bounds = jnp.cumsum(probability)[:-1].reshape((1,) * noise.ndim + (-1,))
+            chosen = (jax.nn.sigmoid(noise)[..., None] > bounds).sum(-1)
+            keep = jax.nn.one_hot(chosen, self.branches)
+            granularity = "branch" if self.size is None else "tile branch"
+            return Decision(keep, jnp.broadcast_to(probability, keep.shape), granularity)
+        keep = gates.threshold(logit + noise)
+        probability = jnp.broadcast_to(jax.nn.sigmoid(logit), keep.shape)
+        granularity = "sample" if self.size is None else "tile"
+        return Decision(keep, probability, granularity if self.units is None else "channel")
+
+
+def _content_noise(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Logistic noise (B, *shape) that is a function of each example's content.
+
+    A continuous one: rounding in an earlier layer must not draw the whole choice anew.
+    """
+    content = x.astype(jnp.float32).mean(tuple(range(1, x.ndim))).reshape(-1, *(1,) * len(shape))
+    uniform = jnp.mod(jax.random.uniform(jax.random.key(0), (1, *shape)) + 97 * content, 1)
+    return jax.scipy.special.logit(jnp.clip(uniform, 1e-6, 1 - 1e-6))
