@@ -66,11 +66,12 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    """The fields of nested dicts by their path, such as budget.target."""
+    found = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def read_config(workdir: str | Path) -> tuple[Config, tuple[str, ...]]:
@@ -93,7 +94,7 @@ def check_workdir(workdir: str | Path, config: Config) -> None:
         if made_by.row != config.row:
             made = f"was made by row {made_by.row}, this is row {config.row}"
             raise UserError(f"workdir {workdir} {made}: give another --workdir")
-        then, now = _flat(config_to_dict(made_by)), _flat(config_to_dict(config))
+        then, now = flat(config_to_dict(made_by)), flat(config_to_dict(config))
         changed = [name for name in now if then.get(name) != now[name] and name not in FREE_TO_CHANGE]
         if changed:
             what = "; ".join(f"{name} is {then.get(name)} there and {now[name]} here" for name in changed)

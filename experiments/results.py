@@ -24,7 +24,10 @@ from experiments import cli
 COMMAND = "experiments.results"
 HERE = Path(__file__).parent
 KEY = ("row", "data", "split", "budget")
-FIGURES = ("curve", "heatmaps", "compute_histogram")
+FIGURES = ("curve", "heatmaps", "compute_histogram", "compute_by_class", "extremes", "exits")
+"""Pictures that experiments.evaluate makes, of one task or the other."""
+OWN = ("seed", "init_from", "data.path")
+"""Fields in which runs of one protocol may differ."""
 README_MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
 
 
@@ -266,6 +269,23 @@ def row_protocol(row: str) -> str:
     return next((line.removeprefix("Protocol: ") for line in lines if line.startswith("Protocol: ")), "")
 
 
+def changes(workdir: str) -> str:
+    """Where a run was told otherwise than its row says, as options: "Run with --steps 100." or nothing."""
+    from dynjax import checkpoint
+    from experiments.rows import ROWS
+
+    if not (Path(workdir) / "config.json").exists():
+        return ""
+    config, _ = checkpoint.read_config(workdir)
+    if config.row not in ROWS:
+        return ""
+    row, run = (checkpoint.flat(checkpoint.config_to_dict(each)) for each in (ROWS[config.row](), config))
+    free = (*checkpoint.FREE_TO_CHANGE, *OWN)
+    told = [name for name, value in run.items() if row.get(name) != value and name not in free]
+    options = " ".join(f"--{name.replace('_', '-')} {run[name]}" for name in told)
+    return f"Run with {options}." if told else ""
+
+
 def main(raw: list[str]) -> None:
     choice = cli.parse(Choice, raw, command=COMMAND)
     folder = Path(choice.folder)
@@ -274,13 +294,15 @@ def main(raw: list[str]) -> None:
         if not choice.workdir:
             raise UserError("--workdir is empty: give evaluated workdirs")
         row = _read_evaluation(Path(choice.workdir[0]))["row"]
-        new = collect(choice.workdir, choice.protocol or row_protocol(row), choice.paper_score, choice.paper_mmacs)
+        protocol = choice.protocol or " ".join(filter(None, [row_protocol(row), changes(choice.workdir[0])]))
+        new = collect(choice.workdir, protocol, choice.paper_score, choice.paper_mmacs)
         results = merge(results, new)
         write(folder / "results.csv", results)
         (folder / "figures").mkdir(exist_ok=True)
         # A static row's pictures of compute are plain.
         for name in FIGURES if len(new) > 1 else FIGURES[:1]:
-            shutil.copyfile(Path(choice.workdir[0]) / f"{name}.png", folder / "figures" / f"{row}_{name}.png")
+            if (picture := Path(choice.workdir[0]) / f"{name}.png").exists():
+                shutil.copyfile(picture, folder / "figures" / f"{row}_{name}.png")
     figures = sorted(path.name for path in (folder / "figures").glob("*.png"))
     notes = folder / "notes.md"
     (folder / "RESULTS.md").write_text(render(results, figures, notes.read_text() if notes.exists() else ""))
