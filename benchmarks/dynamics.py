@@ -164,6 +164,7 @@ def experts() -> tuple:
         top = round(8 * share)
         order = np.random.default_rng(0).permuted(np.tile(np.arange(8), (BATCH, 64, 1)), axis=-1)
         gate = Tell((order < top).astype(np.float32), "token branch")
+        gate.top = top  # as a router has it
         if not made:
             made["experts"] = dj.Experts(64, 128, 8, gate=gate, rngs=nnx.Rngs(0))
         model = nnx.clone(made["experts"])

@@ -232,6 +232,7 @@ def main(raw: list[str]) -> None:
     from dynjax.data import calibration_batches, make_loader, make_source
     from dynjax.evaluate import evaluate, make_runner, read_curve, score, write_curve
     from dynjax.tasks import make_task
+    from dynjax.tasks.spending import steers
 
     controls = {
         label: read_curve(Path(folder) / "curve.csv") for label, folder in split_labels(arguments.compare).items()
@@ -250,6 +251,10 @@ def main(raw: list[str]) -> None:
     def batches():
         return make_loader(source, arguments.batch_size, seed=0, augment=None, shuffle=False, repeat=False)
 
+    budgets = sorted(set(arguments.budgets))
+    if not static and not steers(model):
+        print(f"{config.row} has nothing to skip, it costs the same at every budget: evaluated once")
+        budgets = [1.0]
     sizes = arguments.timing_batches
     sizes = ((8, 32) if task.target == "label" else ()) if sizes is None else sizes
     found = evaluate(
@@ -257,7 +262,7 @@ def main(raw: list[str]) -> None:
         twin,
         task,
         static=static,
-        budgets=sorted(set(arguments.budgets)),
+        budgets=budgets,
         calibration=calibration_batches(val, *calibration_size(len(val), arguments)),
         batches=batches,
         timing=timing_inputs(source, arguments.timing, sizes),

@@ -143,6 +143,14 @@ def test_a_static_row_is_one_line(static):
     assert (line["budget"], line["speedup"], line["macs_fraction"], line["met"]) == ("1", "1", "1", "True")
 
 
+def test_a_row_with_nothing_to_skip_is_one_line(tmp_path):
+    folder = make(tmp_path / "w", "digits_condconv_kernels")
+    said = run_evaluate(folder, "--budgets", 0.5, 1.0, "--timing-batches", 2, "--batch-size", 16)
+    assert "nothing to skip" in said
+    (line,) = lines(folder)
+    assert line["budget"] == "1" and float(line["macs_fraction"]) > 1 and line["met"] == "False"
+
+
 def test_a_trained_twin_and_controls_are_drawn(workdir, static, tmp_path):
     copy = shutil.copytree(workdir, tmp_path / "w")
     said = run_evaluate(copy, "--budgets", 1.0, "--split", "val", "--twin", static, "--compare", f"static={static}")
