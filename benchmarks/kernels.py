@@ -12,6 +12,7 @@ mixes the outputs of four convolutions. Per pixel: "involution" and "ddf", whose
 
 import argparse
 import csv
+import math
 import os
 import platform
 import sys
@@ -73,8 +74,8 @@ def way_of(name: str, batch: int, channels: int) -> tuple[Callable, tuple]:
     kernels = jax.random.normal(random, (KERNELS, 3, 3, channels, channels))
     weights = jax.nn.softmax(jax.random.normal(random, (batch, KERNELS)))
     if name in LAYERS:
-        bias = {} if name in ("involution", "ddf") else dict(use_bias=False)
-        layer = LAYERS[name](channels, channels, (3, 3), **bias, rngs=nnx.Rngs(0))
+        own = {"involution": dict(group_channels=math.gcd(channels, 16)), "ddf": {}}.get(name, dict(use_bias=False))
+        layer = LAYERS[name](channels, channels, (3, 3), **own, rngs=nnx.Rngs(0))
         layer = nnx.view(layer, use_running_average=True, raise_if_not_found=False)
         graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
         return lambda x, params: nnx.merge(graphdef, params, rest)(x), (params,)

@@ -212,15 +212,21 @@ def render(results: list[Result], figures: list[str], notes: str = "") -> str:
 
 
 def fill_readme(readme: str, results: list[Result]) -> str:
-    """`readme` with a short table of the results between its two markers; as it is without them."""
+    """`readme` with a short table of the results between its two markers, of each row the budget nearest to half; as it
+    is without them."""
     begin, end = README_MARKERS
     if begin not in readme or end not in readme:
         return readme
+    sets = list(dict.fromkeys((r.data, r.split) for r in results))
+    nearest: dict[tuple[str, ...], Result] = {}
+    for result in sorted(results, key=lambda r: abs(float(r.budget) - 0.5)):
+        nearest.setdefault((result.row, result.data, result.split), result)
+    shown = [r for each in sets for r in results if (r.data, r.split) == each and r in nearest.values()]
     lines = [
         "| row | data | budget | score | MACs, % of the twin | ms | twin, ms | speed-up | at batch 32 |",
         "|---|---|" + "---:|" * 7,
     ]
-    for r in results:
+    for r in shown:
         cells = [
             f"`{r.row}`",
             f"{r.data}, {r.split}",

@@ -243,6 +243,7 @@ def test_results_are_added_and_rendered(workdir, static, tmp_path):
     ]
     assert all(line.seeds == "1" and line.score_std == "" and line.paper_score == "" for line in kept)
     assert all("experiments.evaluate" in line.command and line.hardware for line in kept)
+    assert all("Run with" in line.protocol and "--steps" in line.protocol for line in kept)
     text = (tmp_path / "RESULTS.md").read_text()
     assert "## digits 48x48, test" in text and "figures/digits_unet_tiles_curve.png" in text
     assert (tmp_path / "figures" / "digits_unet_tiles_curve.png").exists()
