@@ -145,17 +145,15 @@ def main() -> None:
         f"{device.device_kind or device.platform}, {os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}",
         file=sys.stderr,
     )
-    rows = [
-        row
-        for case in arguments.cases
-        for batch in arguments.batches
-        for row in run(case, batch, arguments.ways, arguments.repeats)
-    ]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = []
+    for case in arguments.cases:
+        for batch in arguments.batches:
+            rows += run(case, batch, arguments.ways, arguments.repeats)
+            with arguments.out.open("w", newline="") as file:  # again after each: all of it takes minutes
+                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
 
 
 if __name__ == "__main__":
