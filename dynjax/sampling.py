@@ -62,8 +62,10 @@ def pixel_by_pixel(
 
     def body(k: Array, x: Array) -> Array:
         row, column = k // width, k % width
-        at = lambda a: lax.dynamic_slice(  # noqa: E731
-            a, (0, row, column, *[0] * (a.ndim - 3)), (a.shape[0], 1, 1, *a.shape[3:])
+        at = (
+            lambda a: lax.dynamic_slice(  # noqa: E731
+                a, (0, row, column, *[0] * (a.ndim - 3)), (a.shape[0], 1, 1, *a.shape[3:])
+            )
         )
         drawn = model.likelihood.draw(at(model(x, label)), jax.tree.map(at, noise))
         drawn = drawn if known is None else jnp.where(at(known.where)[..., None], at(known.image), drawn)
