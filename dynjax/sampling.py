@@ -3,8 +3,8 @@
 `pixel_by_pixel` evaluates the whole model for every pixel, `cached` one pixel of every layer, and `fixed_point` draws
 many pixels at once, again and again, until none changes: compute goes to where a picture surprises.
 
-Letters: B examples, H W pixels, C channels, U units of a picture (what the family advances by: rows, or pixels), S pixels
-of a unit, R units of a window.
+Letters: B examples, H W pixels, C channels, U units of a picture (what the family advances by: rows, or pixels),
+S pixels of a unit, R units of a window.
 """
 
 from collections.abc import Callable
@@ -38,10 +38,25 @@ class Known(NamedTuple):
     where: Bool[Array, "B H W"]
 
 
-def make_noise(model: nnx.Module, key: PRNGKeyArray, examples: int) -> Noise:
-    """All that chance has to say of `examples` pictures. The first of them are the same for any larger number."""
-    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.arange(examples))
+def make_noise(model: nnx.Module, key: PRNGKeyArray, examples: int, first: Int[Array, ""] | int = 0) -> Noise:
+    """All that chance has to say of `examples` pictures from number `first` on, whatever batch they are drawn in."""
+    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(first + jnp.arange(examples))
     return jax.vmap(lambda key: model.likelihood.noise(key, model.shape[:2]))(keys)
+
+
+def _at(tree: Any, number: Array, axis: int = 1) -> Any:
+    """One place of an axis of every array, which goes."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, number, axis, keepdims=False), tree)
+
+
+def _cut(tree: Any, first: Int[Array, "B"], size: int) -> Any:
+    """`size` units from each example's `first` on."""
+    return jax.tree.map(lambda a: jax.vmap(lambda each, k: lax.dynamic_slice_in_dim(each, k, size))(a, first), tree)
+
+
+def _put(a: Array, first: Int[Array, "B"], new: Array) -> Array:
+    """`a` with `new` in place of what `_cut` gives."""
+    return jax.vmap(lambda each, k, n: lax.dynamic_update_slice_in_dim(each, n, k, 0))(a, first, new)
 
 
 def _keep_known(drawn: Array, known: Known | None) -> Array:
@@ -62,14 +77,10 @@ def pixel_by_pixel(
 
     def body(k: Array, x: Array) -> Array:
         row, column = k // width, k % width
-        at = (
-            lambda a: lax.dynamic_slice(  # noqa: E731
-                a, (0, row, column, *[0] * (a.ndim - 3)), (a.shape[0], 1, 1, *a.shape[3:])
-            )
-        )
-        drawn = model.likelihood.draw(at(model(x, label)), jax.tree.map(at, noise))
-        drawn = drawn if known is None else jnp.where(at(known.where)[..., None], at(known.image), drawn)
-        return lax.dynamic_update_slice(x, drawn, (0, row, column, 0))
+        params, own, fixed = (_at(_at(tree, row), column) for tree in (model(x, label), noise, known))
+        drawn = model.likelihood.draw(params, own)
+        drawn = drawn if fixed is None else jnp.where(fixed.where[:, None], fixed.image, drawn)
+        return lax.dynamic_update_slice(x, drawn[:, None, None], (0, row, column, 0))
 
     x = lax.fori_loop(0, height * width, body, blank)
     calls = jnp.full(x.shape[0], height * width)
@@ -91,15 +102,13 @@ def cached(
     examples = jax.tree.leaves(noise)[0].shape[0]
 
     def body(cache: Any, number: Array) -> tuple[Any, Array]:
-        of_unit = lambda tree: jax.tree.map(  # noqa: E731
-            lambda a: lax.dynamic_index_in_dim(a, number, 1, keepdims=False), tree
-        )
-        own, fixed = of_unit(noise), None if given is None else of_unit(given)
+        own, fixed = _at(noise, number), _at(given, number)
 
         def draw(params: Array, place: Array) -> Array:
-            at = lambda a: lax.dynamic_index_in_dim(a, place, 1, keepdims=False)  # noqa: E731
-            drawn = model.likelihood.draw(params, jax.tree.map(at, own))
-            return drawn if fixed is None else jnp.where(at(fixed.where)[:, None], at(fixed.image), drawn)
+            drawn = model.likelihood.draw(params, _at(own, place))
+            if fixed is None:
+                return drawn
+            return jnp.where(_at(fixed.where, place)[:, None], _at(fixed.image, place), drawn)
 
         unit, cache = model.draw_unit(cache, number, label, draw)
         return cache, unit
@@ -134,11 +143,12 @@ def fixed_point(
     label: Int[Array, "B"] | None = None,
     known: Known | None = None,
     strategy: execute.Strategy = "auto",
+    limit: Int[Array, ""] | int | None = None,
 ) -> Sampled:
     """Jacobi iteration with the noise fixed, in which compute adapts to the picture.
 
-    Of every picture the `window` units after its frontier are drawn from what they were, at once. Units that come out as
-    they were, up to the first that does not, are final: they were drawn from themselves and from what is final. The
+    Of every picture the `window` units after its frontier are drawn from what they were, at once. Units that come out
+    as they were, up to the first that does not, are final: they were drawn from themselves and from what is final. The
     frontier moves past them, and what is before it is never computed again (the family's cache stands for it). Pictures
     that are done leave the batch (`execute.samples`). At least one pixel more is right after every call. Song et al.
     2021 (arXiv:2002.03629) have the iteration, without frontier and leaving.
@@ -146,6 +156,10 @@ def fixed_point(
     Args:
         window: units that are drawn at once; the family's `window_size` if left out.
         strategy: as in `execute`.
+        limit: calls after which it stops, finished or not: how a picture comes to be.
+
+    Raises:
+        ValueError: if `window` is below 1.
     """
     units, size = model.units
     window = min(model.window_size if window is None else window, units)
@@ -169,30 +183,30 @@ def fixed_point(
         state["where"] = pad(_in_units(model, known.where))
 
     def step(s: dict) -> dict:
-        cut = lambda a: jax.vmap(lambda each, k: lax.dynamic_slice_in_dim(each, k, window))(a, s["first"])  # noqa: E731
-        put = lambda a, new: jax.vmap(lambda each, k, n: lax.dynamic_update_slice_in_dim(each, n, k, 0))(  # noqa: E731
-            a, s["first"], new
-        )
-        was = cut(s["x"])
+        was = _cut(s["x"], s["first"], window)
         params, trail = model.window(was, s["cache"], s["first"], s.get("label"))
-        drawn = model.likelihood.draw(params, jax.tree.map(cut, s["noise"]))
+        drawn = model.likelihood.draw(params, _cut(s["noise"], s["first"], window))
         if known is not None:
-            drawn = jnp.where(cut(s["where"])[..., None], was, drawn)
+            drawn = jnp.where(_cut(s["where"], s["first"], window)[..., None], was, drawn)
         same = (drawn == was).all((2, 3))
         count = jnp.cumprod(same.astype(jnp.int32), 1).sum(1)
         return s | {
-            "x": put(s["x"], drawn),
+            "x": _put(s["x"], s["first"], drawn),
             "cache": model.advance(s["cache"], trail, count),
             "first": jnp.minimum(s["first"] + count, units),
             "calls": s["calls"] + 1,
-            "visits": put(s["visits"], cut(s["visits"]) + 1),
+            "visits": _put(s["visits"], s["first"], _cut(s["visits"], s["first"], window) + 1),
         }
 
     def body(state: dict) -> dict:
         active = (state["first"] < units).astype(jnp.float32)
         return execute.samples(step, state, active, execution="compact", strategy=strategy)
 
-    state = lax.while_loop(lambda s: (s["first"] < units).any(), body, state)
+    def more(state: dict) -> Array:
+        going = (state["first"] < units).any()
+        return going if limit is None else going & (state["calls"].max() < limit)
+
+    state = lax.while_loop(more, body, state)
     height, width, channels = model.shape
     visits = jnp.repeat(state["visits"][:, :units], size, 1).reshape(examples, height, width)
     return Sampled(state["x"][:, :units].reshape(examples, height, width, channels), state["calls"], visits)

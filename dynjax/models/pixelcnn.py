@@ -56,9 +56,9 @@ class GatedLayer(nnx.Module):
     def vertical(self, v: Array, above: Array, condition: Array | None) -> tuple[Array, Array]:
         """Vertical features (B, R, W, F) after `v`, whose row before is `above` (B, 1, W, F); and what they give to the
         horizontal stack (B, R, W, 2 F)."""
-        x = _across(jnp.concatenate([above, v], 1), self.down[...]) + self.down_bias[...]
+        x = _across(jnp.concatenate([above, v], 1), self.down[...]) + self.down_bias[None, None, None]
         v = v + _gate(x, condition) @ self.down_out[...]
-        return v, v @ self.across[...] + self.left_bias[...]
+        return v, v @ self.across[...] + self.left_bias[None, None, None]
 
     def horizontal(self, h: Array, left: Array, given: Array, condition: Array | None) -> Array:
         """Horizontal features after `h`, where `left` are those of the pixels to the left; any axes before the last."""

@@ -42,8 +42,8 @@ class CausalBlock(nnx.Module):
         q, k, v = (a.reshape(*x.shape[:2], self.heads, -1) for a in jnp.split(self.qkv(self.norm1(x)), 3, -1))
         put = jax.vmap(lambda a, new, at: lax.dynamic_update_slice_in_dim(a, new, at, 0))
         keys, values = put(keys, k, first), put(values, v, first)
-        number = first[:, None] + jnp.arange(x.shape[1])
-        seen = jnp.arange(keys.shape[1]) <= number[..., None]
+        number = first[:, None] + jnp.arange(x.shape[1])[None]
+        seen = jnp.arange(keys.shape[1])[None, None] <= number[..., None]
         y = jax.nn.dot_product_attention(q, keys, values, mask=seen[:, None])
         x = x + self.out(y.reshape(x.shape))
         return x + self.down(nnx.gelu(self.up(self.norm2(x)))), keys, values
@@ -93,7 +93,7 @@ class PixelTransformer(nnx.Module):
         room = (examples, len(self.blocks), self.units[0] + window, heads, features // heads)
         kind = self.head.kernel.dtype
         return {
-            "before": jnp.broadcast_to(self.begin[...], (examples, features)),
+            "before": jnp.broadcast_to(self.begin[None], (examples, features)),
             "keys": jnp.zeros(room, kind),
             "values": jnp.zeros(room, kind),
         }
@@ -109,7 +109,7 @@ class PixelTransformer(nnx.Module):
         """Parameters of R pixels from number `first` on, and what these would leave in a cache."""
         entered = self._enter(x[:, :, 0])
         h = jnp.concatenate([cache["before"][:, None], entered[:, :-1]], 1)
-        number = jnp.minimum(first[:, None] + jnp.arange(x.shape[1]), self.units[0] - 1)
+        number = jnp.minimum(first[:, None] + jnp.arange(x.shape[1])[None], self.units[0] - 1)
         h = h + self.row[...][number // self.shape[1]] + self.column[...][number % self.shape[1]]
         if self.condition is not None and label is not None:
             known = jnp.where(label[:, None] >= 0, self.condition(jnp.maximum(label, 0)), 0)
