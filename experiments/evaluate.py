@@ -238,11 +238,9 @@ def bits(arguments: Arguments, raw: list[str]) -> None:
     print(source.describe())
     task = make_task(config, source, training=False)
     found = train.validator(task, source, config)(model)[task.score]
-    dimensions = math.prod(config.model.shape)
+    nats = found * math.prod(config.model.shape) * math.log(2)
     title = f"{config.row}, {source.name} {arguments.split}, {len(source)} pictures; step {step}; {report.hardware()}"
-    summary = (
-        f"{title}\n{found:.4f} bits/dim of {config.model.values} values, {found * dimensions * math.log(2):.2f} nats"
-    )
+    summary = f"{title}\n{found:.4f} bits/dim of {config.model.values} values, {nats:.2f} nats"
     record = {
         "row": config.row,
         "data": source.name,
@@ -255,7 +253,7 @@ def bits(arguments: Arguments, raw: list[str]) -> None:
         "size": list(source.size),
         "score": task.score_name,
         "values": config.model.values,
-        "scores": {"1": {"bits_per_dim": found, "nats": found * dimensions * math.log(2)}},
+        "scores": {"1": {"bits_per_dim": found, "nats": nats}},
     }
     workdir = Path(arguments.workdir)
     try:
