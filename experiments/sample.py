@@ -34,7 +34,7 @@ class Arguments:
     seed: int = 0
     """Fixes the noise."""
     label: int | None = None
-    """Class of all pictures, for a row that is conditional; when it is not given every class in turn, or those of the pictures to complete."""
+    """Class of all pictures, of a conditional row; else every class in turn, or those of the pictures to complete."""
     complete: bool = False
     """Give the upper half of pictures of the test set."""
     batch_size: int = 1

@@ -69,8 +69,9 @@ class GatedLayer(nnx.Module):
 class PixelCNN(nnx.Module):
     """Parameters of every pixel's distribution given the pixels before it, in the order of rows, then columns.
 
-    Deviations from the paper: the first layer sees the whole of the row before and one pixel to the left, and further
-    layers 2x3 and 1x2 pixels; both stacks have shortcuts; the channels of a pixel are left to the likelihood.
+    Deviations from the paper: the first layer sees five pixels of the row before and one to the left, and further
+    layers 2x3 and 1x2 pixels; both stacks have shortcuts; the channels of a pixel are left to the likelihood;
+    every row and column has features of its own, since the layers alone do not see how far down the picture they are.
 
     Args:
         shape: (H, W, C) of the pictures.
@@ -86,6 +87,8 @@ class PixelCNN(nnx.Module):
         self.enter_down = nnx.Param(init(rngs.params(), (1, 5, entered, f)))
         self.enter_across = nnx.Param(init(rngs.params(), (f, f)))
         self.enter_left = nnx.Param(init(rngs.params(), (entered, f)))
+        small = nnx.initializers.normal(0.02)
+        self.row, self.column = (nnx.Param(small(rngs.params(), (n, f))) for n in shape[:2])
         self.layers = nnx.List([GatedLayer(f, rngs=rngs) for _ in range(config.layers)])
         self.hidden = nnx.Linear(f, f, rngs=rngs)
         self.head = nnx.Linear(f, self.likelihood.parameters, rngs=rngs)
@@ -125,16 +128,21 @@ class PixelCNN(nnx.Module):
             "layers": jnp.zeros((examples, layers, width, self.features), kind),
         }
 
-    def _vertical(self, before: Array, cache: Cache, condition: Array | None) -> tuple[Array, Array, list[Array]]:
-        """The vertical stack of rows whose rows before are `before` (B, R, W, E): what the horizontal stack starts from
-        (B, R, W, F), the features at every layer (B, L, R, W, F), and what each gives (B, R, W, 2 F)."""
-        v = _across(before, self.enter_down[...])
-        first, seen, gives = v @ self.enter_across[...], [], []
-        for number, layer in enumerate(self.layers):
+    def _vertical(
+        self, before: Array, cache: Cache, first: Array, condition: Array | None
+    ) -> tuple[Array, Array, list[Array]]:
+        """The vertical stack of rows from number `first` (B,) on, whose rows before are `before` (B, R, W, E): what the
+        horizontal stack starts from (B, R, W, F), the features at every layer (B, L, R, W, F), and what each gives
+        (B, R, W, 2 F)."""
+        number = jnp.minimum(first[:, None] + jnp.arange(before.shape[1])[None], self.shape[0] - 1)
+        place = self.row[...][number][:, :, None] + self.column[None, None]
+        v = _across(before, self.enter_down[...]) + place
+        start, seen, gives = v @ self.enter_across[...], [], []
+        for level, layer in enumerate(self.layers):
             seen.append(v)
-            v, given = layer.vertical(v, cache["layers"][:, number, None], condition)
+            v, given = layer.vertical(v, cache["layers"][:, level, None], condition)
             gives.append(given)
-        return first, jnp.stack(seen, 1), gives
+        return start, jnp.stack(seen, 1), gives
 
     def _finish(self, h: Array) -> Array:
         return self.head(nnx.relu(self.hidden(nnx.relu(h))))
@@ -145,7 +153,7 @@ class PixelCNN(nnx.Module):
         """Parameters of R rows after those that `cache` stands for, and what these rows would leave in a cache."""
         condition, entered = self._conditions(label), self._enter(x)
         before = jnp.concatenate([cache["input"][:, None], entered[:, :-1]], 1)
-        start, seen, gives = self._vertical(before, cache, condition)
+        start, seen, gives = self._vertical(before, cache, first, condition)
         left = jnp.pad(entered[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
         h = start + left @ self.enter_left[...]
         for layer, given in zip(self.layers, gives, strict=True):
@@ -170,7 +178,8 @@ class PixelCNN(nnx.Module):
         """One row, pixel by pixel, and the cache after it; `draw(params (B, P), column)` gives a pixel (B, C)."""
         condition = self._conditions(label)
         flat = None if condition is None else condition[:, 0, 0]
-        start, seen, gives = self._vertical(cache["input"][:, None], cache, condition)
+        before = cache["input"][:, None]
+        start, seen, gives = self._vertical(before, cache, jnp.full(before.shape[0], first), condition)
         start, gives = start[:, 0], jnp.stack([given[:, 0] for given in gives], 1)
         examples, width = start.shape[:2]
 
