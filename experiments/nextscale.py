@@ -17,6 +17,9 @@ MODELS = {
     "digits": NextScaleConfig(reach=2, features=64, blocks=2),
     "mnist": NextScaleConfig(),
     "fashion": NextScaleConfig(),
-    "cifar10": NextScaleConfig(reach=2, features=128, plain=32),
+    "cifar10": NextScaleConfig(reach=2, blocks=2),
 }
-ROWS = tuple(row(data, "nextscale", "Coarse to fine", model) for data, model in MODELS.items())
+STEPS = {"digits": 600, "cifar10": 1200}
+ROWS = tuple(
+    row(data, "nextscale", "Coarse to fine", model, steps=STEPS.get(data, 2000)) for data, model in MODELS.items()
+)
