@@ -213,19 +213,14 @@ def fixed_point(
 
 
 def coarse_to_fine(
-    model: nnx.Module,
-    noise: Noise,
-    *,
-    label: Int[Array, "B"] | None = None,
-    known: Known | None = None,
-    until: int | None = None,
+    model: nnx.Module, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
 ) -> Sampled:
     """Of a family that draws scale after scale: coarse where plain, fine where complex, as far as the budget allows.
 
     The one sampler whose pictures depend on what is computed: on the threshold of the model's gates. `calls` are the
-    tiles that were refined; `until` stops after so many of the model's `moments`.
+    tiles that were refined.
     """
-    return Sampled(*model.draw(noise, label, known, until))
+    return Sampled(*model.draw(noise, label, known)[:3])
 
 
 SAMPLERS: dict[str, Callable[..., Sampled]] = {

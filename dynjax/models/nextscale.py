@@ -183,11 +183,6 @@ class NextScale(nnx.Module):
         finer = range(config.scales - 1)
         self.finer = nnx.List([nnx.List([make(known) for known in (1, 2, 3)]) for _ in finer])
 
-    @property
-    def moments(self) -> int:
-        """Steps from which a picture comes to be: the coarsest, and three for each finer scale."""
-        return 1 + len(STEPS) * len(self.finer)
-
     def _look(self, known: dict[tuple[int, int], Array], height: int, width: int) -> Float[Array, "B h w K"]:
         """What the networks of a step are given, from the pixels that are known of a picture of `height` x `width`."""
         kind = self.coarsest.head.kernel.dtype
@@ -231,30 +226,23 @@ class NextScale(nnx.Module):
         return self._predict(x, label, [lambda refine, seen: refine.plain(seen), rich])
 
     def draw(
-        self,
-        noise: Any,
-        label: Int[Array, "B"] | None = None,
-        known: sampling.Known | None = None,
-        until: int | None = None,
-    ) -> tuple[Int[Array, "B H W C"], Int[Array, "B"], Int[Array, "B H W"]]:
-        """Pictures, how many tiles of each were refined, and how often each pixel was predicted: 1 plainly, 2 richly.
+        self, noise: Any, label: Int[Array, "B"] | None = None, known: sampling.Known | None = None
+    ) -> tuple[Int[Array, "B H W C"], Int[Array, "B"], Int[Array, "B H W"], list[Int[Array, "B H W C"]]]:
+        """Pictures, how many tiles of each were refined, how often each pixel was predicted (1 plainly, 2 richly), and
+        how they came to be: the coarsest, and the three steps of each finer scale, all at full size.
 
-        With `until`, only so many of the `moments`: a pixel not drawn yet is as the nearest one of the coarser picture.
         Pixels of `known` are not drawn; those that only a finer scale has are not seen before it.
         """
-        until = self.moments if until is None else until
         at = lambda tree, stride: None if tree is None else _every(tree, stride)  # noqa: E731
         first = self.strides[0]
         x = sampling.cached(self.coarsest, at(noise, first), label=label, known=at(known, first)).image
         visits, refined = jnp.ones(x.shape[:3], jnp.int32), jnp.zeros(x.shape[0], jnp.int32)
-        done = 1
+        moments = [self._enlarge(x, first)]
         for stride, steps in zip(self.strides[1:], self.finer, strict=True):
             height, width = (-(-n // stride) for n in self.shape[:2])
             own, fixed = at(noise, stride), at(known, stride)
             seen, visited = {GIVEN: x}, {GIVEN: visits}
             for place, refine in zip(STEPS, steps, strict=True):
-                if done >= until:
-                    break
                 params, rich = refine(self._look(seen, height, width))
                 drawn = self.likelihood.draw(params, _place(own, place))
                 if fixed is not None:
@@ -263,12 +251,14 @@ class NextScale(nnx.Module):
                 seen[place], visited[place] = drawn, (1 + rich).astype(jnp.int32)
                 size = 1 if refine.gate is None else refine.gate.size
                 refined += rich[:, ::size, ::size].sum((1, 2)).astype(jnp.int32)
-                done += 1
-            missing = {place: x for place in STEPS if place not in seen}
-            x = interleave(seen | missing, height, width)
-            none = {place: jnp.zeros_like(visits) for place in missing}
-            visits = interleave(visited | none, height, width)
-        return x, refined, visits
+                # Where a pixel is not drawn yet, the one of the coarser picture is shown.
+                moments.append(self._enlarge(interleave(dict.fromkeys(STEPS, x) | seen, height, width), stride))
+            x, visits = interleave(seen, height, width), interleave(visited, height, width)
+        return x, refined, visits, moments
+
+    def _enlarge(self, x: Array, stride: int) -> Array:
+        """A picture of a coarser scale at full size."""
+        return jnp.repeat(jnp.repeat(x, stride, 1), stride, 2)[:, : self.shape[0], : self.shape[1]]
 
 
 def build(
