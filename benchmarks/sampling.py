@@ -98,7 +98,7 @@ def main(raw: list[str]) -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--window", type=int, help="of fixed-point; the family's own when it is not given")
-    parser.add_argument("--windows", type=int, nargs="*", default=[], help="further windows to time")
+    parser.add_argument("--windows", type=int, nargs="*", default=[2, 3], help="further windows to time")
     arguments = parser.parse_args(raw)
     if not (Path(arguments.workdir) / "config.json").exists():
         raise UserError(

@@ -94,8 +94,9 @@ class PixelCNN(nnx.Module):
         self.head = nnx.Linear(f, self.likelihood.parameters, rngs=rngs)
         self.condition = nnx.Embed(classes, 2 * f, rngs=rngs) if classes else None
 
-    window_size = 3
-    """Rows that `sampling.fixed_point` draws at once: on two CPU cores the fastest of 1 to 8 on MNIST."""
+    window_size = 1
+    """Rows that `sampling.fixed_point` draws at once. More rows take fewer calls, which costs more than it saves on a
+    CPU (`benchmarks/sampling.py`)."""
 
     @property
     def units(self) -> tuple[int, int]:
