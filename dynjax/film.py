@@ -47,6 +47,7 @@ def plot_calls(
     images: UInt8[np.ndarray, "N H W 3"],
     visits: Integer[np.ndarray, "N H W"],
     calls: Integer[np.ndarray, "N"],
+    what: str = "calls",
     *,
     title: str = "",
 ) -> None:
@@ -62,7 +63,7 @@ def plot_calls(
             axes.set_yticks([])
         grid[0, column].imshow(images[column], interpolation="nearest")
         shown = grid[1, column].imshow(visits[column], cmap="viridis", vmin=1, vmax=top, interpolation="nearest")
-        grid[1, column].set_xlabel(f"{calls[column]} calls", fontsize=9)
+        grid[1, column].set_xlabel(f"{calls[column]} {what}", fontsize=9)
     figure.colorbar(shown, ax=list(grid[1]), label="evaluations", shrink=0.9)
     figure.savefig(path, dpi=130)
 

@@ -2,10 +2,13 @@
 
 Samplers: pixel (the whole model for every pixel), cached (one pixel of every layer), fixed-point (many pixels at once,
 until none changes). All three are exact: the seed fixes the noise, and the same noise is the same grid.png.
+Rows *_nextscale have a sampler of their own, coarse-to-fine, with a dial: --budget is the share of the MACs that pictures
+may take on average, solved on pictures that the model draws itself.
 --label 3 asks a conditional row for one class; --complete gives the upper half of pictures of the test set.
 
 Writes DIR/grid.png, film.png (how the first ones come to be), calls.png (how often each pixel was evaluated), and
-calls.csv (per picture: label, calls, evaluations per pixel, milliseconds, size as PNG, pixels that differ).
+calls.csv (per picture: label, calls or refined tiles, evaluations per pixel, MACs of coarse-to-fine, milliseconds, size
+as PNG, pixels that differ).
 """
 
 import csv
@@ -28,7 +31,9 @@ class Arguments:
     """Folder of a training run."""
     out: str
     """Folder for the results; made when it is missing."""
-    sampler: Literal["pixel", "cached", "fixed-point"] = "fixed-point"
+    sampler: Literal["pixel", "cached", "fixed-point", "coarse-to-fine"] = "fixed-point"
+    budget: float | None = None
+    """Share of the MACs that a picture may take on average, of coarse-to-fine; 1 when it is not given."""
     n: int = 64
     """Number of pictures."""
     seed: int = 0
@@ -42,7 +47,8 @@ class Arguments:
     window: int | None = None
     """Rows (transformer: pixels) that fixed-point draws at once; the family's own when it is not given."""
     check: Literal["none", "cached", "pixel"] = "cached"
-    """Exact sampler that draws the pictures once more, to count the pixels that differ."""
+    """Exact sampler that draws the pictures once more, to count the pixels that differ. Of coarse-to-fine, which has no
+    exact one beside it, the masked execution, which computes everything, does; none turns it off."""
     data: Place = dataclasses.field(default_factory=Place)
 
 
@@ -55,6 +61,12 @@ def check(arguments: Arguments) -> None:
         raise UserError(f"--window {arguments.window} must be at least 1")
     if arguments.window is not None and arguments.sampler != "fixed-point":
         raise UserError(f"--window is of --sampler fixed-point; {arguments.sampler} has none")
+    if arguments.budget is not None and arguments.sampler != "coarse-to-fine":
+        raise UserError(
+            f"--budget is of --sampler coarse-to-fine; {arguments.sampler} is exact and takes what it takes"
+        )
+    if arguments.budget is not None and not 0 < arguments.budget <= 1:
+        raise UserError(f"--budget {arguments.budget:g} must be a share of the MACs in (0, 1]")
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed {arguments.seed} must be in 0 to 4294967295")
 
@@ -113,11 +125,68 @@ def make_draw(model: Any, name: str, seed: int, batch: int, **options: Any) -> A
     return lambda first, label, known, limit=2**30: jax.block_until_ready(run(state, first, label, known, limit))
 
 
+def make_steps(model: Any, seed: int) -> Any:
+    """`steps(first, label, known)`: how picture number `first` of a *_nextscale model comes to be, compiled."""
+    import jax
+    from flax import nnx
+
+    from dynjax import sampling
+
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def run(state: nnx.State, first: Any, label: Any, known: Any) -> Any:
+        model = nnx.merge(graphdef, state)
+        return model.draw(sampling.make_noise(model, jax.random.key(seed), 1, first), label, known)[3]
+
+    return lambda first, label, known: run(state, first, label, known)
+
+
+CALIBRATION = 256
+"""Pictures that the model draws to solve its threshold on; their numbers are beyond those of all that are kept."""
+
+
+def within_budget(model: Any, budget: float, seed: int) -> Any:
+    """A model of *_nextscale, compact, whose pictures take a share `budget` of the MACs on average. Raises UserError."""
+    import jax
+    import numpy as np
+
+    from dynjax import deploy
+    from dynjax.tasks.spending import steers
+
+    if not steers(model):
+        if budget < 1:
+            raise UserError(f"--budget {budget:g}: the workdir's model is static, it takes the same for every picture")
+        return model
+    size = CALIBRATION // 4
+    label = np.arange(size, dtype=np.int32) % model.classes if model.classes else None
+    draw = make_draw(model, "coarse-to-fine", seed, size)
+    drawn = [jax.device_get(draw(2**30 + k * size, label, None).image) for k in range(4)]
+    found = deploy(model, budget, drawn)
+    print(f"{found.report}; threshold {found.report.threshold:.2f}")
+    return found.model
+
+
+def macs_of(model: Any, images: Any, batch: int) -> Any:
+    """MACs that each picture (N, H, W, C) of a *_nextscale model took: they are a function of the picture."""
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from dynjax.trace import traced
+
+    graphdef, state = nnx.split(nnx.view(model, execution="masked", raise_if_not_found=False))
+    run = jax.jit(lambda state, x: traced(nnx.merge(graphdef, state))(x)[1].macs())
+    index = [np.minimum(np.arange(k, k + batch), len(images) - 1) for k in range(0, len(images), batch)]
+    return np.concatenate([np.asarray(run(state, images[each])) for each in index])[: len(images)]
+
+
 def main(raw: list[str]) -> None:
     arguments = cli.parse(Arguments, raw, command=COMMAND)
     check(arguments)
     import jax
     import numpy as np
+    from flax import nnx
     from tqdm.auto import tqdm
 
     from dynjax import checkpoint, film, models
@@ -132,10 +201,16 @@ def main(raw: list[str]) -> None:
     config, _ = checkpoint.read_config(arguments.workdir)
     if not models.generates(config.model):
         raise UserError(f"--workdir {arguments.workdir}: row {config.row} draws no pictures; the rows *_pixelcnn do")
+    refines = arguments.sampler == "coarse-to-fine"
+    if refines != (config.model.family == "nextscale"):
+        way = "coarse-to-fine and by no other sampler" if not refines else "pixel, cached or fixed-point"
+        raise UserError(f"--sampler {arguments.sampler}: row {config.row} is drawn by {way}")
     config, model, step = checkpoint.load(arguments.workdir)
     label, given = labels_of(arguments, config, model.classes), given_of(arguments, config, model)
     if given is not None and label is not None and arguments.label is None:
         label = given[2]
+    if refines:
+        model = within_budget(model, 1.0 if arguments.budget is None else arguments.budget, arguments.seed)
     number, batch = arguments.n, min(arguments.batch_size, arguments.n)
     options = {"window": arguments.window} if arguments.sampler == "fixed-point" else {}
 
@@ -145,7 +220,7 @@ def main(raw: list[str]) -> None:
         known = None if given is None else Known(given[0][index], given[1][index])
         return first, None if label is None else label[index], known
 
-    def all_of(name: str, **options: Any) -> tuple[Sampled, np.ndarray]:
+    def all_of(model: Any, name: str, **options: Any) -> tuple[Sampled, np.ndarray]:
         """What a sampler gives of all pictures, and the milliseconds of each."""
         draw, found, took = make_draw(model, name, arguments.seed, batch, **options), [], []
         draw(*part(0, batch))  # compiles
@@ -155,10 +230,13 @@ def main(raw: list[str]) -> None:
             took += [1e3 * (time.perf_counter() - began) / batch] * batch
         return jax.tree.map(lambda *each: np.concatenate(each)[:number], *found), np.array(took[:number])
 
-    drawn, took = all_of(arguments.sampler, **options)
+    drawn, took = all_of(model, arguments.sampler, **options)
     flips = None
-    if arguments.check not in ("none", arguments.sampler):
-        flips = (drawn.image != all_of(arguments.check)[0].image).any(-1).sum((1, 2))
+    if refines and arguments.check != "none":
+        masked = nnx.view(model, execution="masked", raise_if_not_found=False)
+        flips = (drawn.image != all_of(masked, arguments.sampler)[0].image).any(-1).sum((1, 2))
+    elif arguments.check not in ("none", arguments.sampler):
+        flips = (drawn.image != all_of(model, arguments.check)[0].image).any(-1).sum((1, 2))
 
     def picture(x: Any) -> np.ndarray:
         return np.asarray(to_bytes(jax.numpy.asarray(x), model.likelihood.values))
@@ -166,8 +244,11 @@ def main(raw: list[str]) -> None:
     images = picture(drawn.image)
     moments = []
     draw = make_draw(model, arguments.sampler, arguments.seed, 1, **options) if options else None
+    steps = make_steps(model, arguments.seed) if refines else None
     for index in range(min(FILMED, number)):
-        if draw is not None:
+        if steps is not None:
+            frames = [picture(each)[0] for each in steps(*part(index, 1))]
+        elif draw is not None:
             limits = np.linspace(0, drawn.calls[index], MOMENTS).round().astype(int)
             frames = [picture(draw(*part(index, 1), int(limit)).image)[0] for limit in limits]
         else:
@@ -181,30 +262,46 @@ def main(raw: list[str]) -> None:
     sizes = np.array([film.png_bytes(image) for image in images])
     correlation = film.rank_correlation(drawn.calls, sizes)
     visits = drawn.visits.mean((1, 2))
+    macs = macs_of(model, drawn.image, batch) if refines else None
+    what = "tiles refined" if refines else "calls"
     # The most, the least and what is between: pictures over the whole range of calls.
     order = np.argsort(drawn.calls, kind="stable")[np.linspace(0, number - 1, min(SHOWN, number)).round().astype(int)]
     title = f"{config.row}, step {step}, {arguments.sampler}, seed {arguments.seed}"
-    header = ("picture", "label", "calls", "evaluations_per_pixel", "ms", "png_bytes", "flipped", "rank_correlation")
+    header = (
+        "picture",
+        "label",
+        "calls",
+        "evaluations_per_pixel",
+        "macs",
+        "ms",
+        "png_bytes",
+        "flipped",
+        "rank_correlation",
+    )
     try:
         film.save_grid(out / "grid.png", images)
         film.save_film(out / "film.png", np.stack(moments))
-        film.plot_calls(out / "calls.png", images[order], drawn.visits[order], drawn.calls[order], title=title)
+        film.plot_calls(out / "calls.png", images[order], drawn.visits[order], drawn.calls[order], what, title=title)
         with open(out / "calls.csv", "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(header)
             for index in range(number):
                 own = "" if label is None else int(label[index])
                 flipped = "" if flips is None else int(flips[index])
-                each = (index, own, int(drawn.calls[index]), f"{visits[index]:.3f}", f"{took[index]:.3f}")
+                each = (index, own, int(drawn.calls[index]), f"{visits[index]:.3f}")
+                each += ("" if macs is None else round(float(macs[index])), f"{took[index]:.3f}")
                 writer.writerow((*each, int(sizes[index]), flipped, f"{correlation:.4f}"))
     except OSError as error:
         raise UserError(f"cannot write in {out}: {error.strerror or error}") from None
-    calls = f"{drawn.calls.mean():.1f} calls ({drawn.calls.min()} to {drawn.calls.max()})"
+    calls = f"{drawn.calls.mean():.1f} {what} ({drawn.calls.min()} to {drawn.calls.max()})"
     print(f"{title}: {number} pictures, {calls}, {visits.mean():.1f} evaluations of a pixel, {took.mean():.2f} ms each")
+    if macs is not None:
+        print(f"{macs.mean() / 1e6:.2f} MMAC a picture ({macs.min() / 1e6:.2f} to {macs.max() / 1e6:.2f})")
     if flips is not None:
-        print(f"{int(flips.sum())} of {drawn.visits.size} pixels differ from those of --check {arguments.check}")
+        other = "the masked execution" if refines else f"--check {arguments.check}"
+        print(f"{int(flips.sum())} of {drawn.visits.size} pixels differ from those of {other}")
     if correlation == correlation:
-        print(f"rank correlation of calls with the size as PNG: {correlation:.2f}")
+        print(f"rank correlation of {what} with the size as PNG: {correlation:.2f}")
     print(f"{out}: grid.png film.png calls.png calls.csv")
 
 
