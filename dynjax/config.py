@@ -218,6 +218,55 @@ class DynamicConvNetConfig:
     gate: Literal["learned", "random"] = "learned"
 
 
+@dataclasses.dataclass(frozen=True)
+class PixelCNNConfig:
+    """A gated PixelCNN, which draws a picture pixel after pixel."""
+
+    family: Literal["pixelcnn"] = "pixelcnn"
+    shape: tuple[int, int, int] = (28, 28, 1)
+    """Height, width and channels (1: grey, 3: colours) of the pictures."""
+    values: int = 2
+    """Values of a channel: 2 is black and white, 256 are all bytes."""
+    likelihood: Literal["categorical", "logistic"] = "categorical"
+    """categorical: a softmax over all values, of one channel; logistic: a mixture of rounded logistic distributions."""
+    components: int = 5
+    """Of the mixture of logistics."""
+    features: int = 32
+    layers: int = 8
+    embed: bool = False
+    """Values are names (codes), not brightness."""
+    conditional: bool = False
+    """Pictures can be asked for by their label."""
+    dynamics: Literal["static"] = "static"
+    """The dynamics are in how it is sampled."""
+    gate: Literal["learned"] = "learned"
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelTransformerConfig:
+    """A causal transformer over pixels, which draws a picture pixel after pixel."""
+
+    family: Literal["pixeltransformer"] = "pixeltransformer"
+    shape: tuple[int, int, int] = (28, 28, 1)
+    """Height, width and channels (1: grey, 3: colours) of the pictures."""
+    values: int = 2
+    """Values of a channel: 2 is black and white, 256 are all bytes."""
+    likelihood: Literal["categorical", "logistic"] = "categorical"
+    """categorical: a softmax over all values, of one channel; logistic: a mixture of rounded logistic distributions."""
+    components: int = 5
+    """Of the mixture of logistics."""
+    features: int = 64
+    layers: int = 4
+    heads: int = 4
+    embed: bool = False
+    """Values are names (codes), not brightness."""
+    conditional: bool = False
+    """Pictures can be asked for by their label."""
+    dynamics: Literal["static"] = "static"
+    """The dynamics are in how it is sampled."""
+    gate: Literal["learned"] = "learned"
+
+
 ModelConfig = (
     UNetConfig
     | ResNetConfig
@@ -227,6 +276,8 @@ ModelConfig = (
     | HaltConfig
     | MoEConfig
     | DynamicConvNetConfig
+    | PixelCNNConfig
+    | PixelTransformerConfig
 )
 """One dataclass for each family in `dynjax.models`. All have `family`, `dynamics` ("static" is the twin) and `gate`."""
 

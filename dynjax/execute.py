@@ -149,7 +149,9 @@ def _samples_compact(block, x, keep, other, strategy):
     examples = keep.shape[0]
 
     def whole():
-        return jax.tree.map(lambda y, o: blend(kept.astype(o.dtype), y, o), block(x), other)
+        # Chosen, not blended: leaves may be integers.
+        choose = lambda y, o: jnp.where(kept.reshape(-1, *[1] * (o.ndim - 1)), y, o)  # noqa: E731
+        return jax.tree.map(choose, block(x), other)
 
     def loop():
         def body(i, out):

@@ -97,7 +97,7 @@ class Log:
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Record the scores of an evaluation after `step` steps; its time does not count as training time."""
         self._write(step, {f"val/{name}": value for name, value in scores.items()})
-        for score, name in (("miou", "mIoU"), ("accuracy", "accuracy")):
+        for score, name in (("miou", "mIoU"), ("accuracy", "accuracy"), ("bits_per_dim", "bits/dim")):
             if score not in scores:
                 continue
             self.shown = {name: f"{scores[score]:.3f}"} | {k: v for k, v in self.shown.items() if k != name}

@@ -246,11 +246,11 @@ def validator(task: Any, source: Any, config: Config) -> Callable[[nnx.Module], 
     mesh = meshes.make_mesh()
 
     def sums(graphdef: nnx.GraphDef, state: nnx.State, batch: dict) -> dict:
-        logits, trace = dj.traced(nnx.merge(graphdef, state))(batch["image"])
+        counts, trace = dj.traced(lambda model, batch: task.counts(model, batch))(nnx.merge(graphdef, state), batch)
         share = jnp.where(batch["valid"], trace.macs() / trace.full_macs, 0.0)
         return {
             # Blank examples, which fill the last batch up, have nothing to be predicted: -1 throughout.
-            "confusion": task.confusion(logits, batch[task.target]),
+            "counts": counts,
             "macs_fraction": share.sum(),
             "examples": batch["valid"].sum(),
         }
@@ -267,7 +267,7 @@ def validator(task: Any, source: Any, config: Config) -> Callable[[nnx.Module], 
         for batch in make_loader(source, config.batch_size, seed=0, **once, **meshes.processes()):
             found = jax.device_get(sums(graphdef, state, meshes.share(mesh, batch)))
             total = {name: total.get(name, 0) + np.asarray(value, np.float64) for name, value in found.items()}
-        return task.scores(total["confusion"]) | {"macs_fraction": float(total["macs_fraction"] / total["examples"])}
+        return task.scores(total["counts"]) | {"macs_fraction": float(total["macs_fraction"] / total["examples"])}
 
     return evaluate
 

@@ -2,7 +2,8 @@
 
 Writes into W: curve.csv, latency.csv, curve.png, compute_histogram.png, table.txt, evaluation.json; of segmentation
 heatmaps.png, and as examples/*.png the pictures that it shows; of classification compute_by_class.png and extremes.png,
-and where there are exits budgeted.csv, anytime.csv and exits.png.
+and where there are exits budgeted.csv, anytime.csv and exits.png. Of a row that draws pictures it writes its bits per
+dimension into table.txt and evaluation.json, and nothing else: what is dynamic there is how it is sampled.
 """
 
 import dataclasses
@@ -223,9 +224,54 @@ def draw_exits(workdir: Path, model: Any, val: Any, batches: Any, static: tuple 
     return "budgeted.csv anytime.csv exits.png"
 
 
+def bits(arguments: Arguments, raw: list[str]) -> None:
+    """Bits per dimension of a row that draws pictures. Raises UserError."""
+    import math
+
+    from dynjax import checkpoint, report, train
+    from dynjax.data import make_source
+    from dynjax.tasks import make_task
+
+    config, model, step = checkpoint.load(arguments.workdir)
+    config = dataclasses.replace(with_path(config, arguments.data.path), batch_size=arguments.batch_size)
+    source = make_source(config.data, arguments.split)
+    print(source.describe())
+    task = make_task(config, source, training=False)
+    found = train.validator(task, source, config)(model)[task.score]
+    nats = found * math.prod(config.model.shape) * math.log(2)
+    title = f"{config.row}, {source.name} {arguments.split}, {len(source)} pictures; step {step}; {report.hardware()}"
+    summary = f"{title}\n{found:.4f} bits/dim of {config.model.values} values, {nats:.2f} nats"
+    record = {
+        "row": config.row,
+        "data": source.name,
+        "split": arguments.split,
+        "seed": config.seed,
+        "step": step,
+        "hardware": report.hardware(),
+        "commit": commit(),
+        "command": f"python -m {COMMAND} {shlex.join(raw)}",
+        "size": list(source.size),
+        "score": task.score_name,
+        "values": config.model.values,
+        "scores": {"1": {"bits_per_dim": found, "nats": nats}},
+    }
+    workdir = Path(arguments.workdir)
+    try:
+        (workdir / "table.txt").write_text(f"{summary}\n")
+        (workdir / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write in workdir {workdir}: {error.strerror or error}") from None
+    print(f"\n{summary}\n{workdir}: evaluation.json table.txt")
+
+
 def main(raw: list[str]) -> None:
     arguments = cli.parse(Arguments, raw, command=COMMAND)
     check(arguments)
+    from dynjax import checkpoint, models
+
+    if models.generates(checkpoint.read_config(arguments.workdir)[0].model):
+        bits(arguments, raw)
+        return
     from flax import nnx
 
     from dynjax import checkpoint, report

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from dynjax.config import Config, UserError
 from experiments import (
+    autoregressive,
     camvid_unet,
     digits_unet,
     dynamicconvnet,
@@ -19,7 +20,20 @@ from experiments import (
     width,
 )
 
-FILES = (digits_unet, camvid_unet, resnet, policy, width, msdnet, ranet, halt, routed, moe, dynamicconvnet)
+FILES = (
+    digits_unet,
+    camvid_unet,
+    resnet,
+    policy,
+    width,
+    msdnet,
+    ranet,
+    halt,
+    routed,
+    moe,
+    dynamicconvnet,
+    autoregressive,
+)
 ROWS: dict[str, Callable[[], Config]] = {row.__name__: row for file in FILES for row in file.ROWS}
 
 
@@ -41,6 +55,8 @@ TINY: dict[str, dict] = {
     "routed": dict(channels=4, scales=2, layers=2),
     "moe": dict(width=8, depth=1, heads=2, hidden=8, experts=2),
     "dynamicconvnet": dict(widths=(4, 8), blocks=(1, 1), kernels=2),
+    "pixelcnn": dict(shape=(8, 8, 1), features=4, layers=1),
+    "pixeltransformer": dict(shape=(8, 8, 1), features=8, layers=1, heads=2),
 }
 """What each family of models shrinks to."""
 
@@ -54,10 +70,13 @@ def tiny(config: Config) -> Config:
         data = dataclasses.replace(config.data, size=(48, 48), examples=8)
     else:
         data = dataclasses.replace(config.data, name="digits8", path="", size=(8, 8), examples=16)
+    small = dict(TINY[config.model.family])
+    if getattr(config.model, "likelihood", "") == "logistic":
+        small["shape"] = (8, 8, config.model.shape[2])
     return dataclasses.replace(
         config,
         data=data,
-        model=dataclasses.replace(config.model, **TINY[config.model.family]),
+        model=dataclasses.replace(config.model, **small),
         steps=2,
         batch_size=8,
         checkpoint_every=2,

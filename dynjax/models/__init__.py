@@ -16,6 +16,11 @@ def segments(config: ModelConfig) -> bool:
     return config.family == "unet" or getattr(config, "task", "") == "segmentation"
 
 
+def generates(config: ModelConfig) -> bool:
+    """Whether the model draws pictures, and predicts nothing about one."""
+    return config.family in ("pixelcnn", "pixeltransformer")
+
+
 def build(config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
     """The model of `config`, with the variables of a static twin under the wrappers if these are given."""
     family = importlib.import_module(f"dynjax.models.{config.family}")

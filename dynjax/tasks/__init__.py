@@ -13,8 +13,16 @@ def make_task(config: Config, source: Any, *, training: bool = True) -> Any:
 
     For training, class weights are measured on the source.
     """
-    from dynjax.tasks import classification, segmentation
+    from dynjax.tasks import autoregressive, classification, segmentation
 
+    if models.generates(config.model):
+        if tuple(source.size) != tuple(config.model.shape[:2]):
+            height, width = source.size
+            raise UserError(
+                f"row {config.row} draws pictures of {'x'.join(map(str, config.model.shape[:2]))} and those of "
+                f"data.name={config.data.name} are {height}x{width}: give --data.size or --model.shape"
+            )
+        return autoregressive.AutoregressiveTask()
     segments = models.segments(config.model)
     if segments != (source.target == "mask"):
         what = "pictures with masks" if segments else "pictures with one label each"

@@ -63,7 +63,7 @@ def scores(confusion: Num[np.ndarray, "K K"]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationTask:
-    """What a training loop needs of classification: `loss` and `confusion` of a batch, `scores` of many.
+    """What a training loop needs of classification: `loss`, `confusion` and `counts` of a batch, `scores` of many.
 
     A model with a method `predictions` (exits, PonderNet) trains on all that it gives, others on what they return.
     """
@@ -158,6 +158,10 @@ class ClassificationTask:
     def confusion(self, logits: Float[Array, "B K"], label: Int[Array, "B"]) -> Int[Array, "K K"]:
         """`confusion_matrix` of a batch."""
         return confusion_matrix(logits, label)
+
+    def counts(self, model: nnx.Module, batch: dict[str, Any]) -> Int[Array, "K K"]:
+        """What `scores` takes the sum of: `confusion` of the model on a batch."""
+        return self.confusion(model(batch["image"]), batch["label"])
 
     def scores(self, confusion: Num[np.ndarray, "K K"]) -> dict[str, Any]:
         """`scores` of the sum of the batches' confusion matrices."""

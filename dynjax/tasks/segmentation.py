@@ -135,7 +135,7 @@ def class_weights(kind: str, frequencies: Float[np.ndarray, "C"]) -> tuple[float
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationTask:
-    """What a training loop needs of segmentation: `loss` and `confusion` of a batch, `scores` of many."""
+    """What a training loop needs of segmentation: `loss`, `confusion` and `counts` of a batch, `scores` of many."""
 
     num_classes: int
     class_names: tuple[str, ...]
@@ -181,6 +181,10 @@ class SegmentationTask:
     def confusion(self, logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -> Int[Array, "C C"]:
         """`confusion_matrix` of a batch."""
         return confusion_matrix(logits, mask)
+
+    def counts(self, model: nnx.Module, batch: dict[str, Any]) -> Int[Array, "C C"]:
+        """What `scores` takes the sum of: `confusion` of the model on a batch."""
+        return self.confusion(model(batch["image"]), batch["mask"])
 
     def scores(self, confusion: Num[np.ndarray, "C C"]) -> dict[str, Any]:
         """`scores` of the sum of the batches' confusion matrices."""

@@ -1,0 +1,128 @@
+"""How much faster exact samplers draw the same pictures than pixel by pixel, alternating in one process.
+
+    python -m benchmarks.sampling [--workdir runs/mnist_pixelcnn] [--batches 16 64] [--repeats 3]
+
+Needs a trained row: python -m experiments.train mnist_pixelcnn --workdir runs/mnist_pixelcnn --data.path data/mnist
+pixel: the whole model for every pixel, really run; plain: every pixel of every picture until none changes; fixed-point:
+pictures leave the batch, rows before the frontier are not computed, and only a window after it is; cached: one pixel of
+every layer. Pixels that differ from those of `pixel` are counted. Writes the table as CSV, and a histogram of the calls
+that pictures take as a PNG of the same name.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dynjax import checkpoint, film, models, sampling
+from dynjax.config import UserError
+from experiments import cli
+
+BASE = "pixel"
+
+
+def compiled(model: nnx.Module, name: str, examples: int, **options: Any) -> Any:
+    """A sampler as a function of the seed, compiled without running it: once is a minute."""
+    graphdef, state = nnx.split(model)
+
+    def run(state: nnx.State, key: jax.Array) -> sampling.Sampled:
+        model = nnx.merge(graphdef, state)
+        noise = sampling.make_noise(model, key, examples)
+        label = None if not model.classes else jax.numpy.arange(examples) % model.classes
+        return sampling.SAMPLERS[name](model, noise, label=label, **options)
+
+    program = jax.jit(run).lower(state, jax.random.key(0)).compile()
+    return lambda seed: jax.block_until_ready(program(state, jax.random.key(seed)))
+
+
+def run(model: nnx.Module, examples: int, arguments: argparse.Namespace) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """The table's lines of a batch, and how many calls each picture took."""
+    ways = {BASE: {}, "cached": {}, "plain": {}, "fixed-point": {"window": arguments.window}}
+    ways |= {f"fixed-point, window {window}": {"window": window} for window in arguments.windows}
+    calls = {name: compiled(model, name.split(",")[0], examples, **each) for name, each in ways.items()}
+    for name in calls:
+        if name != BASE:
+            calls[name](0)
+    seconds = {name: [] for name in calls}
+    flipped, found = dict.fromkeys(calls, 0), {name: [] for name in calls}
+    for seed in range(arguments.repeats):
+        wanted = None
+        for name, call in calls.items():
+            began = time.perf_counter()
+            drawn = call(seed)
+            seconds[name].append(time.perf_counter() - began)
+            image = np.asarray(drawn.image)
+            wanted = image if wanted is None else wanted
+            flipped[name] += int((image != wanted).any(-1).sum())
+            found[name].append(drawn)
+    middle = {name: float(np.median(each)) for name, each in seconds.items()}
+    rows = []
+    for name, drawn in found.items():
+        each = np.concatenate([np.asarray(d.calls) for d in drawn])
+        rows.append(
+            dict(
+                sampler=name,
+                batch=examples,
+                ms_per_picture=round(1e3 * middle[name] / examples, 3),
+                speedup=round(middle[BASE] / middle[name], 1),
+                calls_min=int(each.min()),
+                calls_mean=round(float(each.mean()), 1),
+                calls_max=int(each.max()),
+                evaluations_per_pixel=round(float(np.mean([np.asarray(d.visits).mean() for d in drawn])), 2),
+                pixels_that_differ=flipped[name],
+                pixels=int(np.prod(model.shape[:2])) * examples * arguments.repeats,
+            )
+        )
+        print(
+            f"batch {examples:3}  {name:24} {1e3 * middle[name] / examples:9.2f} ms/picture {rows[-1]['speedup']:7.1f}x"
+            f"  calls {each.min()} to {each.max()}, mean {each.mean():.1f};"
+            f" {rows[-1]['evaluations_per_pixel']:.1f} evaluations/pixel; {flipped[name]} pixels differ",
+            flush=True,
+        )
+    shown = ("plain", "fixed-point")
+    return rows, {name: np.concatenate([np.asarray(d.calls) for d in found[name]]) for name in shown}
+
+
+def main(raw: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", default="runs/mnist_pixelcnn")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sampling.csv"))
+    parser.add_argument("--batches", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--window", type=int, help="of fixed-point; the family's own when it is not given")
+    parser.add_argument("--windows", type=int, nargs="*", default=[2, 3], help="further windows to time")
+    arguments = parser.parse_args(raw)
+    if not (Path(arguments.workdir) / "config.json").exists():
+        raise UserError(
+            f"--workdir {arguments.workdir} is no workdir of a training run; this makes it: "
+            f"python -m experiments.train mnist_pixelcnn --workdir {arguments.workdir} --data.path data/mnist"
+        )
+    config, model, step = checkpoint.load(arguments.workdir)
+    if not models.generates(config.model):
+        raise UserError(f"--workdir {arguments.workdir}: row {config.row} draws no pictures")
+    device = jax.devices()[0]
+    where = f"{device.device_kind or device.platform}, {os.cpu_count()} cores, {platform.machine()}"
+    print(f"{where}, jax {jax.__version__}; {config.row}, step {step}", file=sys.stderr)
+    rows, calls = [], {}
+    for examples in arguments.batches:
+        more, found = run(model, examples, arguments)
+        rows += more
+        calls |= {f"{name}, batch {examples}": each for name, each in found.items()}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    film.plot_histogram(arguments.out.with_suffix(".png"), calls, title=f"{config.row}, step {step}; {where}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,220 @@
+"""Samplers of autoregressive models. All are exact: the same noise gives the same picture, whatever is computed for it.
+
+`pixel_by_pixel` evaluates the whole model for every pixel, `cached` one pixel of every layer, and `fixed_point` draws
+many pixels at once, again and again, until none changes: compute goes to where a picture surprises.
+
+Letters: B examples, H W pixels, C channels, U units of a picture (what the family advances by: rows, or pixels),
+S pixels of a unit, R units of a window.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
+
+from dynjax import execute
+
+Noise = Any
+
+
+class Sampled(NamedTuple):
+    """Pictures, and what each took."""
+
+    image: Int[Array, "B H W C"]
+    calls: Int[Array, "B"]
+    """Evaluations of the model, whole or a window or one pixel of it, for each picture."""
+    visits: Int[Array, "B H W"]
+    """How often each pixel was evaluated."""
+
+
+class Known(NamedTuple):
+    """Pixels that are given: a picture is completed."""
+
+    image: Int[Array, "B H W C"]
+    where: Bool[Array, "B H W"]
+
+
+def make_noise(model: nnx.Module, key: PRNGKeyArray, examples: int, first: Int[Array, ""] | int = 0) -> Noise:
+    """All that chance has to say of `examples` pictures from number `first` on, whatever batch they are drawn in."""
+    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(first + jnp.arange(examples))
+    return jax.vmap(lambda key: model.likelihood.noise(key, model.shape[:2]))(keys)
+
+
+def _at(tree: Any, number: Array, axis: int = 1) -> Any:
+    """One place of an axis of every array, which goes."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, number, axis, keepdims=False), tree)
+
+
+def _cut(tree: Any, first: Int[Array, "B"], size: int) -> Any:
+    """`size` units from each example's `first` on."""
+    return jax.tree.map(lambda a: jax.vmap(lambda each, k: lax.dynamic_slice_in_dim(each, k, size))(a, first), tree)
+
+
+def _put(a: Array, first: Int[Array, "B"], new: Array) -> Array:
+    """`a` with `new` in place of what `_cut` gives."""
+    return jax.vmap(lambda each, k, n: lax.dynamic_update_slice_in_dim(each, n, k, 0))(a, first, new)
+
+
+def _keep_known(drawn: Array, known: Known | None) -> Array:
+    return drawn if known is None else jnp.where(known.where[..., None], known.image, drawn)
+
+
+def _blank(model: nnx.Module, noise: Noise, known: Known | None) -> Array:
+    examples = jax.tree.leaves(noise)[0].shape[0]
+    return _keep_known(jnp.zeros((examples, *model.shape), jnp.int32), known)
+
+
+def pixel_by_pixel(
+    model: nnx.Module, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
+) -> Sampled:
+    """The whole model for every pixel, of which that pixel alone is used: H W calls. What the others are held to."""
+    height, width, _ = model.shape
+    blank = _blank(model, noise, known)
+
+    def body(k: Array, x: Array) -> Array:
+        row, column = k // width, k % width
+        params, own, fixed = (_at(_at(tree, row), column) for tree in (model(x, label), noise, known))
+        drawn = model.likelihood.draw(params, own)
+        drawn = drawn if fixed is None else jnp.where(fixed.where[:, None], fixed.image, drawn)
+        return lax.dynamic_update_slice(x, drawn[:, None, None], (0, row, column, 0))
+
+    x = lax.fori_loop(0, height * width, body, blank)
+    calls = jnp.full(x.shape[0], height * width)
+    return Sampled(x, calls, jnp.full(x.shape[:3], height * width))
+
+
+def _in_units(model: nnx.Module, tree: Any) -> Any:
+    """(B, H, W, ...) to (B, U, S, ...)."""
+    units, size = model.units
+    return jax.tree.map(lambda a: a.reshape(a.shape[0], units, size, *a.shape[3:]), tree)
+
+
+def cached(
+    model: nnx.Module, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
+) -> Sampled:
+    """One pixel of every layer at a time; all that the pixels before it gave is kept. H W calls of a pixel each."""
+    units, _ = model.units
+    noise, given = _in_units(model, noise), None if known is None else _in_units(model, known)
+    examples = jax.tree.leaves(noise)[0].shape[0]
+
+    def body(cache: Any, number: Array) -> tuple[Any, Array]:
+        own, fixed = _at(noise, number), _at(given, number)
+
+        def draw(params: Array, place: Array) -> Array:
+            drawn = model.likelihood.draw(params, _at(own, place))
+            if fixed is None:
+                return drawn
+            return jnp.where(_at(fixed.where, place)[:, None], _at(fixed.image, place), drawn)
+
+        unit, cache = model.draw_unit(cache, number, label, draw)
+        return cache, unit
+
+    _, drawn = lax.scan(body, model.start(examples), jnp.arange(units))
+    height, width, channels = model.shape
+    x = jnp.moveaxis(drawn, 0, 1).reshape(examples, height, width, channels)
+    return Sampled(x, jnp.full(examples, height * width), jnp.ones((examples, height, width), jnp.int32))
+
+
+def plain_fixed_point(
+    model: nnx.Module, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
+) -> Sampled:
+    """Every pixel of every picture anew until none of any picture changes: what `fixed_point` is compared with."""
+    blank = _blank(model, noise, known)
+
+    def body(carry: tuple) -> tuple:
+        x, _, calls = carry
+        drawn = _keep_known(model.likelihood.draw(model(x, label), noise), known)
+        changed = (drawn != x).any((1, 2, 3))
+        return drawn, changed.any(), calls + 1
+
+    x, _, calls = lax.while_loop(lambda carry: carry[1], body, (blank, jnp.bool_(True), jnp.int32(0)))
+    return Sampled(x, jnp.full(x.shape[0], calls), jnp.full(x.shape[:3], calls))
+
+
+def fixed_point(
+    model: nnx.Module,
+    noise: Noise,
+    *,
+    window: int | None = None,
+    label: Int[Array, "B"] | None = None,
+    known: Known | None = None,
+    strategy: execute.Strategy = "auto",
+    limit: Int[Array, ""] | int | None = None,
+) -> Sampled:
+    """Jacobi iteration with the noise fixed, in which compute adapts to the picture.
+
+    Of every picture the `window` units after its frontier are drawn from what they were, at once. Units that come out
+    as they were, up to the first that does not, are final: they were drawn from themselves and from what is final. The
+    frontier moves past them, and what is before it is never computed again (the family's cache stands for it). Pictures
+    that are done leave the batch (`execute.samples`). At least one pixel more is right after every call. Song et al.
+    2021 (arXiv:2002.03629) have the iteration, without frontier and leaving.
+
+    Args:
+        window: units that are drawn at once; the family's `window_size` if left out.
+        strategy: as in `execute`.
+        limit: calls after which it stops, finished or not: how a picture comes to be.
+
+    Raises:
+        ValueError: if `window` is below 1.
+    """
+    units, size = model.units
+    window = min(model.window_size if window is None else window, units)
+    if window < 1:
+        raise ValueError(f"window={window} must be at least 1")
+    blank = _blank(model, noise, known)
+    examples = blank.shape[0]
+    # Windows that reach past the last unit find blank ones there.
+    pad = lambda a: jnp.pad(a, ((0, 0), (0, window), *[(0, 0)] * (a.ndim - 2)))  # noqa: E731
+    state = {
+        "x": pad(_in_units(model, blank)),
+        "noise": jax.tree.map(pad, _in_units(model, noise)),
+        "cache": model.start(examples, window),
+        "first": jnp.zeros(examples, jnp.int32),
+        "calls": jnp.zeros(examples, jnp.int32),
+        "visits": jnp.zeros((examples, units + window), jnp.int32),
+    }
+    if label is not None:
+        state["label"] = label
+    if known is not None:
+        state["where"] = pad(_in_units(model, known.where))
+
+    def step(s: dict) -> dict:
+        was = _cut(s["x"], s["first"], window)
+        params, trail = model.window(was, s["cache"], s["first"], s.get("label"))
+        drawn = model.likelihood.draw(params, _cut(s["noise"], s["first"], window))
+        if known is not None:
+            drawn = jnp.where(_cut(s["where"], s["first"], window)[..., None], was, drawn)
+        same = (drawn == was).all((2, 3))
+        count = jnp.cumprod(same.astype(jnp.int32), 1).sum(1)
+        return s | {
+            "x": _put(s["x"], s["first"], drawn),
+            "cache": model.advance(s["cache"], trail, count),
+            "first": jnp.minimum(s["first"] + count, units),
+            "calls": s["calls"] + 1,
+            "visits": _put(s["visits"], s["first"], _cut(s["visits"], s["first"], window) + 1),
+        }
+
+    def body(state: dict) -> dict:
+        active = (state["first"] < units).astype(jnp.float32)
+        return execute.samples(step, state, active, execution="compact", strategy=strategy)
+
+    def more(state: dict) -> Array:
+        going = (state["first"] < units).any()
+        return going if limit is None else going & (state["calls"].max() < limit)
+
+    state = lax.while_loop(more, body, state)
+    height, width, channels = model.shape
+    visits = jnp.repeat(state["visits"][:, :units], size, 1).reshape(examples, height, width)
+    return Sampled(state["x"][:, :units].reshape(examples, height, width, channels), state["calls"], visits)
+
+
+SAMPLERS: dict[str, Callable[..., Sampled]] = {
+    "pixel": pixel_by_pixel,
+    "cached": cached,
+    "plain": plain_fixed_point,
+    "fixed-point": fixed_point,
+}

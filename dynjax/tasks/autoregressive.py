@@ -1,0 +1,53 @@
+"""Autoregressive images: the bits that a picture takes, per dimension.
+
+Letters: B examples, H W pixels.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from dynjax.models.likelihoods import quantise
+
+
+def nats(model: nnx.Module, image: Array, label: Array) -> Float[Array, "B"]:
+    """-log p of each picture of bytes (B, H, W, 3), as the integers that the model has; `label` -1 is no class."""
+    x = quantise(image, model.likelihood.values, model.shape[2])
+    params = model(x, label) if model.classes else model(x)
+    return -model.likelihood.log_prob(params, x).sum((1, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoregressiveTask:
+    """What a training loop needs of a model of pixels: `loss` and `counts` of a batch, `scores` of many.
+
+    Bits per dimension are -log2 p(picture) / (H W C), of the integers that the model has: of black and white pictures
+    they are not those of bytes.
+    """
+
+    target: ClassVar[str] = "label"
+    score: ClassVar[str] = "bits_per_dim"
+    score_name: ClassVar[str] = "bits/dim"
+    budget: ClassVar[None] = None
+
+    def loss(
+        self, model: nnx.Module, batch: dict[str, Any], key: PRNGKeyArray, progress: Float[Array, ""] | float
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Bits per dimension of a batch {"image" (B, H, W, 3), "label" (B,)}, and metrics."""
+        bits = nats(model, batch["image"], batch["label"]).mean() / (np.log(2) * np.prod(model.shape))
+        return bits, {"loss": bits, "bits_per_dim": bits, "macs_fraction": jnp.float32(1)}
+
+    def counts(self, model: nnx.Module, batch: dict[str, Any]) -> Float[Array, "2"]:
+        """Bits and dimensions of the batch's pictures; blank ones, with label -1, are not in them."""
+        valid = batch["label"] >= 0
+        bits = jnp.where(valid, nats(model, batch["image"], batch["label"]), 0).sum() / np.log(2)
+        return jnp.stack([bits, valid.sum() * float(np.prod(model.shape))])
+
+    def scores(self, counts: np.ndarray) -> dict[str, Any]:
+        """`bits_per_dim` of the sum of the batches' counts; nan without an example."""
+        bits, dimensions = np.asarray(counts, np.float64)
+        return {"bits_per_dim": float(bits / dimensions) if dimensions else np.nan}

@@ -1,0 +1,50 @@
+"""Bits per dimension of a batch and of a set."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from blocks import make
+
+from dynjax import models, tasks
+from dynjax.config import PixelCNNConfig, UserError
+from dynjax.data import make_source
+from dynjax.tasks.autoregressive import AutoregressiveTask
+from experiments import rows
+
+MODEL = PixelCNNConfig(shape=(3, 4, 1), values=4, features=4, layers=1)
+
+
+def batch(number=3):
+    image = np.random.default_rng(0).integers(0, 256, (number, 3, 4, 3), dtype=np.uint8)
+    return {"image": image, "label": np.arange(number, dtype=np.int32)}
+
+
+def test_a_model_that_knows_nothing_takes_the_bits_of_the_values():
+    model = jax.tree.map(jnp.zeros_like, make(lambda rngs: models.build(MODEL, 10, rngs=rngs)))
+    bits, metrics = jax.jit(AutoregressiveTask().loss)(model, batch(), jax.random.key(0), 0.0)
+    assert float(bits) == pytest.approx(2, abs=1e-5) and float(metrics["bits_per_dim"]) == float(bits)
+
+
+def test_scores_are_of_all_batches_without_the_blank_examples():
+    model = make(lambda rngs: models.build(MODEL, 10, rngs=rngs))
+    task, whole = AutoregressiveTask(), batch()
+    counts = jax.jit(task.counts)(model, whole)
+    padded = {name: np.concatenate([value[2:], np.zeros_like(value[:2])]) for name, value in whole.items()}
+    padded["label"][1:] = -1
+    parts = jax.jit(task.counts)(model, {name: value[:2] for name, value in whole.items()})
+    parts = np.asarray(parts, np.float64) + np.asarray(jax.jit(task.counts)(model, padded), np.float64)
+    found, wanted = task.scores(parts), task.scores(np.asarray(counts))
+    assert found["bits_per_dim"] == pytest.approx(wanted["bits_per_dim"], rel=1e-5)
+    loss, _ = jax.jit(task.loss)(model, whole, jax.random.key(0), 0.0)
+    assert wanted["bits_per_dim"] == pytest.approx(float(loss), rel=1e-5)
+    assert np.isnan(task.scores(np.zeros(2))["bits_per_dim"])
+
+
+def test_pictures_of_another_size():
+    config = rows.tiny(rows.get_row("digits_pixelcnn"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, shape=(9, 8, 1)))
+    with pytest.raises(UserError, match=r"9x8 and those of data.name=digits8 are 8x8"):
+        tasks.make_task(config, make_source(config.data, "train"))

@@ -1,0 +1,113 @@
+"""Samplers give the same pictures from the same noise, bit for bit, however little they compute."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from blocks import make
+
+from dynjax import models, sampling
+from dynjax.config import PixelCNNConfig, PixelTransformerConfig
+from dynjax.sampling import Known
+
+SHAPE = (6, 5, 1)
+CONFIGS = {
+    "binary": PixelCNNConfig(shape=SHAPE, features=6, layers=2, conditional=True),
+    "categorical": PixelCNNConfig(shape=SHAPE, values=256, features=6, layers=1),
+    "logistic": PixelCNNConfig(shape=(6, 5, 3), values=256, likelihood="logistic", features=6, layers=1),
+    "transformer": PixelTransformerConfig(shape=SHAPE, values=4, features=8, layers=1, heads=2, conditional=True),
+    "transformer, logistic": PixelTransformerConfig(
+        shape=(4, 4, 3), values=256, likelihood="logistic", features=8, layers=1, heads=2
+    ),
+}
+_MODELS = {}
+
+
+def model_of(name):
+    if name not in _MODELS:
+        _MODELS[name] = make(lambda rngs: models.build(CONFIGS[name], 10, rngs=rngs))
+    return _MODELS[name]
+
+
+def draw(name, sampler, examples, key=0, *, first=0, completing=False, **options):
+    """Compiled; with labels where the model has some."""
+    model = model_of(name)
+    label = jnp.arange(examples) % 11 - 1 if model.classes else None
+    random = np.random.default_rng(0)
+    image = jnp.asarray(random.integers(0, model.likelihood.values, (examples, *model.shape)), jnp.int32)
+    upper = jnp.broadcast_to(jnp.arange(model.shape[0])[:, None] < 3, (examples, *model.shape[:2]))
+
+    @jax.jit
+    def run(key):
+        noise = sampling.make_noise(model, key, examples, first)
+        known = Known(image, upper) if completing else None
+        return sampling.SAMPLERS[sampler](model, noise, label=label, known=known, **options)
+
+    return jax.tree.map(np.asarray, run(jax.random.key(key)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_samplers_give_the_same_pictures(name):
+    wanted = draw(name, "pixel", 5)
+    pixels = np.prod(wanted.visits.shape[1:])
+    assert wanted.image.min() >= 0 and wanted.image.max() < model_of(name).likelihood.values
+    assert len(np.unique(wanted.image)) > 1
+    for sampler in ("cached", "plain", "fixed-point"):
+        found = draw(name, sampler, 5)
+        flipped = int((found.image != wanted.image).any(-1).sum())
+        assert flipped == 0, f"{sampler}: {flipped} of {wanted.visits.size} pixels differ"
+    assert (wanted.calls == pixels).all()
+
+
+@pytest.mark.parametrize("strategy", ["loop", "buckets"])
+@pytest.mark.parametrize("window", [1, 6])
+def test_fixed_point_of_any_window_and_strategy(window, strategy):
+    wanted = draw("binary", "cached", 9)
+    found = draw("binary", "fixed-point", 9, window=window, strategy=strategy)
+    np.testing.assert_array_equal(found.image, wanted.image)
+
+
+def test_the_same_picture_in_batches_of_1_to_64():
+    wanted = draw("binary", "fixed-point", 64).image
+    for examples in (1, 16):
+        np.testing.assert_array_equal(draw("binary", "fixed-point", examples).image, wanted[:examples])
+    np.testing.assert_array_equal(
+        draw("categorical", "cached", 3, first=5).image, draw("categorical", "cached", 8).image[5:]
+    )
+
+
+def test_calls_are_of_each_picture():
+    """A picture takes as many calls in a batch as alone."""
+    together = draw("categorical", "fixed-point", 6)
+    assert len(set(together.calls)) > 1
+    alone = [draw("categorical", "fixed-point", 1, first=number).calls[0] for number in range(2)]
+    assert list(together.calls[:2]) == alone
+    assert (together.calls <= 2 * together.visits[0].size).all()
+    # Every call evaluates a window: no pixel more often than there were calls, each at least once.
+    assert (together.visits.max((1, 2)) <= together.calls).all() and together.visits.min() >= 1
+
+
+@pytest.mark.parametrize("name", ["binary", "transformer"])
+def test_what_is_given_stays(name):
+    found = [draw(name, sampler, 3, completing=True).image for sampler in ("pixel", "cached", "plain", "fixed-point")]
+    image = np.random.default_rng(0).integers(0, model_of(name).likelihood.values, (3, *model_of(name).shape))
+    np.testing.assert_array_equal(found[0][:, :3], image[:, :3])
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+
+
+def test_a_limit_stops_before_the_end():
+    whole = draw("binary", "fixed-point", 2)
+    limit = int(whole.calls.min()) - 1
+    stopped = draw("binary", "fixed-point", 2, limit=limit)
+    assert (stopped.calls == limit).all() and (stopped.visits.sum() < whole.visits.sum())
+    np.testing.assert_array_equal(draw("binary", "fixed-point", 2, limit=1000).image, whole.image)
+
+
+def test_other_noise_is_another_picture():
+    assert (draw("binary", "cached", 2, key=1).image != draw("binary", "cached", 2).image).any()
+
+
+def test_a_window_of_nothing():
+    with pytest.raises(ValueError, match="window=0"):
+        draw("binary", "fixed-point", 1, window=0)
