@@ -5,10 +5,10 @@ A gate decides, an executor carries the decision out, a trace accounts for it, a
 
 from dynjax import budget, cost, execute
 from dynjax.budget import budget_loss
-from dynjax.controls import FixedGate, RandomGate, SampledPaths
+from dynjax.controls import FixedGate, GridGate, RandomGate, SampledPaths
 from dynjax.decision import Decision
 from dynjax.deploy import Deployed, deploy
-from dynjax.gates import BranchGate, ChannelGate, PathGate, SampleGate, TileGate
+from dynjax.gates import BranchGate, ChannelGate, EntropyGate, PathGate, SampleGate, TileGate
 from dynjax.ops import (
     Cell,
     Channels,

@@ -267,6 +267,43 @@ class PixelTransformerConfig:
     gate: Literal["learned"] = "learned"
 
 
+@dataclasses.dataclass(frozen=True)
+class NextScaleConfig:
+    """A picture from coarse to fine: the coarsest pixel by pixel, each finer one in three steps, rich or plain by tile."""
+
+    family: Literal["nextscale"] = "nextscale"
+    shape: tuple[int, int, int] = (28, 28, 1)
+    """Height, width and channels (1: grey, 3: colours) of the pictures."""
+    values: int = 2
+    """Values of a channel: 2 is black and white, 256 are all bytes."""
+    likelihood: Literal["categorical", "logistic"] = "categorical"
+    """categorical: a softmax over all values, of one channel; logistic: a mixture of rounded logistic distributions."""
+    components: int = 5
+    """Of the mixture of logistics."""
+    scales: int = 3
+    """Resolutions; each coarser one has every other row and column of the next finer one."""
+    coarse_features: int = 24
+    """Of the PixelCNN that draws the coarsest."""
+    coarse_layers: int = 4
+    reach: int = 3
+    """Both networks look at so many pixels of the coarser picture to every side."""
+    features: int = 96
+    """Of the rich network."""
+    blocks: int = 3
+    """Residual blocks of the rich network."""
+    plain: int = 16
+    """Hidden features of the plain network."""
+    conditional: bool = False
+    """Pictures can be asked for by their label."""
+    dynamics: Literal["static", "tiles"] = "tiles"
+    """static: the rich network everywhere, and no plain one; tiles: the gate decides for each tile."""
+    gate: Literal["learned", "random", "grid"] = "learned"
+    """learned: the rich network goes where the plain one's prediction has the most entropy; random: anywhere; grid: to
+    tiles spread evenly."""
+    tile: int = 2
+    """Side of a tile in pixels of the coarser picture."""
+
+
 ModelConfig = (
     UNetConfig
     | ResNetConfig
@@ -278,6 +315,7 @@ ModelConfig = (
     | DynamicConvNetConfig
     | PixelCNNConfig
     | PixelTransformerConfig
+    | NextScaleConfig
 )
 """One dataclass for each family in `dynjax.models`. All have `family`, `dynamics` ("static" is the twin) and `gate`."""
 

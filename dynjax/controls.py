@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -89,6 +90,30 @@ class FixedGate(nnx.Module):
             )
         keep = jnp.broadcast_to(keep, (x.shape[0], *keep.shape[1:]))
         return Decision(keep, keep, ("sample", "branch", "tile", "tile branch")[keep.ndim - 1])
+
+
+class GridGate(nnx.Module):
+    """Tiles of `size` pixels in a fixed order, spread evenly over the map: the control that is blind to content.
+
+    `x` (B, H, W, C) gives the same decision (B, h, w) for every example. At threshold t a share sigmoid(-t) is kept, in
+    the order of an ordered dither (Bayer 1973): half of the tiles are a checkerboard, a quarter every other one of
+    every other row.
+    """
+
+    def __init__(self, size: int = 1):
+        self.size = gates.positive(size, "size")
+        self.threshold = gates.Threshold(jnp.zeros(()))
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Decision:
+        height, width = (-(-n // self.size) for n in x.shape[1:3])
+        matrix = np.zeros((1, 1), int)
+        while len(matrix) < max(height, width):
+            matrix = np.block([[4 * matrix, 4 * matrix + 2], [4 * matrix + 3, 4 * matrix + 1]])
+        rank = np.argsort(np.argsort(matrix[:height, :width].reshape(-1), kind="stable"))
+        share = 1 - (rank.reshape(1, height, width) + 0.5) / rank.size
+        logits = jnp.asarray(np.log(share / (1 - share)), jnp.float32) - self.threshold[...]
+        logits = jnp.broadcast_to(logits, (x.shape[0], height, width))
+        return Decision(gates.threshold(logits), jax.nn.sigmoid(logits), "tile")
 
 
 class RandomGate(nnx.Module):

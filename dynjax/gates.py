@@ -243,6 +243,24 @@ class ChannelGate(nnx.Module):
         return self.logits.binary(self.logits(_mean(x)), "channel")
 
 
+class EntropyGate(nnx.Module):
+    """One decision per tile of `size` pixels: keeps those that are uncertain, and learns nothing.
+
+    `x` (B, H, W, 1) is a prediction's entropy as a share of the most there can be, in [0, 1]. Its mean over a tile is
+    compared with the threshold, both as logits; starts open. The same when training.
+    """
+
+    def __init__(self, size: int = 1):
+        self.size = positive(size, "size")
+        self.threshold = Threshold(jnp.float32(-30.0))
+
+    def __call__(self, x: Float[Array, "B H W 1"]) -> Decision:
+        _check_features(x, 1, "EntropyGate")
+        mean = jnp.clip(pool_tiles(x.astype(jnp.float32), self.size)[..., 0], 1e-12, 1 - 1e-6)
+        logits = jax.scipy.special.logit(mean) - self.threshold[...]
+        return Decision(threshold(logits), jax.nn.sigmoid(logits), "tile")
+
+
 class PathGate(nnx.Module):
     """Which of the `paths` out of a cell an example takes, and how much each counts: relu(tanh(logits)), 0 is closed.
 

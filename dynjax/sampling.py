@@ -1,4 +1,4 @@
-"""Samplers of autoregressive models. All are exact: the same noise gives the same picture, whatever is computed for it.
+"""Samplers of autoregressive models. All but the last are exact: same noise, same picture, whatever is computed for it.
 
 `pixel_by_pixel` evaluates the whole model for every pixel, `cached` one pixel of every layer, and `fixed_point` draws
 many pixels at once, again and again, until none changes: compute goes to where a picture surprises.
@@ -212,9 +212,21 @@ def fixed_point(
     return Sampled(state["x"][:, :units].reshape(examples, height, width, channels), state["calls"], visits)
 
 
+def coarse_to_fine(
+    model: nnx.Module, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
+) -> Sampled:
+    """Of a family that draws scale after scale: coarse where plain, fine where complex, as far as the budget allows.
+
+    The one sampler whose pictures depend on what is computed: on the threshold of the model's gates. `calls` are the
+    tiles that were refined.
+    """
+    return Sampled(*model.draw(noise, label, known)[:3])
+
+
 SAMPLERS: dict[str, Callable[..., Sampled]] = {
     "pixel": pixel_by_pixel,
     "cached": cached,
     "plain": plain_fixed_point,
     "fixed-point": fixed_point,
+    "coarse-to-fine": coarse_to_fine,
 }

@@ -10,7 +10,15 @@ python -m experiments.sample --workdir runs/mnist_pixelcnn --sampler fixed-point
 
 import dataclasses
 
-from dynjax.config import AugmentConfig, Config, LossConfig, OptimizerConfig, PixelCNNConfig, PixelTransformerConfig
+from dynjax.config import (
+    AugmentConfig,
+    Config,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PixelCNNConfig,
+    PixelTransformerConfig,
+)
 from experiments import labelled
 from experiments.labelled import Row, make_row
 
@@ -42,10 +50,11 @@ WHAT = {
 STEPS = {"digits": 1500, "cifar10": 1500}
 
 
-def _row(data: str, name: str, what: str, model: PixelCNNConfig | PixelTransformerConfig, **changes: object) -> Row:
-    row = f"{data}_{name}"
+def row(data: str, name: str, what: str, model: ModelConfig, **changes: object) -> Row:
+    """A row that draws pictures of `data`, whose shape and values `model` takes."""
+    full = f"{data}_{name}"
     config = Config(
-        row=row,
+        row=full,
         data=DATA[data.removesuffix("8bit")],
         model=dataclasses.replace(model, **SHAPES[data]),
         loss=LossConfig(),
@@ -61,14 +70,14 @@ def _row(data: str, name: str, what: str, model: PixelCNNConfig | PixelTransform
 
 
 ROWS = (
-    *(_row(data, "pixelcnn", "Gated PixelCNN", PixelCNNConfig(layers=7)) for data in SHAPES),
+    *(row(data, "pixelcnn", "Gated PixelCNN", PixelCNNConfig(layers=7)) for data in SHAPES),
     *(
-        _row(data, "transformer", "Causal transformer over pixels", PixelTransformerConfig())
+        row(data, "transformer", "Causal transformer over pixels", PixelTransformerConfig())
         for data in ("digits", "mnist", "fashion", "cifar10")
     ),
-    _row("digits", "pixelcnn_labels", "Gated PixelCNN asked by label", PixelCNNConfig(layers=7, conditional=True)),
-    _row("mnist", "pixelcnn_labels", "Gated PixelCNN asked by label", PixelCNNConfig(layers=7, conditional=True)),
-    _row(
+    row("digits", "pixelcnn_labels", "Gated PixelCNN asked by label", PixelCNNConfig(layers=7, conditional=True)),
+    row("mnist", "pixelcnn_labels", "Gated PixelCNN asked by label", PixelCNNConfig(layers=7, conditional=True)),
+    row(
         "cifar10",
         "pixelcnn_full",
         "Gated PixelCNN at about the paper's size (GPU)",

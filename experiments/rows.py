@@ -13,6 +13,7 @@ from experiments import (
     halt,
     moe,
     msdnet,
+    nextscale,
     policy,
     ranet,
     resnet,
@@ -33,6 +34,7 @@ FILES = (
     moe,
     dynamicconvnet,
     autoregressive,
+    nextscale,
 )
 ROWS: dict[str, Callable[[], Config]] = {row.__name__: row for file in FILES for row in file.ROWS}
 
@@ -57,6 +59,9 @@ TINY: dict[str, dict] = {
     "dynamicconvnet": dict(widths=(4, 8), blocks=(1, 1), kernels=2),
     "pixelcnn": dict(shape=(8, 8, 1), features=4, layers=1),
     "pixeltransformer": dict(shape=(8, 8, 1), features=8, layers=1, heads=2),
+    "nextscale": dict(
+        shape=(8, 8, 1), scales=2, coarse_features=4, coarse_layers=1, reach=1, features=8, blocks=1, plain=4
+    ),
 }
 """What each family of models shrinks to."""
 

@@ -18,7 +18,7 @@ def segments(config: ModelConfig) -> bool:
 
 def generates(config: ModelConfig) -> bool:
     """Whether the model draws pictures, and predicts nothing about one."""
-    return config.family in ("pixelcnn", "pixeltransformer")
+    return config.family in ("pixelcnn", "pixeltransformer", "nextscale")
 
 
 def build(config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:

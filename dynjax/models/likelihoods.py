@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 Noise = dict[str, Array]
@@ -107,6 +108,16 @@ class Logistic:
                 jnp.where(value == self.values - 1, jax.nn.log_sigmoid(-below), inside),
             )
         return jax.nn.logsumexp(total, -1)
+
+    def entropy(self, params: Float[Array, "*pixels P"]) -> Float[Array, "*pixels"]:
+        """Of each pixel, in nats, roughly: for each channel that of one logistic distribution of the mixture's variance,
+        2 + log(scale) in units of a value, between 0 and log(V)."""
+        logits, means, log_scales, _ = self._split(params)
+        weight = jax.nn.softmax(logits)[..., None, :]
+        mean = (weight * means).sum(-1, keepdims=True)
+        variance = (weight * ((means - mean) ** 2 + jnp.exp(2 * log_scales) * np.pi**2 / 3)).sum(-1)
+        log_scale = 0.5 * jnp.log(3 * variance / np.pi**2) + np.log((self.values - 1) / 2)
+        return jnp.clip(2 + log_scale, 0, np.log(self.values)).sum(-1)
 
     def noise(self, key: PRNGKeyArray, pixels: tuple[int, ...]) -> Noise:
         """What `draw` needs for so many pixels."""

@@ -21,6 +21,15 @@ def nats(model: nnx.Module, image: Array, label: Array) -> Float[Array, "B"]:
     return -model.likelihood.log_prob(params, x).sum((1, 2))
 
 
+def training_nats(model: nnx.Module, image: Array, label: Array) -> Float[Array, "B"]:
+    """As `nats`; of a model that has several `predictions` of every pixel, their mean."""
+    if not hasattr(model, "predictions"):
+        return nats(model, image, label)
+    x = quantise(image, model.likelihood.values, model.shape[2])
+    each = model.predictions(x, label) if model.classes else model.predictions(x)
+    return sum(-model.likelihood.log_prob(params, x).sum((1, 2)) for params in each) / len(each)
+
+
 @dataclasses.dataclass(frozen=True)
 class AutoregressiveTask:
     """What a training loop needs of a model of pixels: `loss` and `counts` of a batch, `scores` of many.
@@ -38,7 +47,7 @@ class AutoregressiveTask:
         self, model: nnx.Module, batch: dict[str, Any], key: PRNGKeyArray, progress: Float[Array, ""] | float
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Bits per dimension of a batch {"image" (B, H, W, 3), "label" (B,)}, and metrics."""
-        bits = nats(model, batch["image"], batch["label"]).mean() / (np.log(2) * np.prod(model.shape))
+        bits = training_nats(model, batch["image"], batch["label"]).mean() / (np.log(2) * np.prod(model.shape))
         return bits, {"loss": bits, "bits_per_dim": bits, "macs_fraction": jnp.float32(1)}
 
     def counts(self, model: nnx.Module, batch: dict[str, Any]) -> Float[Array, "2"]:

@@ -1,0 +1,193 @@
+"""The dial between quality and compute of pictures drawn from coarse to fine, beside two ways to spend as much blindly.
+
+    python -m benchmarks.refinement [--workdir runs/mnist_nextscale] [--data.path data/mnist] [--repeats 20]
+
+Needs a trained row: python -m experiments.train mnist_nextscale --workdir runs/mnist_nextscale --data.path data/mnist
+entropy: the rich network in the tiles where the plain one is uncertain; uniform: in as many tiles, spread evenly over
+every map; random: in as many, anywhere. The same weights three times, since both networks were trained on all tiles.
+Thresholds are solved on val, bits per dimension are of test, exact at every budget; milliseconds are of drawing,
+compact, all budgets and gates alternating in one process. Writes the table as CSV, and a PNG of the same name.
+"""
+
+import argparse
+import csv
+import dataclasses
+import math
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from matplotlib.figure import Figure
+
+from dynjax import checkpoint, models, sampling
+from dynjax.config import UserError
+from dynjax.data import make_source
+from dynjax.deploy import Solver
+from dynjax.models.likelihoods import quantise
+from dynjax.report import style
+from dynjax.trace import traced
+from experiments import cli
+
+GATES = {"entropy": "learned", "uniform": "grid", "random": "random"}
+MOST = 1.0  # everything refined: one point for all gates
+
+
+def with_gate(config: Any, model: nnx.Module, gate: str, classes: int) -> nnx.Module:
+    """The same weights behind another gate."""
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, gate=gate))
+    fresh = checkpoint.evaluation_view(checkpoint.build(other, classes))
+    nnx.update(fresh, nnx.state(model, nnx.Param))
+    return fresh
+
+
+def pictures(config: Any, split: str, number: int, batch: int) -> list[np.ndarray]:
+    """Batches of a split as the integers that the model has."""
+    source = make_source(config.data, split)
+    index = np.unique(np.linspace(0, len(source) - 1, min(number, len(source))).astype(int))
+    index = index[: len(index) // batch * batch] if len(index) > batch else index
+    images = np.stack([source[int(i)]["image"] for i in index])
+    x = np.asarray(quantise(jnp.asarray(images), config.model.values, config.model.shape[2]))
+    return [x[k : k + batch] for k in range(0, len(x), batch)]
+
+
+def measure(model: nnx.Module, batches: list[np.ndarray]) -> tuple[float, float]:
+    """Bits per dimension, and mean MACs of a picture."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def one(state: nnx.State, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        params, trace = traced(nnx.merge(graphdef, state))(x)
+        return -model.likelihood.log_prob(params, x).sum(), trace.macs().sum()
+
+    found = np.array([one(state, x) for x in batches]).sum(0) / sum(map(len, batches))
+    return float(found[0] / (math.log(2) * math.prod(model.shape))), float(found[1])
+
+
+def drawer(model: nnx.Module, batch: int) -> Any:
+    """Compact drawing as a function of the seed and the state, compiled once for every budget."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def run(state: nnx.State, key: jax.Array) -> sampling.Sampled:
+        model = nnx.merge(graphdef, state)
+        return sampling.coarse_to_fine(model, sampling.make_noise(model, key, batch))
+
+    return run
+
+
+def main(raw: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", default="runs/mnist_nextscale")
+    parser.add_argument("--data.path", dest="path", default="")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/refinement.csv"))
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.15, 0.25, 0.4, 0.6, 0.8])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--pictures", type=int, default=10_000, help="of test, at most")
+    arguments = parser.parse_args(raw)
+    if not (Path(arguments.workdir) / "config.json").exists():
+        raise UserError(
+            f"--workdir {arguments.workdir} is no workdir of a training run; this makes it: "
+            f"python -m experiments.train mnist_nextscale --workdir {arguments.workdir} --data.path data/mnist"
+        )
+    config, model, step = checkpoint.load(arguments.workdir)
+    _, classes = checkpoint.read_config(arguments.workdir)
+    if config.model.family != "nextscale" or config.model.dynamics != "tiles" or model.classes:
+        raise UserError(f"--workdir {arguments.workdir}: row {config.row} is not one of *_nextscale with a gate")
+    if arguments.path:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=arguments.path))
+    val, test = pictures(config, "val", 512, 256), pictures(config, "test", arguments.pictures, 250)
+    device = jax.devices()[0]
+    where = f"{device.device_kind or device.platform}, {os.cpu_count()} cores, {platform.machine()}"
+    title = f"{config.row}, step {step}; {sum(map(len, test))} pictures of test; {where}"
+    print(f"{title}, jax {jax.__version__}", file=sys.stderr)
+
+    rows, deployed = [], {}
+    for name, gate in GATES.items():
+        solver = Solver(with_gate(config, model, gate, len(classes)), val)
+        for budget in (*sorted(arguments.budgets), MOST):
+            if budget == MOST and rows and name != "entropy":
+                continue
+            deployed[name, budget] = each = solver.deploy(budget).model
+            masked = nnx.view(each, execution="masked", raise_if_not_found=False)
+            bits, macs = measure(masked, test)
+            rows.append(dict(gate=name, budget=budget, bits_per_dim=round(bits, 5), mmacs=round(macs / 1e6, 3)))
+            rows[-1]["macs_fraction"] = round(macs / solver.full, 4)
+            print(f"{name:8} budget {budget:4.2f}: {bits:.4f} bits/dim, {macs / solver.full:.1%} of the MACs", flush=True)
+    static = dataclasses.replace(config, model=models.static_twin(config.model))
+    static = checkpoint.evaluation_view(checkpoint.build(static, len(classes)))
+    nnx.update(static, _shared(model, static))
+    bits, macs = measure(static, test)
+    rows.append(dict(gate="static", budget=MOST, bits_per_dim=round(bits, 5), mmacs=round(macs / 1e6, 3)))
+    rows[-1]["macs_fraction"] = round(macs / solver.full, 4)
+    deployed["static", MOST] = static
+
+    for batch in arguments.batches:
+        runs = {}
+        programs: dict[str, Any] = {}
+        for (name, budget), each in deployed.items():
+            program = programs.setdefault(name, drawer(each, batch))
+            runs[name, budget] = (program, nnx.state(each))
+            jax.block_until_ready(program(runs[name, budget][1], jax.random.key(0)))
+        seconds: dict[Any, list[float]] = {each: [] for each in runs}
+        refined: dict[Any, list[float]] = {each: [] for each in runs}
+        for seed in range(arguments.repeats):
+            for each, (program, state) in runs.items():
+                began = time.perf_counter()
+                drawn = jax.block_until_ready(program(state, jax.random.key(seed)))
+                seconds[each].append(time.perf_counter() - began)
+                refined[each].append(float(drawn.calls.mean()))
+        for line in rows:
+            key = (line["gate"], line["budget"])
+            line[f"ms_batch{batch}"] = round(1e3 * float(np.median(seconds[key])) / batch, 4)
+            line["tiles_drawn"] = round(float(np.mean(refined[key])), 1)
+            print(f"batch {batch:3} {key[0]:8} {key[1]:4.2f}: {line[f'ms_batch{batch}']:8.3f} ms/picture", flush=True)
+
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(arguments.out.with_suffix(".png"), rows, arguments.batches[-1], title)
+
+
+def plot(path: Path, rows: list[dict], batch: int, title: str) -> None:
+    """Bits per dimension by MACs and by milliseconds."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    whole = [line for line in rows if line["gate"] == "entropy" and line["budget"] == MOST]
+    for axes, column, label in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("mmacs", f"ms_batch{batch}"),
+        ("million MACs of a picture", f"milliseconds of a picture, drawn in batches of {batch}"),
+        strict=True,
+    ):
+        style(axes)
+        for name in GATES:
+            line = [each for each in rows if each["gate"] == name and each["budget"] != MOST] + whole
+            axes.plot([each[column] for each in line], [each["bits_per_dim"] for each in line], "o-", ms=4, label=name)
+        (twin,) = (each for each in rows if each["gate"] == "static")
+        axes.plot(twin[column], twin["bits_per_dim"], "*", ms=11, color="black", label="rich everywhere, static")
+        axes.set_xlabel(label)
+        axes.set_xlim(left=0)
+    figure.axes[0].set_ylabel("bits/dim")
+    figure.axes[0].legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def _shared(model: nnx.Module, static: nnx.Module) -> nnx.State:
+    """The parameters of `model` that its static twin has too."""
+    wanted = set(dict(nnx.to_flat_state(nnx.state(static, nnx.Param))))
+    found = [(path, value) for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param)) if path in wanted]
+    return nnx.from_flat_state(found)
+
+
+if __name__ == "__main__":
+    cli.run(main)
