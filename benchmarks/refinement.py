@@ -59,7 +59,7 @@ def pictures(config: Any, split: str, number: int, batch: int) -> list[np.ndarra
 
 def measure(model: nnx.Module, batches: list[np.ndarray]) -> tuple[float, float]:
     """Bits per dimension, and mean MACs of a picture."""
-    graphdef, state = nnx.split(model)
+    graphdef, _ = nnx.split(model)
 
     @jax.jit
     def one(state: nnx.State, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -120,7 +120,9 @@ def main(raw: list[str]) -> None:
             bits, macs = measure(masked, test)
             rows.append(dict(gate=name, budget=budget, bits_per_dim=round(bits, 5), mmacs=round(macs / 1e6, 3)))
             rows[-1]["macs_fraction"] = round(macs / solver.full, 4)
-            print(f"{name:8} budget {budget:4.2f}: {bits:.4f} bits/dim, {macs / solver.full:.1%} of the MACs", flush=True)
+            print(
+                f"{name:8} budget {budget:4.2f}: {bits:.4f} bits/dim, {macs / solver.full:.1%} of the MACs", flush=True
+            )
     static = dataclasses.replace(config, model=models.static_twin(config.model))
     static = checkpoint.evaluation_view(checkpoint.build(static, len(classes)))
     nnx.update(static, _shared(model, static))

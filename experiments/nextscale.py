@@ -21,5 +21,6 @@ MODELS = {
 }
 STEPS = {"digits": 600, "cifar10": 1200}
 ROWS = tuple(
-    row(data, "nextscale", "Coarse to fine", model, steps=STEPS.get(data, 2500), batch_size=32) for data, model in MODELS.items()
+    row(data, "nextscale", "Coarse to fine", model, steps=STEPS.get(data, 2500), batch_size=32)
+    for data, model in MODELS.items()
 )
