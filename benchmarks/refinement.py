@@ -59,7 +59,7 @@ def pictures(config: Any, split: str, number: int, batch: int) -> list[np.ndarra
 
 def measure(model: nnx.Module, batches: list[np.ndarray]) -> tuple[float, float]:
     """Bits per dimension, and mean MACs of a picture."""
-    graphdef, state = nnx.split(model)
+    graphdef, _ = nnx.split(model)
 
     @jax.jit
     def one(state: nnx.State, x: jax.Array) -> tuple[jax.Array, jax.Array]:

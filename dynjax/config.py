@@ -269,7 +269,7 @@ class PixelTransformerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class NextScaleConfig:
-    """A picture from coarse to fine: the coarsest pixel by pixel, each finer one in three steps, rich or plain by tile."""
+    """A picture from coarse to fine: the coarsest pixel by pixel, a finer one in three steps, rich or plain by tile."""
 
     family: Literal["nextscale"] = "nextscale"
     shape: tuple[int, int, int] = (28, 28, 1)

@@ -110,7 +110,7 @@ class Logistic:
         return jax.nn.logsumexp(total, -1)
 
     def entropy(self, params: Float[Array, "*pixels P"]) -> Float[Array, "*pixels"]:
-        """Of each pixel, in nats, roughly: for each channel that of one logistic distribution of the mixture's variance,
+        """Of each pixel, in nats, roughly: for each channel that of a logistic distribution of the mixture's variance,
         2 + log(scale) in units of a value, between 0 and log(V)."""
         logits, means, log_scales, _ = self._split(params)
         weight = jax.nn.softmax(logits)[..., None, :]
