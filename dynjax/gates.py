@@ -254,7 +254,7 @@ class EntropyGate(nnx.Module):
         self.size = positive(size, "size")
         self.threshold = Threshold(jnp.float32(-30.0))
 
-    def __call__(self, x: Float[Array, "B H W 1"]) -> Decision:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Decision:
         _check_features(x, 1, "EntropyGate")
         mean = jnp.clip(pool_tiles(x.astype(jnp.float32), self.size)[..., 0], 1e-12, 1 - 1e-6)
         logits = jax.scipy.special.logit(mean) - self.threshold[...]

@@ -2,8 +2,8 @@
 
 Samplers: pixel (the whole model for every pixel), cached (one pixel of every layer), fixed-point (many pixels at once,
 until none changes). All three are exact: the seed fixes the noise, and the same noise is the same grid.png.
-Rows *_nextscale have a sampler of their own, coarse-to-fine, with a dial: --budget is the share of the MACs that pictures
-may take on average, solved on pictures that the model draws itself.
+Rows *_nextscale have a sampler of their own, coarse-to-fine, with a dial: --budget is the share of the MACs that
+pictures may take on average, solved on pictures that the model draws itself.
 --label 3 asks a conditional row for one class; --complete gives the upper half of pictures of the test set.
 
 Writes DIR/grid.png, film.png (how the first ones come to be), calls.png (how often each pixel was evaluated), and
@@ -147,7 +147,7 @@ CALIBRATION = 256
 
 
 def within_budget(model: Any, budget: float, seed: int) -> Any:
-    """A model of *_nextscale, compact, whose pictures take a share `budget` of the MACs on average. Raises UserError."""
+    """A model of *_nextscale, compact, whose pictures take a share `budget` of the MACs on average; UserError."""
     import jax
     import numpy as np
 

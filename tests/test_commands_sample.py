@@ -49,6 +49,23 @@ def test_one_label_and_a_given_upper_half(workdir, tmp_path):
     assert (tmp_path / "a" / "grid.png").read_bytes() == (tmp_path / "b" / "grid.png").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def scales(tmp_path_factory):
+    return test_commands.make(tmp_path_factory.mktemp("scales") / "w", "digits_nextscale")
+
+
+def test_coarse_to_fine_within_a_budget(scales, tmp_path):
+    arguments = ["--sampler", "coarse-to-fine", "--batch-size", 2, "--budget"]
+    said, lines = draw(scales, tmp_path / "a", *arguments, 0.7)
+    assert "budget 70% met" in said and "0 of 192 pixels differ from those of the masked execution" in said
+    _, whole = draw(scales, tmp_path / "b", *arguments, 1, "--check", "none", "--complete")
+    assert {line["evaluations_per_pixel"] for line in whole} == {"1.750"}  # a coarse pixel once, the other three twice
+    for few, all_ in zip(lines, whole, strict=True):
+        assert int(few["macs"]) < int(all_["macs"]) and int(few["calls"]) < int(all_["calls"]) == 12
+    with Image.open(tmp_path / "a" / "film.png") as picture:
+        assert picture.size == (2 * (4 * 10 + 2), 2 * (3 * 10 + 2))  # moments: the coarsest, three of the finer scale
+
+
 @pytest.mark.parametrize(
     ("arguments", "about"),
     [
@@ -57,6 +74,9 @@ def test_one_label_and_a_given_upper_half(workdir, tmp_path):
         (["--window", "0"], "--window 0"),
         (["--window", "2", "--sampler", "cached"], "cached has none"),
         (["--seed", "-1"], "--seed -1"),
+        (["--budget", "0.5"], "fixed-point is exact"),
+        (["--budget", "2", "--sampler", "coarse-to-fine"], "--budget 2"),
+        (["--sampler", "coarse-to-fine"], "by pixel, cached or fixed-point"),
         (["--label", "10"], "classes 0 to 9"),
         (["--sampler", "magic"], "magic"),
         (["--out", "FILE"], "config.json"),

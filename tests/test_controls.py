@@ -73,3 +73,15 @@ def test_errors_name_the_argument():
 def test_an_unknown_draw_is_named_whether_or_not_types_are_checked():
     with pytest.raises((ValueError, TypeError), match="most"):
         dj.SampledPaths(2, "most", rngs=nnx.Rngs(0))
+
+
+def test_a_grid_gate_keeps_an_even_share_whatever_the_content():
+    gate, x = dj.GridGate(size=2), image(2, 8, 8, 3)
+    half = np.asarray(evaluate(gate, x, 0.0).keep)
+    np.testing.assert_array_equal(half, np.broadcast_to((np.indices((4, 4)).sum(0) + 1) % 2, (2, 4, 4)))
+    quarter = np.asarray(evaluate(gate, x, np.log(3)).keep)
+    assert quarter[0, ::2, ::2].all() and quarter.sum() == 8
+    for threshold, share in ((-30.0, 1), (30.0, 0)):
+        assert evaluate(gate, x, threshold).keep.mean() == share
+    odd = dj.GridGate()(image(1, 3, 5, 1))
+    assert odd.keep.shape == (1, 3, 5) and odd.granularity == "tile"

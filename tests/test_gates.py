@@ -216,3 +216,15 @@ def test_noise_under_a_jit_that_closes_over_the_gate_says_what_to_do():
     with pytest.raises(TraceContextError, match=r"pass it as an argument to nnx.jit.*deterministic=True"):
         jax.jit(lambda x: gate(x).keep)(x)
     jax.jit(lambda x: nnx.view(gate, deterministic=True)(x).keep)(x)
+
+
+def test_an_entropy_gate_keeps_the_uncertain_tiles():
+    share = jnp.asarray([[[0.0, 0.1, 0.6, 0.6, 1.0], [0.2, 0.1, 0.6, 0.6, 1.0]]])[..., None]
+    gate = dj.EntropyGate(size=2)
+    assert evaluate(gate, share, budget.LOWEST).keep.all()
+    np.testing.assert_array_equal(evaluate(gate, share, 0.0).keep, [[[0, 1, 1]]])
+    np.testing.assert_array_equal(evaluate(gate, share, 2.0).keep, [[[0, 0, 1]]])
+    assert not evaluate(gate, share, budget.HIGHEST).keep.any()
+    np.testing.assert_allclose(evaluate(gate, share).probability[0, 0, :2], [0.1, 0.6], rtol=1e-5)
+    with pytest.raises(ValueError, match="features=1"):
+        gate(jnp.zeros((1, 2, 2, 3)))
