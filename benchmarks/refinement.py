@@ -72,7 +72,7 @@ def measure(model: nnx.Module, batches: list[np.ndarray]) -> tuple[float, float]
 
 def drawer(model: nnx.Module, batch: int) -> Any:
     """Compact drawing as a function of the seed and the state, compiled once for every budget."""
-    graphdef, state = nnx.split(model)
+    graphdef, _ = nnx.split(model)
 
     @jax.jit
     def run(state: nnx.State, key: jax.Array) -> sampling.Sampled:

@@ -1,12 +1,12 @@
 """From coarse to fine: every scale adds the pixels between those of the coarser one, in three parallel steps (Reed et
-al. 2017, arXiv:1703.03664; all of a scale at once: VAR, Tian et al. 2024, arXiv:2404.02905), coarse where plain and fine
-where complex.
+al. 2017, arXiv:1703.03664; all of a scale at once: VAR, Tian et al. 2024, arXiv:2404.02905), coarse where plain and
+fine where complex.
 
 A coarser picture has every other row and column of the finer one, so log-likelihoods of the scales add up to that of
-the picture. For each step a plain network predicts all its pixels; where a gate, which sees the entropy of that, says so, a
-rich network predicts them anew. Gates decide from what is drawn already: bits per dimension are exact at every budget.
-Deviation from Reed et al.: both networks look at a pixel's neighbourhood once and are then 1x1 convolutions, so that a
-tile needs no border and what is left out is saved in full; and the pixel in the middle of four comes first.
+the picture. For each step a plain network predicts all its pixels; where a gate, which sees the entropy of that, says
+so, a rich network predicts them anew. Gates decide from what is drawn already: bits per dimension are exact at every
+budget. Deviation from Reed et al.: both networks look at a pixel's neighbourhood once and are then 1x1 convolutions,
+so that a tile needs no border and what is left out is saved in full; and the pixel in the middle of four comes first.
 
 Letters: B examples, H W pixels, h w pixels of the next coarser picture, C channels, K numbers in a neighbourhood,
 P parameters of a pixel.
