@@ -224,7 +224,7 @@ class _Paths(nnx.Module):
 
 WHY = {
     "exits": "XLA fuses the dense convolutions and the pooling into one operation on all cores; stages run on one",
-    "experts": "ordering, gathering and adding up tokens takes as long as their products, which are small",
+    "experts": "small products, and tokens are ordered, gathered and added up around them",
     "tokens": "each example gathers into the next larger of six capacities, and the whole block takes under a ms",
 }
 """Why a case is far from the ideal on a CPU."""

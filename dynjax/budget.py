@@ -72,7 +72,7 @@ def load_balance(trace: Trace) -> Float[Array, ""]:
     for d in trace.decisions.values():
         if "branch" in d.granularity:
             taken = jax.lax.stop_gradient(d.keep).reshape(-1, d.keep.shape[-1]).mean(0)
-            taken = taken / taken.sum()
+            taken = taken / jnp.where(taken.sum() > 0, taken.sum(), 1)
             probable = d.probability.reshape(-1, d.probability.shape[-1]).mean(0)
             losses.append(d.keep.shape[-1] * (taken * probable).sum())
     return jnp.stack(losses).mean() if losses else jnp.zeros(())

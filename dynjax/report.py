@@ -198,7 +198,7 @@ def plot_curve(
         else:
             axes.axhline(100 * static_score, color="#555555", linestyle=":", linewidth=1)
             axes.plot([twin], [100 * static_score], "*", color="black", markersize=14, label="static twin", zorder=4)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.05 * axes.dataLim.x1)  # room for the marker of the largest
         axes.margins(y=0.15)
     left.set_xlabel("MACs per image, % of the static twin")
     left.set_ylabel(f"{score_name}, %")

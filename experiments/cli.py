@@ -73,6 +73,15 @@ def use_all_cores(batch_size: int, accumulate: int = 1) -> None:
     jax.config.update("jax_num_cpu_devices", max(fitting, default=1))
 
 
+def make_folder(path: str, option: str) -> Path:
+    """The folder that an option names, made where it is missing. Raises UserError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--{option} {path}: {error.strerror or error}") from None
+    return Path(path)
+
+
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a command and exit with the status it returns (None: 0), 2 after one line for a UserError, 130 after Ctrl-C.
 

@@ -224,6 +224,24 @@ def draw_exits(workdir: Path, model: Any, val: Any, batches: Any, static: tuple 
     return "budgeted.csv anytime.csv exits.png"
 
 
+def about(config: Config, source: Any, task: Any, split: str, step: int, raw: list[str]) -> dict[str, Any]:
+    """What evaluation.json says of every evaluation, whatever was found."""
+    from dynjax import report
+
+    return {
+        "row": config.row,
+        "data": source.name,
+        "split": split,
+        "seed": config.seed,
+        "step": step,
+        "hardware": report.hardware(),
+        "commit": commit(),
+        "command": f"python -m {COMMAND} {shlex.join(raw)}",
+        "size": list(source.size),
+        "score": task.score_name,
+    }
+
+
 def bits(arguments: Arguments, raw: list[str]) -> None:
     """Bits per dimension of a row that draws pictures. Raises UserError."""
     import math
@@ -241,17 +259,7 @@ def bits(arguments: Arguments, raw: list[str]) -> None:
     nats = found * math.prod(config.model.shape) * math.log(2)
     title = f"{config.row}, {source.name} {arguments.split}, {len(source)} pictures; step {step}; {report.hardware()}"
     summary = f"{title}\n{found:.4f} bits/dim of {config.model.values} values, {nats:.2f} nats"
-    record = {
-        "row": config.row,
-        "data": source.name,
-        "split": arguments.split,
-        "seed": config.seed,
-        "step": step,
-        "hardware": report.hardware(),
-        "commit": commit(),
-        "command": f"python -m {COMMAND} {shlex.join(raw)}",
-        "size": list(source.size),
-        "score": task.score_name,
+    record = about(config, source, task, arguments.split, step, raw) | {
         "values": config.model.values,
         "scores": {"1": {"bits_per_dim": found, "nats": nats}},
     }
@@ -267,19 +275,17 @@ def bits(arguments: Arguments, raw: list[str]) -> None:
 def main(raw: list[str]) -> None:
     arguments = cli.parse(Arguments, raw, command=COMMAND)
     check(arguments)
-    from dynjax import checkpoint, models
-
-    if models.generates(checkpoint.read_config(arguments.workdir)[0].model):
-        bits(arguments, raw)
-        return
     from flax import nnx
 
-    from dynjax import checkpoint, report
+    from dynjax import checkpoint, models, report
     from dynjax.data import calibration_batches, make_loader, make_source
     from dynjax.evaluate import evaluate, make_runner, read_curve, score, write_curve
     from dynjax.tasks import make_task
     from dynjax.tasks.spending import steers
 
+    if models.generates(checkpoint.read_config(arguments.workdir)[0].model):
+        bits(arguments, raw)
+        return
     controls = {
         label: read_curve(Path(folder) / "curve.csv") for label, folder in split_labels(arguments.compare).items()
     }
@@ -323,19 +329,9 @@ def main(raw: list[str]) -> None:
     workdir = Path(arguments.workdir)
     title = f"{config.row}, {source.name} {arguments.split}, {len(source)} pictures"
     middle = min(found.states, key=lambda budget: abs(budget - 0.5))
-    record = {
-        "row": config.row,
-        "data": source.name,
-        "split": arguments.split,
-        "seed": config.seed,
-        "step": step,
-        "hardware": report.hardware(),
+    record = about(config, source, task, arguments.split, step, raw) | {
         "cores": round(found.cores, 2),
-        "commit": commit(),
-        "command": f"python -m {COMMAND} {shlex.join(raw)}",
-        "size": list(source.size),
         "classes": list(classes),
-        "score": task.score_name,
         "static_score": twin_score,
         "thresholds": {f"{budget:g}": float(each.threshold) for budget, each in found.reports.items()},
         "calibration": {f"{budget:g}": dataclasses.asdict(each) for budget, each in found.reports.items()},

@@ -119,11 +119,7 @@ def main(raw: list[str]) -> int:
     from dynjax.data.pairs import BadFile, read_image
     from dynjax.trace import traced
 
-    out = Path(arguments.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror or error}") from None
+    out = cli.make_folder(arguments.out, "out")
     _, classes = checkpoint.read_config(arguments.workdir)
     config, model, step = checkpoint.load(arguments.workdir)
     config = with_path(config, arguments.data.path)

@@ -305,8 +305,8 @@ def main(raw: list[str]) -> None:
         results = merge(results, new)
         write(folder / "results.csv", results)
         (folder / "figures").mkdir(exist_ok=True)
-        # A static row's pictures of compute are plain.
-        for name in FIGURES if len(new) > 1 else FIGURES[:1]:
+        # Of a row with one budget, pictures of budgets and of compute are plain.
+        for name in FIGURES if len(new) > 1 else ():
             if (picture := Path(choice.workdir[0]) / f"{name}.png").exists():
                 shutil.copyfile(picture, folder / "figures" / f"{row}_{name}.png")
     figures = sorted(path.name for path in (folder / "figures").glob("*.png"))

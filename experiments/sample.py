@@ -14,7 +14,6 @@ as PNG, pixels that differ).
 import csv
 import dataclasses
 import time
-from pathlib import Path
 from typing import Any, Literal
 
 from dynjax.config import Config, UserError
@@ -193,11 +192,7 @@ def main(raw: list[str]) -> None:
     from dynjax.models.likelihoods import to_bytes
     from dynjax.sampling import Known, Sampled
 
-    out = Path(arguments.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror or error}") from None
+    out = cli.make_folder(arguments.out, "out")
     config, _ = checkpoint.read_config(arguments.workdir)
     if not models.generates(config.model):
         raise UserError(f"--workdir {arguments.workdir}: row {config.row} draws no pictures; the rows *_pixelcnn do")
