@@ -276,7 +276,7 @@ def row_protocol(row: str) -> str:
 
 
 def changes(workdir: str) -> str:
-    """Where a run was told otherwise than its row says, as options: "Run with --steps 100." or nothing."""
+    """Where a run is otherwise than its row says: "Run with --steps 100. Stopped at step 60." or nothing."""
     from dynjax import checkpoint
     from experiments.rows import ROWS
 
@@ -289,7 +289,9 @@ def changes(workdir: str) -> str:
     free = (*checkpoint.FREE_TO_CHANGE, *OWN)
     told = [name for name, value in run.items() if row.get(name) != value and name not in free]
     options = " ".join(f"--{name.replace('_', '-')} {run[name]}" for name in told)
-    return f"Run with {options}." if told else ""
+    step = _read_evaluation(Path(workdir))["step"]
+    said = [f"Run with {options}." if told else "", f"Stopped at step {step}." if step < config.steps else ""]
+    return " ".join(filter(None, said))
 
 
 def main(raw: list[str]) -> None:

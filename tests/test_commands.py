@@ -244,6 +244,11 @@ def test_results_are_added_and_rendered(workdir, static, tmp_path):
     assert all(line.seeds == "1" and line.score_std == "" and line.paper_score == "" for line in kept)
     assert all("experiments.evaluate" in line.command and line.hardware for line in kept)
     assert all("Run with" in line.protocol and "--steps" in line.protocol for line in kept)
+    assert not any("Stopped" in line.protocol for line in kept)
+    record = json.loads((static / "evaluation.json").read_text())
+    shutil.copytree(static, tmp_path / "stopped")
+    (tmp_path / "stopped" / "evaluation.json").write_text(json.dumps(record | {"step": 1}))
+    assert results.changes(str(tmp_path / "stopped")).endswith("Stopped at step 1.")
     text = (tmp_path / "RESULTS.md").read_text()
     assert "## digits 48x48, test" in text and "figures/digits_unet_tiles_curve.png" in text
     assert (tmp_path / "figures" / "digits_unet_tiles_curve.png").exists()
