@@ -304,6 +304,51 @@ class NextScaleConfig:
     """Side of a tile in pixels of the coarser picture."""
 
 
+@dataclasses.dataclass(frozen=True)
+class VQVAEConfig:
+    """An autoencoder whose picture in between is one of codes: names of vectors, fewer than there are pixels."""
+
+    family: Literal["vqvae"] = "vqvae"
+    shape: tuple[int, int, int] = (28, 28, 1)
+    """Height, width and channels (1: grey, 3: colours) of the pictures."""
+    halvings: int = 2
+    """The grid of codes has 1/2**halvings of the picture's rows and columns."""
+    codes: int = 64
+    """Vectors in the codebook."""
+    code_features: int = 8
+    """Numbers of a vector."""
+    features: int = 32
+    blocks: int = 1
+    """Residual blocks of the encoder, and of the decoder, at the grid's resolution."""
+    commitment: float = 0.25
+    """Weight of the loss that keeps the encoder near the vectors that it chose."""
+    dynamics: Literal["static"] = "static"
+    gate: Literal["learned"] = "learned"
+
+
+@dataclasses.dataclass(frozen=True)
+class CodesConfig:
+    """An autoregressive model of a trained VQ-VAE's codes; shape and values of `prior` are those of the codes."""
+
+    family: Literal["codes"] = "codes"
+    vqvae: VQVAEConfig = VQVAEConfig()
+    """Must be that of the workdir in --init-from."""
+    prior: PixelCNNConfig | PixelTransformerConfig = PixelCNNConfig()
+    dynamics: Literal["static"] = "static"
+    """The dynamics are in how it is sampled."""
+    gate: Literal["learned"] = "learned"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the pictures."""
+        return self.vqvae.shape
+
+    @property
+    def values(self) -> int:
+        """Of a code."""
+        return self.vqvae.codes
+
+
 ModelConfig = (
     UNetConfig
     | ResNetConfig
@@ -316,6 +361,8 @@ ModelConfig = (
     | PixelCNNConfig
     | PixelTransformerConfig
     | NextScaleConfig
+    | VQVAEConfig
+    | CodesConfig
 )
 """One dataclass for each family in `dynjax.models`. All have `family`, `dynamics` ("static" is the twin) and `gate`."""
 

@@ -1,6 +1,6 @@
 """Pictures of sampling: what was drawn, how it came to be, and where the calls went.
 
-Letters: N pictures, T moments, H W pixels.
+Letters: N pictures, T moments, H W pixels, h w pixels or codes.
 """
 
 import io
@@ -45,13 +45,13 @@ def save_film(path: str | os.PathLike, moments: UInt8[np.ndarray, "N T H W 3"], 
 def plot_calls(
     path: str | os.PathLike,
     images: UInt8[np.ndarray, "N H W 3"],
-    visits: Integer[np.ndarray, "N H W"],
+    visits: Integer[np.ndarray, "N h w"],
     calls: Integer[np.ndarray, "N"],
     what: str = "calls",
     *,
     title: str = "",
 ) -> None:
-    """Pictures, and under each how often every pixel of it was evaluated, all on one scale."""
+    """Pictures, and under each how often every pixel of it, or code, was evaluated, all on one scale."""
     number = len(images)
     figure = Figure(figsize=(1.1 * number + 1, 3.2), layout="constrained")
     figure.suptitle(title, fontsize=10)

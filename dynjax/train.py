@@ -279,6 +279,8 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
 
     check(config)
     checkpoint.check_workdir(workdir, config)
+    if config.model.family == "codes" and not config.init_from:
+        raise UserError(f"row {config.row} needs --init-from, the workdir of a trained VQ-VAE (rows *_vqvae)")
     from_twin = config.init_from and not checkpoint.any_finished(workdir)
     if from_twin:
         checkpoint.read_config(config.init_from)  # before minutes of reading data

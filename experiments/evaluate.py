@@ -2,8 +2,9 @@
 
 Writes into W: curve.csv, latency.csv, curve.png, compute_histogram.png, table.txt, evaluation.json; of segmentation
 heatmaps.png, and as examples/*.png the pictures that it shows; of classification compute_by_class.png and extremes.png,
-and where there are exits budgeted.csv, anytime.csv and exits.png. Of a row that draws pictures it writes its bits per
-dimension into table.txt and evaluation.json, and nothing else: what is dynamic there is how it is sampled.
+and where there are exits budgeted.csv, anytime.csv and exits.png. Of a row that draws pictures, or gives them back, it
+writes scores (bits per dimension, PSNR) into table.txt and evaluation.json, and nothing else: how long drawing takes is
+a matter of samplers (experiments.sample, benchmarks.sampling).
 """
 
 import dataclasses
@@ -242,26 +243,55 @@ def about(config: Config, source: Any, task: Any, split: str, step: int, raw: li
     }
 
 
-def bits(arguments: Arguments, raw: list[str]) -> None:
-    """Bits per dimension of a row that draws pictures. Raises UserError."""
+def of_pictures(arguments: Arguments, raw: list[str]) -> None:
+    """Scores of a row that draws pictures or gives them back, at every budget if gates steer it. Raises UserError."""
     import math
 
-    from dynjax import checkpoint, report, train
-    from dynjax.data import make_source
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from dynjax import checkpoint, models, report, train
+    from dynjax.data import calibration_batches, make_source
+    from dynjax.deploy import Solver
     from dynjax.tasks import make_task
+    from dynjax.tasks.autoregressive import integers
+    from dynjax.tasks.spending import steers
+    from dynjax.trace import traced
 
     config, model, step = checkpoint.load(arguments.workdir)
     config = dataclasses.replace(with_path(config, arguments.data.path), batch_size=arguments.batch_size)
     source = make_source(config.data, arguments.split)
     print(source.describe())
     task = make_task(config, source, training=False)
-    found = train.validator(task, source, config)(model)[task.score]
-    nats = found * math.prod(config.model.shape) * math.log(2)
+    validate = train.validator(task, source, config)
+    one = jnp.asarray(source[0]["image"][None])
+    macs = traced(model)(one if models.reconstructs(config.model) else integers(model, one))[1].full_macs
+    found, reports = {}, {}
+    if steers(model):
+        val = make_source(config.data, "val")
+        held_out = calibration_batches(val, *calibration_size(len(val), arguments))
+        solver = Solver(model, [integers(model, jnp.asarray(images)) for images in held_out])
+        for budget in sorted(set(arguments.budgets)):
+            deployed = solver.deploy(budget)
+            reports[budget] = deployed.report
+            found[budget] = validate(nnx.view(deployed.model, execution="masked", raise_if_not_found=False))
+    else:
+        found[1.0] = validate(model)
     title = f"{config.row}, {source.name} {arguments.split}, {len(source)} pictures; step {step}; {report.hardware()}"
-    summary = f"{title}\n{found:.4f} bits/dim of {config.model.values} values, {nats:.2f} nats"
+    lines, scores = [title], {}
+    for budget, each in found.items():
+        spent = each.pop("macs_fraction")
+        scores[f"{budget:g}"] = each | {"score": each[task.score], "macs": spent * macs, "macs_fraction": spent}
+        line = f"{each[task.score]:.4f} {task.score_name}"
+        if task.score == "bits_per_dim":
+            nats = each[task.score] * math.prod(model.shape) * math.log(2)
+            line += f" of {model.likelihood.values} values, {nats:.2f} nats"
+        at = f"budget {budget:g}: " if reports else ""
+        lines.append(f"{at}{line}; {spent * macs / 1e6:.2f} MMAC ({spent:.1%}) for all pixels at once")
+    summary = "\n".join(lines)
     record = about(config, source, task, arguments.split, step, raw) | {
-        "values": config.model.values,
-        "scores": {"1": {"bits_per_dim": found, "nats": nats}},
+        "calibration": {f"{budget:g}": dataclasses.asdict(each) for budget, each in reports.items()},
+        "scores": scores,
     }
     workdir = Path(arguments.workdir)
     try:
@@ -283,8 +313,9 @@ def main(raw: list[str]) -> None:
     from dynjax.tasks import make_task
     from dynjax.tasks.spending import steers
 
-    if models.generates(checkpoint.read_config(arguments.workdir)[0].model):
-        bits(arguments, raw)
+    family = checkpoint.read_config(arguments.workdir)[0].model
+    if models.generates(family) or models.reconstructs(family):
+        of_pictures(arguments, raw)
         return
     controls = {
         label: read_curve(Path(folder) / "curve.csv") for label, folder in split_labels(arguments.compare).items()

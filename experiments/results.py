@@ -1,6 +1,7 @@
 """The table of results: experiments/results.csv and RESULTS.md, which is generated from it.
 
 python -m experiments.results add --workdir W [W2 W3 ...]   # lines of an evaluated workdir, one a budget
+python -m experiments.results add --workdir W --samples DIR # and the pictures that experiments.sample made of it
 python -m experiments.results render                        # writes RESULTS.md and README.md's table again
 
 notes.md beside results.csv, kept by hand, goes into RESULTS.md.
@@ -24,6 +25,12 @@ from experiments import cli
 COMMAND = "experiments.results"
 HERE = Path(__file__).parent
 KEY = ("row", "data", "split", "budget")
+SHARES = ("accuracy", "mIoU")
+"""Scores that are shown in percent; others (bits/dim, PSNR) as they are."""
+SMALL = ("digits_", "mnist_", "mnist8bit_", "fashion_")
+"""Rows that RESULTS.md shows and README.md does not."""
+DRAWN = ("grid", "film", "calls")
+"""Pictures that experiments.sample makes."""
 FIGURES = ("curve", "heatmaps", "compute_histogram", "compute_by_class", "extremes", "exits")
 """Pictures that experiments.evaluate makes, of one task or the other."""
 OWN = ("seed", "init_from", "data.path")
@@ -33,13 +40,14 @@ README_MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One line of results.csv: the score in percent, MACs in millions, latency in ms per image at batch 1."""
+    """One line of results.csv: the score in percent (bits/dim and PSNR as they are), MACs in millions, latency in ms
+    per image at batch 1."""
 
     row: str
     data: str
     split: str
     metric: str
-    """What `score` is: mIoU or accuracy."""
+    """What `score` is: mIoU, accuracy, bits/dim or PSNR."""
     protocol: str
     budget: str
     paper_score: str
@@ -53,17 +61,18 @@ class Result:
     mmacs: str
     macs_percent: str
     """Of the static twin's."""
-    latency_ms: str
-    static_latency_ms: str
-    speedup: str
-    batch32_latency_ms: str
-    """Per image, in batches of 32; empty where they were not timed."""
-    batch32_static_latency_ms: str
-    batch32_speedup: str
     met: str
     hardware: str
     commit: str
     command: str
+    latency_ms: str = ""
+    """Empty where nothing was timed: of rows that draw pictures, whose samplers have benchmarks of their own."""
+    static_latency_ms: str = ""
+    speedup: str = ""
+    batch32_latency_ms: str = ""
+    """Per image, in batches of 32; empty where they were not timed."""
+    batch32_static_latency_ms: str = ""
+    batch32_speedup: str = ""
 
 
 def read(path: Path) -> list[Result]:
@@ -92,10 +101,6 @@ def collect(workdirs: tuple[str, ...], protocol: str, paper_score: str = "", pap
     """The lines of workdirs that differ in their seed: mean scores, median latencies. Raises UserError."""
     import numpy as np
 
-    from dynjax.evaluate import read_curve
-
-    curves = [read_curve(Path(workdir) / "curve.csv") for workdir in workdirs]
-    batches = [_read_batches(Path(workdir) / "latency.csv") for workdir in workdirs]
     records = [_read_evaluation(Path(workdir)) for workdir in workdirs]
     for name in ("row", "data", "split", "hardware", "size"):
         values = {str(record[name]) for record in records}
@@ -104,48 +109,73 @@ def collect(workdirs: tuple[str, ...], protocol: str, paper_score: str = "", pap
     seeds = [record["seed"] for record in records]
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{' '.join(workdirs)}: seeds {seeds} must differ")
-    budgets = [tuple(point.budget for point in curve) for curve in curves]
+    points = [_read_points(Path(workdir), record) for workdir, record in zip(workdirs, records, strict=True)]
+    budgets = [tuple(each) for each in points]
     if len(set(budgets)) > 1:
         raise UserError(f"{' '.join(workdirs)} were evaluated at different budgets: {budgets}")
     first, results = records[0], []
-    for points in zip(*curves, strict=True):
+    metric = first.get("score", "mIoU")
+    percent = 100 if metric in SHARES else 1
+    digits = 2 if metric in SHARES or metric == "PSNR" else 4
+    for budget in budgets[0]:
+        each = [{"pixel_accuracy": np.nan} | of_seed[budget] for of_seed in points]
         mean = {
-            field.name: float(np.mean([getattr(point, field.name) for point in points]))
-            for field in dataclasses.fields(points[0])
+            name: float(np.mean([point[name] for point in each])) for name in each[0] if name not in ("met", "at32")
         }
-        latency = float(np.median([point.latency_ms_p50 for point in points]))
-        static = float(np.median([point.static_latency_ms_p50 for point in points]))
-        large = [each[points[0].budget] for each in batches if points[0].budget in each]
-        own32, static32 = (f"{np.median(values):.3f}" for values in zip(*large, strict=True)) if large else ("", "")
-        results.append(
-            Result(
-                row=first["row"],
-                data=f"{first['data']} {first['size'][0]}x{first['size'][1]}",
-                split=first["split"],
-                metric=first.get("score", "mIoU"),
-                protocol=protocol,
-                budget=f"{points[0].budget:g}",
-                paper_score=paper_score,
-                paper_mmacs=paper_mmacs,
-                score=f"{100 * mean['score']:.2f}",
-                score_std=f"{100 * np.std([point.score for point in points], ddof=1):.2f}" if len(points) > 1 else "",
-                pixel_accuracy="" if np.isnan(mean["pixel_accuracy"]) else f"{100 * mean['pixel_accuracy']:.2f}",
-                seeds=str(len(points)),
-                mmacs=f"{mean['macs'] / 1e6:.1f}",
-                macs_percent=f"{100 * mean['macs_fraction']:.1f}",
-                latency_ms=f"{latency:.2f}",
-                static_latency_ms=f"{static:.2f}",
-                speedup=f"{static / latency:.2f}",
-                batch32_latency_ms=own32,
-                batch32_static_latency_ms=static32,
-                batch32_speedup=f"{float(static32) / float(own32):.2f}" if large else "",
-                met="yes" if all(point.met for point in points) else "no",
-                hardware=first["hardware"],
-                commit=" ".join(sorted({record["commit"] for record in records})),
-                command=first["command"],
-            )
+        scores = [percent * point["score"] for point in each]
+        line = Result(
+            row=first["row"],
+            data=f"{first['data']} {first['size'][0]}x{first['size'][1]}",
+            split=first["split"],
+            metric=metric,
+            protocol=protocol,
+            budget=f"{budget:g}",
+            paper_score=paper_score,
+            paper_mmacs=paper_mmacs,
+            score=f"{percent * mean['score']:.{digits}f}",
+            score_std=f"{np.std(scores, ddof=1):.{digits}f}" if len(scores) > 1 else "",
+            pixel_accuracy="" if np.isnan(mean["pixel_accuracy"]) else f"{100 * mean['pixel_accuracy']:.2f}",
+            seeds=str(len(each)),
+            mmacs=f"{mean['macs'] / 1e6:.1f}",
+            macs_percent=f"{100 * mean['macs_fraction']:.1f}",
+            met="yes" if all(point["met"] for point in each) else "no",
+            hardware=first["hardware"],
+            commit=" ".join(sorted({record["commit"] for record in records})),
+            command=first["command"],
         )
+        if "latency_ms_p50" in each[0]:
+            own = float(np.median([point["latency_ms_p50"] for point in each]))
+            static = float(np.median([point["static_latency_ms_p50"] for point in each]))
+            line = dataclasses.replace(
+                line, latency_ms=f"{own:.2f}", static_latency_ms=f"{static:.2f}", speedup=f"{static / own:.2f}"
+            )
+        if at32 := [point["at32"] for point in each if "at32" in point]:
+            own, static = (float(np.median(values)) for values in zip(*at32, strict=True))
+            line = dataclasses.replace(
+                line,
+                batch32_latency_ms=f"{own:.3f}",
+                batch32_static_latency_ms=f"{static:.3f}",
+                batch32_speedup=f"{static / own:.2f}",
+            )
+        results.append(line)
     return results
+
+
+def _read_points(workdir: Path, record: dict[str, Any]) -> dict[float, dict[str, Any]]:
+    """By budget, what was measured: of curve.csv and latency.csv, or, of a row that draws pictures and has none, of
+    evaluation.json."""
+    from dynjax.evaluate import read_curve
+
+    if "score" in next(iter(record["scores"].values())):
+        reports = record["calibration"]
+        met = {budget: reports[budget]["met"] if budget in reports else True for budget in record["scores"]}
+        return {float(budget): each | {"met": met[budget]} for budget, each in record["scores"].items()}
+    batches = _read_batches(workdir / "latency.csv")
+    found = {}
+    for point in read_curve(workdir / "curve.csv"):
+        more = {"at32": batches[point.budget]} if point.budget in batches else {}
+        found[point.budget] = dataclasses.asdict(point) | more
+    return found
 
 
 def _read_batches(path: Path) -> dict[float, tuple[float, float]]:
@@ -178,8 +208,8 @@ def render(results: list[Result], figures: list[str], notes: str = "") -> str:
     """RESULTS.md: a table per data set and split, `notes` (what was tried and what fell short), then the curves."""
     parts = [
         "# Results",
-        "Generated from `results.csv` by `python -m experiments.results render`. Scores are in percent (mean ± "
-        "standard deviation over seeds). "
+        "Generated from `results.csv` by `python -m experiments.results render`. Scores are in percent, but bits per "
+        "dimension (lower is better) and PSNR in dB (mean ± standard deviation over seeds). "
         "MACs are per image, means over the split; % is the share of the static twin's. "
         "Latency is the median per image at batch 1, the static twin timed in the same run, alternating picture by "
         "picture; at 32 is the speed-up in batches of 32.",
@@ -199,7 +229,7 @@ def render(results: list[Result], figures: list[str], notes: str = "") -> str:
             score = f"{line.score} ± {line.score_std}" if line.score_std else line.score
             paper = f"{line.paper_score} ({line.paper_mmacs} MMAC)" if line.paper_mmacs else line.paper_score
             cells = [f"`{line.row}`", line.budget, score, paper, line.seeds, line.mmacs, line.macs_percent]
-            cells += [line.latency_ms, line.static_latency_ms, f"{line.speedup}x"]
+            cells += [line.latency_ms, line.static_latency_ms, f"{line.speedup}x" if line.speedup else ""]
             cells += [f"{line.batch32_speedup}x" if line.batch32_speedup else "", line.met, line.commit]
             table.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join(table))
@@ -212,14 +242,15 @@ def render(results: list[Result], figures: list[str], notes: str = "") -> str:
 
 
 def fill_readme(readme: str, results: list[Result]) -> str:
-    """`readme` with a short table of the results between its two markers, of each row the budget nearest to half; as it
-    is without them."""
+    """`readme` with a short table of the results between its two markers, of each row the budget nearest to half,
+    without rows of small data; as it is without markers."""
     begin, end = README_MARKERS
     if begin not in readme or end not in readme:
         return readme
     sets = list(dict.fromkeys((r.data, r.split) for r in results))
     nearest: dict[tuple[str, ...], Result] = {}
-    for result in sorted(results, key=lambda r: abs(float(r.budget) - 0.5)):
+    large = [result for result in results if not result.row.startswith(SMALL)]
+    for result in sorted(large, key=lambda r: abs(float(r.budget) - 0.5)):
         nearest.setdefault((result.row, result.data, result.split), result)
     shown = [r for each in sets for r in results if (r.data, r.split) == each and r in nearest.values()]
     lines = [
@@ -235,7 +266,7 @@ def fill_readme(readme: str, results: list[Result]) -> str:
             r.macs_percent,
             r.latency_ms,
             r.static_latency_ms,
-            f"{r.speedup}x",
+            f"{r.speedup}x" if r.speedup else "",
             f"{r.batch32_speedup}x" if r.batch32_speedup else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -253,6 +284,8 @@ class Add:
     """How it was trained, in a few words; otherwise the protocol in the row's docstring."""
     paper_score: str = ""
     paper_mmacs: str = ""
+    samples: str = ""
+    """Folder of experiments.sample, whose pictures are shown too."""
     folder: str = str(HERE)
     """Where results.csv, RESULTS.md and figures/ are."""
 
@@ -308,9 +341,12 @@ def main(raw: list[str]) -> None:
         write(folder / "results.csv", results)
         (folder / "figures").mkdir(exist_ok=True)
         # Of a row with one budget, pictures of budgets and of compute are plain.
-        for name in FIGURES if len(new) > 1 else ():
-            if (picture := Path(choice.workdir[0]) / f"{name}.png").exists():
-                shutil.copyfile(picture, folder / "figures" / f"{row}_{name}.png")
+        shown = [Path(choice.workdir[0]) / f"{name}.png" for name in (FIGURES if len(new) > 1 else ())]
+        shown += [Path(choice.samples) / f"{name}.png" for name in (DRAWN if choice.samples else ())]
+        if choice.samples and not shown[-1].exists():
+            raise UserError(f"--samples {choice.samples} has no {shown[-1].name}: run experiments.sample --out on it")
+        for picture in filter(Path.exists, shown):
+            shutil.copyfile(picture, folder / "figures" / f"{row}_{picture.name}")
     figures = sorted(path.name for path in (folder / "figures").glob("*.png"))
     notes = folder / "notes.md"
     (folder / "RESULTS.md").write_text(render(results, figures, notes.read_text() if notes.exists() else ""))

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 
-from dynjax.config import Config, UserError
+from dynjax.config import Config, PixelCNNConfig, UserError, VQVAEConfig
 from experiments import (
     autoregressive,
     camvid_unet,
@@ -18,6 +18,7 @@ from experiments import (
     ranet,
     resnet,
     routed,
+    vqvae,
     width,
 )
 
@@ -35,6 +36,7 @@ FILES = (
     dynamicconvnet,
     autoregressive,
     nextscale,
+    vqvae,
 )
 ROWS: dict[str, Callable[[], Config]] = {row.__name__: row for file in FILES for row in file.ROWS}
 
@@ -62,8 +64,10 @@ TINY: dict[str, dict] = {
     "nextscale": dict(
         shape=(8, 8, 1), scales=2, coarse_features=4, coarse_layers=1, reach=1, features=8, blocks=1, plain=4
     ),
+    "vqvae": dict(shape=(8, 8, 1), halvings=1, codes=4, code_features=2, features=4, blocks=0),
 }
 """What each family of models shrinks to."""
+TINY["codes"] = dict(vqvae=VQVAEConfig(**TINY["vqvae"]), prior=PixelCNNConfig(features=4, layers=1))
 
 
 def tiny(config: Config) -> Config:

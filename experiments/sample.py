@@ -5,6 +5,7 @@ until none changes). All three are exact: the seed fixes the noise, and the same
 Rows *_nextscale have a sampler of their own, coarse-to-fine, with a dial: --budget is the share of the MACs that
 pictures may take on average, solved on pictures that the model draws itself.
 --label 3 asks a conditional row for one class; --complete gives the upper half of pictures of the test set.
+Of rows *_codes the codes are drawn, and decoded: what is said of pixels is then said of codes.
 
 Writes DIR/grid.png, film.png (how the first ones come to be), calls.png (how often each pixel was evaluated), and
 calls.csv (per picture: label, calls or refined tiles, evaluations per pixel, MACs of coarse-to-fine, milliseconds, size
@@ -86,21 +87,21 @@ def labels_of(arguments: Arguments, config: Config, classes: int) -> Any:
 
 
 def given_of(arguments: Arguments, config: Config, model: Any) -> Any:
-    """Pictures of test (N, H, W, C), which pixels are given (N, H, W), and labels (N,); None without --complete."""
+    """Pictures of test (N, H, W, C), which pixels are given (N, H, W), and labels (N,); None without --complete. Of a
+    model of codes: codes of pictures, and which are given."""
     import jax.numpy as jnp
     import numpy as np
 
     from dynjax.data import make_source
-    from dynjax.models.likelihoods import quantise
+    from dynjax.tasks.autoregressive import integers
 
     if not arguments.complete:
         return None
     source = make_source(with_path(config, arguments.data.path).data, "test")
-    if tuple(source.size) != model.shape[:2]:
-        raise UserError(f"--complete: row {config.row} draws {model.shape[:2]} pixels, test has {source.size}")
+    if tuple(source.size) != config.model.shape[:2]:
+        raise UserError(f"--complete: row {config.row} draws {config.model.shape[:2]} pixels, test has {source.size}")
     chosen = [source[index % len(source)] for index in range(arguments.n)]
-    pictures = jnp.asarray(np.stack([each["image"] for each in chosen]))
-    image = np.asarray(quantise(pictures, model.likelihood.values, model.shape[2]))
+    image = np.asarray(integers(model, jnp.asarray(np.stack([each["image"] for each in chosen]))))
     upper = np.arange(model.shape[0])[:, None] < model.shape[0] // 2
     return image, np.broadcast_to(upper, image.shape[:3]), np.array([each["label"] for each in chosen], np.int32)
 
@@ -200,8 +201,12 @@ def main(raw: list[str]) -> None:
     if refines != (config.model.family == "nextscale"):
         way = "coarse-to-fine and by no other sampler" if not refines else "pixel, cached or fixed-point"
         raise UserError(f"--sampler {arguments.sampler}: row {config.row} is drawn by {way}")
-    config, model, step = checkpoint.load(arguments.workdir)
-    label, given = labels_of(arguments, config, model.classes), given_of(arguments, config, model)
+    config, whole, step = checkpoint.load(arguments.workdir)
+    label, given = labels_of(arguments, config, whole.classes), given_of(arguments, config, whole)
+    codes = config.model.family == "codes"
+    model = whole.prior if codes else whole
+    values = model.likelihood.values
+    to_pictures = jax.jit(whole.decode if codes else lambda x: to_bytes(x, values))
     if given is not None and label is not None and arguments.label is None:
         label = given[2]
     if refines:
@@ -234,7 +239,7 @@ def main(raw: list[str]) -> None:
         flips = (drawn.image != all_of(model, arguments.check)[0].image).any(-1).sum((1, 2))
 
     def picture(x: Any) -> np.ndarray:
-        return np.asarray(to_bytes(jax.numpy.asarray(x), model.likelihood.values))
+        return np.asarray(to_pictures(x))
 
     images = picture(drawn.image)
     moments = []
@@ -247,10 +252,12 @@ def main(raw: list[str]) -> None:
             limits = np.linspace(0, drawn.calls[index], MOMENTS).round().astype(int)
             frames = [picture(draw(*part(index, 1), int(limit)).image)[0] for limit in limits]
         else:
-            # What is not drawn yet is grey. Pixels come in the order of rows.
-            pixels = np.arange(images[0, ..., 0].size).reshape(images.shape[1:3])
-            there = [pixels < share * pixels.size for share in np.linspace(0, 1, MOMENTS)]
+            # What is not drawn yet is grey. Pixels, or codes, come in the order of rows.
+            order = np.arange(drawn.visits[0].size).reshape(drawn.visits.shape[1:])
+            there = [order < share * order.size for share in np.linspace(0, 1, MOMENTS)]
             there = there if given is None else [each | given[1][index] for each in there]
+            side = images.shape[1] // order.shape[0]
+            there = [each.repeat(side, 0).repeat(side, 1) for each in there]
             frames = [np.where(each[..., None], images[index], np.uint8(film.PAPER)) for each in there]
         moments.append(np.stack(frames))
 

@@ -23,10 +23,10 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = {"evaluate": evaluate, "predict": predict, "results": results}
 
 
-def make(folder, name):
+def make(folder, name, **changes):
     config = rows.tiny(rows.get_row(name))
     data = dataclasses.replace(config.data, examples=20)
-    train.train(dataclasses.replace(config, data=data, batch_size=8), folder, quiet=True)
+    train.train(dataclasses.replace(config, data=data, batch_size=8, **changes), folder, quiet=True)
     return folder
 
 

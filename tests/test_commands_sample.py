@@ -9,7 +9,8 @@ import pytest
 import test_commands
 from PIL import Image
 
-from experiments import evaluate, sample
+from dynjax.config import UserError
+from experiments import evaluate, results, sample
 
 pytestmark = pytest.mark.xdist_group("sample")  # one worker, so that each row is trained once
 
@@ -66,6 +67,37 @@ def test_coarse_to_fine_within_a_budget(scales, tmp_path):
         assert picture.size == (2 * (4 * 10 + 2), 2 * (3 * 10 + 2))  # moments: the coarsest, three of the finer scale
 
 
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("codes")
+    vqvae = test_commands.make(folder / "vqvae", "digits_vqvae")
+    return vqvae, test_commands.make(folder / "w", "digits_codes", init_from=str(vqvae))
+
+
+def test_codes_are_drawn_and_decoded(codes, tmp_path):
+    said, lines = draw(codes[1], tmp_path / "a", "--batch-size", 2)
+    assert "0 of 48 pixels differ" in said and len(lines) == 3
+    draw(codes[1], tmp_path / "b", "--sampler", "cached", "--check", "none")
+    assert (tmp_path / "a" / "grid.png").read_bytes() == (tmp_path / "b" / "grid.png").read_bytes()
+    with Image.open(tmp_path / "a" / "grid.png") as picture:
+        assert picture.size == (2 * (2 * 10 + 2),) * 2  # pictures of 8x8, of 4x4 codes
+    draw(codes[1], tmp_path / "c", "--complete", "--check", "none")
+
+
+def test_evaluate_says_psnr_and_bits_of_codes(codes, capsys):
+    evaluate.main(["--workdir", str(codes[0])])
+    assert "PSNR" in capsys.readouterr().out
+    scores = json.loads((codes[0] / "evaluation.json").read_text())["scores"]["1"]
+    assert scores["score"] == scores["psnr"] and scores["macs"] > 0 and scores["perplexity"] >= 1
+    evaluate.main(["--workdir", str(codes[1])])
+    assert "bits/dim of 4 values" in capsys.readouterr().out
+
+
+def test_codes_without_their_vqvae(tmp_path):
+    with pytest.raises(UserError, match="--init-from, the workdir of a trained VQ-VAE"):
+        test_commands.make(tmp_path / "w", "digits_codes")
+
+
 @pytest.mark.parametrize(
     ("arguments", "about"),
     [
@@ -96,3 +128,23 @@ def test_evaluate_says_bits_per_dimension(workdir, capsys):
     assert "bits/dim of 16 values" in capsys.readouterr().out
     record = json.loads((workdir / "evaluation.json").read_text())
     assert record["score"] == "bits/dim" and 0 < record["scores"]["1"]["bits_per_dim"] < 20
+    assert record["scores"]["1"]["macs_fraction"] == 1 and record["scores"]["1"]["macs"] > 1000
+
+
+def test_evaluate_says_bits_at_each_budget(scales, tmp_path, capsys):
+    evaluate.main(["--workdir", str(scales), "--budgets", "0.7", "1"])
+    assert "budget 0.7: " in capsys.readouterr().out
+    record = json.loads((scales / "evaluation.json").read_text())
+    add = ["add", "--folder", str(tmp_path), "--workdir", str(scales)]
+    results.main(add)
+    with pytest.raises(UserError, match=r"has no calls\.png"):
+        results.main([*add, "--samples", str(tmp_path / "none")])
+    kept = results.read(tmp_path / "results.csv")
+    assert [(line.budget, line.metric, line.speedup, line.met) for line in kept] == [
+        ("0.7", "bits/dim", "", "yes"),
+        ("1", "bits/dim", "", "yes"),
+    ]
+    few, all_ = record["scores"]["0.7"], record["scores"]["1"]
+    assert float(kept[0].score) == pytest.approx(few["bits_per_dim"], abs=1e-4)
+    assert few["macs"] < all_["macs"] and few["bits_per_dim"] != all_["bits_per_dim"]
+    assert record["calibration"]["0.7"]["met"]

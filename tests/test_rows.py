@@ -38,7 +38,7 @@ ONE_OF_A_KIND = (
     "digits_unet_tiles digits_unet_select camvid_small_random digits_resnet_skip "
     "digits_policy_reinforce digits_slimmable_slices digits_msdnet_exits digits_halt_sact digits_halt_pondernet "
     "digits_routed_gates digits_moe_experts digits_dyconv_kernels digits_dynamicconvnet_ddf "
-    "digits_pixelcnn cifar10_pixelcnn digits_transformer digits_pixelcnn_labels"
+    "digits_pixelcnn cifar10_pixelcnn digits_transformer digits_pixelcnn_labels digits_codes"
 ).split()
 """Rows whose tiny form is trained in every run of the tests; the others' in `make test-slow`."""
 
@@ -60,8 +60,16 @@ def test_the_tiny_form_trains_two_steps(name, tmp_path, camvid):
     config = rows.tiny(rows.get_row(name))
     if config.data.name == "camvid":
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(camvid)))
-    scores = train.train(config, tmp_path, quiet=True)
+    if config.model.family == "codes":
+        vqvae = rows.tiny(rows.get_row(name.replace("_codes", "_vqvae")))
+        config = dataclasses.replace(config, init_from=str(tmp_path / "vqvae"))
+        scores = train.train(vqvae, tmp_path / "vqvae", quiet=True)
+        assert scores["psnr"] > 0 and 1 <= scores["perplexity"] <= vqvae.model.codes
+    scores = train.train(config, tmp_path / "row", quiet=True)
     assert 0 < scores["macs_fraction"] <= 1 + 1e-6
+    if models.reconstructs(config.model):
+        assert scores["psnr"] > 0
+        return
     if models.generates(config.model):
         assert 0 < scores["bits_per_dim"] < 20
         return

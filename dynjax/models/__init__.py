@@ -18,7 +18,12 @@ def segments(config: ModelConfig) -> bool:
 
 def generates(config: ModelConfig) -> bool:
     """Whether the model draws pictures, and predicts nothing about one."""
-    return config.family in ("pixelcnn", "pixeltransformer", "nextscale")
+    return config.family in ("pixelcnn", "pixeltransformer", "nextscale", "codes")
+
+
+def reconstructs(config: ModelConfig) -> bool:
+    """Whether the model gives back the picture that it is given."""
+    return config.family == "vqvae"
 
 
 def build(config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
@@ -33,7 +38,11 @@ def static_twin(config: ModelConfig) -> ModelConfig:
 
 
 def difference(there: ModelConfig, here: ModelConfig) -> str:
-    """Why two configurations have no static twin in common, in words; empty where they have."""
+    """Why two configurations have no static twin in common, in words; empty where they have.
+
+    A model of codes starts from the weights of its VQ-VAE.
+    """
+    here = getattr(here, "vqvae", here)
     if type(there) is not type(here):
         return f"model.family is {there.family} there and {here.family} here"
     for field in dataclasses.fields(here):

@@ -13,15 +13,17 @@ def make_task(config: Config, source: Any, *, training: bool = True) -> Any:
 
     For training, class weights are measured on the source.
     """
-    from dynjax.tasks import autoregressive, classification, segmentation
+    from dynjax.tasks import autoregressive, classification, reconstruction, segmentation
 
-    if models.generates(config.model):
+    if models.generates(config.model) or models.reconstructs(config.model):
         if tuple(source.size) != tuple(config.model.shape[:2]):
             height, width = source.size
             raise UserError(
                 f"row {config.row} draws pictures of {'x'.join(map(str, config.model.shape[:2]))} and those of "
                 f"data.name={config.data.name} are {height}x{width}: give --data.size or --model.shape"
             )
+        if models.reconstructs(config.model):
+            return reconstruction.ReconstructionTask(config.model.commitment)
         return autoregressive.AutoregressiveTask()
     segments = models.segments(config.model)
     if segments != (source.target == "mask"):

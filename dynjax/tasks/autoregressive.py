@@ -14,9 +14,16 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from dynjax.models.likelihoods import quantise
 
 
+def integers(model: nnx.Module, image: Array) -> Array:
+    """Pictures of bytes (B, H, W, 3) as the integers that the model has: values of pixels, or codes."""
+    if hasattr(model, "encode"):
+        return model.encode(image)
+    return quantise(image, model.likelihood.values, model.shape[2])
+
+
 def nats(model: nnx.Module, image: Array, label: Array) -> Float[Array, "B"]:
     """-log p of each picture of bytes (B, H, W, 3), as the integers that the model has; `label` -1 is no class."""
-    x = quantise(image, model.likelihood.values, model.shape[2])
+    x = integers(model, image)
     params = model(x, label) if model.classes else model(x)
     return -model.likelihood.log_prob(params, x).sum((1, 2))
 
@@ -25,7 +32,7 @@ def training_nats(model: nnx.Module, image: Array, label: Array) -> Float[Array,
     """As `nats`; of a model that has several `predictions` of every pixel, their mean."""
     if not hasattr(model, "predictions"):
         return nats(model, image, label)
-    x = quantise(image, model.likelihood.values, model.shape[2])
+    x = integers(model, image)
     each = model.predictions(x, label) if model.classes else model.predictions(x)
     return sum(-model.likelihood.log_prob(params, x).sum((1, 2)) for params in each) / len(each)
 

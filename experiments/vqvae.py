@@ -1,0 +1,46 @@
+"""VQ-VAE, and an autoregressive model of its codes, which every exact sampler draws.
+
+python -m experiments.train mnist_vqvae --workdir runs/mnist_vqvae --data.path data/mnist
+python -m experiments.train mnist_codes --workdir runs/mnist_codes --data.path data/mnist --init-from runs/mnist_vqvae
+python -m experiments.evaluate --workdir runs/mnist_codes
+python -m experiments.sample --workdir runs/mnist_codes --sampler fixed-point --n 64 --out samples
+
+{digits,mnist,fashion,cifar10}_{vqvae,codes}. Bits per dimension of codes are bits per code.
+"""
+
+import dataclasses
+
+from dynjax.config import CodesConfig, Config, PixelCNNConfig, VQVAEConfig
+from experiments.autoregressive import DATA, SHAPES
+from experiments.autoregressive import row as pictures
+from experiments.labelled import Row, make_row
+
+MODELS = {
+    "digits": VQVAEConfig(halvings=1, codes=32, blocks=0),
+    "mnist": VQVAEConfig(),
+    "fashion": VQVAEConfig(),
+    "cifar10": VQVAEConfig(codes=256, code_features=16, features=48),
+}
+WHAT = {"digits": "8x8 digits", "mnist": "MNIST", "fashion": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+STEPS = {"digits": 600, "cifar10": 1500}
+
+
+def _rows(data: str) -> tuple[Row, Row]:
+    coder = dataclasses.replace(MODELS[data], shape=SHAPES[data]["shape"])
+    vqvae: Config = pictures(data, "pixelcnn", "", PixelCNNConfig())()
+    vqvae = dataclasses.replace(vqvae, row=f"{data}_vqvae", data=DATA[data], model=coder, steps=STEPS.get(data, 1500))
+    codes = dataclasses.replace(
+        vqvae, row=f"{data}_codes", model=CodesConfig(vqvae=coder, prior=PixelCNNConfig(features=48, layers=5))
+    )
+    protocol = f"{vqvae.steps} steps of {vqvae.batch_size}. Choose on val, report test"
+    return (
+        make_row(vqvae, f"VQ-VAE, {WHAT[data]}.", f"{protocol}, in dB of PSNR."),
+        make_row(
+            codes,
+            f"Gated PixelCNN of the codes of {data}_vqvae (--init-from).",
+            f"{protocol}, in bits per code.",
+        ),
+    )
+
+
+ROWS = tuple(row for data in MODELS for row in _rows(data))
