@@ -262,9 +262,10 @@ class PixelTransformerConfig:
     """Values are names (codes), not brightness."""
     conditional: bool = False
     """Pictures can be asked for by their label."""
-    dynamics: Literal["static"] = "static"
-    """The dynamics are in how it is sampled."""
-    gate: Literal["learned"] = "learned"
+    dynamics: Literal["static", "exits"] = "static"
+    """static: dynamics are in how it is sampled; exits: a pixel takes no further block once its prediction is sure."""
+    gate: Literal["learned", "random"] = "learned"
+    """learned: by the entropy of the prediction; random: the control."""
 
 
 @dataclasses.dataclass(frozen=True)

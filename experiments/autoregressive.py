@@ -5,7 +5,8 @@ python -m experiments.evaluate --workdir runs/mnist_pixelcnn
 python -m experiments.sample --workdir runs/mnist_pixelcnn --sampler fixed-point --n 64 --out samples
 
 {digits,mnist,fashion,cifar10}_{pixelcnn,transformer}: digits of 16 values, MNIST in black and white, the others of all
-256, as is mnist8bit_pixelcnn. cifar10_pixelcnn_full wants a GPU.
+256, as is mnist8bit_pixelcnn. digits_transformer_exits has a head after each block, and pixels that are sure leave.
+Attention among all pixels is dear: the transformers of the larger pictures are small here. *_full want a GPU.
 """
 
 import dataclasses
@@ -71,9 +72,29 @@ def row(data: str, name: str, what: str, model: ModelConfig, **changes: object) 
 
 ROWS = (
     *(row(data, "pixelcnn", "Gated PixelCNN", PixelCNNConfig(layers=7)) for data in SHAPES),
+    row("digits", "transformer", "Causal transformer over pixels", PixelTransformerConfig()),
+    row(
+        "digits", "transformer_exits", "Causal transformer that leaves early", PixelTransformerConfig(dynamics="exits")
+    ),
     *(
-        row(data, "transformer", "Causal transformer over pixels", PixelTransformerConfig())
-        for data in ("digits", "mnist", "fashion", "cifar10")
+        row(
+            data,
+            "transformer",
+            "Causal transformer over pixels",
+            PixelTransformerConfig(features=32, layers=2, heads=2),
+            steps=800,
+            batch_size=16,
+        )
+        for data in ("mnist", "fashion", "cifar10")
+    ),
+    row(
+        "mnist",
+        "transformer_full",
+        "Causal transformer over pixels that leaves early (GPU)",
+        PixelTransformerConfig(features=256, layers=8, heads=8, dynamics="exits"),
+        steps=50_000,
+        checkpoint_every=2000,
+        evaluate_every=5000,
     ),
     row("digits", "pixelcnn_labels", "Gated PixelCNN asked by label", PixelCNNConfig(layers=7, conditional=True)),
     row("mnist", "pixelcnn_labels", "Gated PixelCNN asked by label", PixelCNNConfig(layers=7, conditional=True)),

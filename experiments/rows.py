@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 
-from dynjax.config import Config, PixelCNNConfig, UserError, VQVAEConfig
+from dynjax.config import Config, ModelConfig, UserError
 from experiments import (
     autoregressive,
     camvid_unet,
@@ -60,14 +60,21 @@ TINY: dict[str, dict] = {
     "moe": dict(width=8, depth=1, heads=2, hidden=8, experts=2),
     "dynamicconvnet": dict(widths=(4, 8), blocks=(1, 1), kernels=2),
     "pixelcnn": dict(shape=(8, 8, 1), features=4, layers=1),
-    "pixeltransformer": dict(shape=(8, 8, 1), features=8, layers=1, heads=2),
+    "pixeltransformer": dict(shape=(8, 8, 1), features=8, layers=2, heads=2),
     "nextscale": dict(
         shape=(8, 8, 1), scales=2, coarse_features=4, coarse_layers=1, reach=1, features=8, blocks=1, plain=4
     ),
     "vqvae": dict(shape=(8, 8, 1), halvings=1, codes=4, code_features=2, features=4, blocks=0),
 }
 """What each family of models shrinks to."""
-TINY["codes"] = dict(vqvae=VQVAEConfig(**TINY["vqvae"]), prior=PixelCNNConfig(features=4, layers=1))
+
+
+def _small(model: ModelConfig) -> dict:
+    """The fields of the family's tiny form."""
+    if model.family == "codes":
+        parts = {name: getattr(model, name) for name in ("vqvae", "prior")}
+        return {name: dataclasses.replace(part, **TINY[part.family]) for name, part in parts.items()}
+    return TINY[model.family]
 
 
 def tiny(config: Config) -> Config:
@@ -79,7 +86,7 @@ def tiny(config: Config) -> Config:
         data = dataclasses.replace(config.data, size=(48, 48), examples=8)
     else:
         data = dataclasses.replace(config.data, name="digits8", path="", size=(8, 8), examples=16)
-    small = dict(TINY[config.model.family])
+    small = dict(_small(config.model))
     if getattr(config.model, "likelihood", "") == "logistic":
         small["shape"] = (8, 8, config.model.shape[2])
     return dataclasses.replace(

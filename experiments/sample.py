@@ -3,13 +3,14 @@
 Samplers: pixel (the whole model for every pixel), cached (one pixel of every layer), fixed-point (many pixels at once,
 until none changes). All three are exact: the seed fixes the noise, and the same noise is the same grid.png.
 Rows *_nextscale have a sampler of their own, coarse-to-fine, with a dial: --budget is the share of the MACs that
-pictures may take on average, solved on pictures that the model draws itself.
+pictures may take on average, solved on pictures that the model draws itself. Rows *_exits have the same dial, under
+which every pixel takes blocks until its prediction is sure, whatever the sampler.
 --label 3 asks a conditional row for one class; --complete gives the upper half of pictures of the test set.
 Of rows *_codes the codes are drawn, and decoded: what is said of pixels is then said of codes.
 
 Writes DIR/grid.png, film.png (how the first ones come to be), calls.png (how often each pixel was evaluated), and
-calls.csv (per picture: label, calls or refined tiles, evaluations per pixel, MACs of coarse-to-fine, milliseconds, size
-as PNG, pixels that differ).
+calls.csv (per picture: label, calls or refined tiles, evaluations per pixel, MACs where a budget steers, milliseconds,
+size as PNG, pixels that differ).
 """
 
 import csv
@@ -33,7 +34,7 @@ class Arguments:
     """Folder for the results; made when it is missing."""
     sampler: Literal["pixel", "cached", "fixed-point", "coarse-to-fine"] = "fixed-point"
     budget: float | None = None
-    """Share of the MACs that a picture may take on average, of coarse-to-fine; 1 when it is not given."""
+    """Share of the MACs that a picture may take on average, of a model with gates or exits; 1 when it is not given."""
     n: int = 64
     """Number of pictures."""
     seed: int = 0
@@ -61,10 +62,6 @@ def check(arguments: Arguments) -> None:
         raise UserError(f"--window {arguments.window} must be at least 1")
     if arguments.window is not None and arguments.sampler != "fixed-point":
         raise UserError(f"--window is of --sampler fixed-point; {arguments.sampler} has none")
-    if arguments.budget is not None and arguments.sampler != "coarse-to-fine":
-        raise UserError(
-            f"--budget is of --sampler coarse-to-fine; {arguments.sampler} is exact and takes what it takes"
-        )
     if arguments.budget is not None and not 0 < arguments.budget <= 1:
         raise UserError(f"--budget {arguments.budget:g} must be a share of the MACs in (0, 1]")
     if not 0 <= arguments.seed < 2**32:
@@ -146,8 +143,8 @@ CALIBRATION = 256
 """Pictures that the model draws to solve its threshold on; their numbers are beyond those of all that are kept."""
 
 
-def within_budget(model: Any, budget: float, seed: int) -> Any:
-    """A model of *_nextscale, compact, whose pictures take a share `budget` of the MACs on average; UserError."""
+def within_budget(model: Any, budget: float, seed: int, row: str) -> Any:
+    """The model, compact, whose pictures take a share `budget` of the MACs on average; UserError."""
     import jax
     import numpy as np
 
@@ -156,11 +153,11 @@ def within_budget(model: Any, budget: float, seed: int) -> Any:
 
     if not steers(model):
         if budget < 1:
-            raise UserError(f"--budget {budget:g}: the workdir's model is static, it takes the same for every picture")
+            raise UserError(f"--budget {budget:g}: row {row} has no gates and no exits that a budget could move")
         return model
     size = CALIBRATION // 4
     label = np.arange(size, dtype=np.int32) % model.classes if model.classes else None
-    draw = make_draw(model, "coarse-to-fine", seed, size)
+    draw = make_draw(model, "coarse-to-fine" if hasattr(model, "draw") else "cached", seed, size)
     drawn = [jax.device_get(draw(2**30 + k * size, label, None).image) for k in range(4)]
     found = deploy(model, budget, drawn)
     print(f"{found.report}; threshold {found.report.threshold:.2f}")
@@ -168,7 +165,7 @@ def within_budget(model: Any, budget: float, seed: int) -> Any:
 
 
 def macs_of(model: Any, images: Any, batch: int) -> Any:
-    """MACs that each picture (N, H, W, C) of a *_nextscale model took: they are a function of the picture."""
+    """MACs that each picture (N, H, W, C) of a model with a budget took: they are a function of the picture."""
     import jax
     import numpy as np
     from flax import nnx
@@ -192,6 +189,7 @@ def main(raw: list[str]) -> None:
     from dynjax import checkpoint, film, models
     from dynjax.models.likelihoods import to_bytes
     from dynjax.sampling import Known, Sampled
+    from dynjax.tasks.spending import steers
 
     out = cli.make_folder(arguments.out, "out")
     config, _ = checkpoint.read_config(arguments.workdir)
@@ -209,8 +207,9 @@ def main(raw: list[str]) -> None:
     to_pictures = jax.jit(whole.decode if codes else lambda x: to_bytes(x, values))
     if given is not None and label is not None and arguments.label is None:
         label = given[2]
-    if refines:
-        model = within_budget(model, 1.0 if arguments.budget is None else arguments.budget, arguments.seed)
+    if refines or arguments.budget is not None:
+        budget = 1.0 if arguments.budget is None else arguments.budget
+        model = within_budget(model, budget, arguments.seed, config.row)
     number, batch = arguments.n, min(arguments.batch_size, arguments.n)
     options = {"window": arguments.window} if arguments.sampler == "fixed-point" else {}
 
@@ -264,7 +263,7 @@ def main(raw: list[str]) -> None:
     sizes = np.array([film.png_bytes(image) for image in images])
     correlation = film.rank_correlation(drawn.calls, sizes)
     visits = drawn.visits.mean((1, 2))
-    macs = macs_of(model, drawn.image, batch) if refines else None
+    macs = macs_of(model, drawn.image, batch) if steers(model) else None
     what = "tiles refined" if refines else "calls"
     # The most, the least and what is between: pictures over the whole range of calls.
     order = np.argsort(drawn.calls, kind="stable")[np.linspace(0, number - 1, min(SHOWN, number)).round().astype(int)]

@@ -5,12 +5,13 @@ python -m experiments.train mnist_codes --workdir runs/mnist_codes --data.path d
 python -m experiments.evaluate --workdir runs/mnist_codes
 python -m experiments.sample --workdir runs/mnist_codes --sampler fixed-point --n 64 --out samples
 
-{digits,mnist,fashion,cifar10}_{vqvae,codes}. Bits per dimension of codes are bits per code.
+{digits,mnist,fashion,cifar10}_{vqvae,codes,codes_exits}: a gated PixelCNN of the codes, and a transformer in which
+codes that are sure leave early. Bits per dimension of codes are bits per code.
 """
 
 import dataclasses
 
-from dynjax.config import CodesConfig, Config, PixelCNNConfig, VQVAEConfig
+from dynjax.config import CodesConfig, Config, PixelCNNConfig, PixelTransformerConfig, VQVAEConfig
 from experiments.autoregressive import DATA, SHAPES
 from experiments.autoregressive import row as pictures
 from experiments.labelled import Row, make_row
@@ -25,12 +26,16 @@ WHAT = {"digits": "8x8 digits", "mnist": "MNIST", "fashion": "Fashion-MNIST", "c
 STEPS = {"digits": 600, "cifar10": 1500}
 
 
-def _rows(data: str) -> tuple[Row, Row]:
+def _rows(data: str) -> tuple[Row, ...]:
     coder = dataclasses.replace(MODELS[data], shape=SHAPES[data]["shape"])
     vqvae: Config = pictures(data, "pixelcnn", "", PixelCNNConfig())()
     vqvae = dataclasses.replace(vqvae, row=f"{data}_vqvae", data=DATA[data], model=coder, steps=STEPS.get(data, 1500))
     codes = dataclasses.replace(
         vqvae, row=f"{data}_codes", model=CodesConfig(vqvae=coder, prior=PixelCNNConfig(features=48, layers=5))
+    )
+    transformer = PixelTransformerConfig(features=64, layers=6, dynamics="exits")
+    exits = dataclasses.replace(
+        codes, row=f"{data}_codes_exits", model=dataclasses.replace(codes.model, prior=transformer)
     )
     protocol = f"{vqvae.steps} steps of {vqvae.batch_size}. Choose on val, report test"
     return (
@@ -39,6 +44,11 @@ def _rows(data: str) -> tuple[Row, Row]:
             codes,
             f"Gated PixelCNN of the codes of {data}_vqvae (--init-from).",
             f"{protocol}, in bits per code.",
+        ),
+        make_row(
+            exits,
+            f"Causal transformer of the codes of {data}_vqvae (--init-from) that leaves early.",
+            f"{protocol}, in bits per code; all heads count alike.",
         ),
     )
 

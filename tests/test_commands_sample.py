@@ -93,6 +93,17 @@ def test_evaluate_says_psnr_and_bits_of_codes(codes, capsys):
     assert "bits/dim of 4 values" in capsys.readouterr().out
 
 
+def test_pixels_leave_early_within_a_budget(tmp_path):
+    folder = test_commands.make(tmp_path / "w", "digits_transformer_exits")
+    arguments = ["--sampler", "cached", "--check", "none", "--batch-size", 3]
+    said, lines = draw(folder, tmp_path / "a", "--budget", 0.8, *arguments)
+    assert "budget 80% met" in said and "MMAC a picture" in said
+    assert all(int(line["macs"]) > 0 for line in lines)
+    evaluate.main(["--workdir", str(folder), "--budgets", "0.8", "1"])
+    scores = json.loads((folder / "evaluation.json").read_text())["scores"]
+    assert scores["0.8"]["macs"] < scores["1"]["macs"]
+
+
 def test_codes_without_their_vqvae(tmp_path):
     with pytest.raises(UserError, match="--init-from, the workdir of a trained VQ-VAE"):
         test_commands.make(tmp_path / "w", "digits_codes")
@@ -106,7 +117,7 @@ def test_codes_without_their_vqvae(tmp_path):
         (["--window", "0"], "--window 0"),
         (["--window", "2", "--sampler", "cached"], "cached has none"),
         (["--seed", "-1"], "--seed -1"),
-        (["--budget", "0.5"], "fixed-point is exact"),
+        (["--budget", "0.5"], "has no gates and no exits"),
         (["--budget", "2", "--sampler", "coarse-to-fine"], "--budget 2"),
         (["--sampler", "coarse-to-fine"], "by pixel, cached or fixed-point"),
         (["--label", "10"], "classes 0 to 9"),

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from blocks import make
+from flax import nnx
 
-from dynjax import models
+from dynjax import budget, cost, deploy, models, traced
 from dynjax.config import PixelCNNConfig, PixelTransformerConfig
 
 SHAPE = (4, 5, 1)
@@ -17,13 +18,18 @@ CONFIGS = {
     "pixelcnn by label": PixelCNNConfig(shape=SHAPE, features=6, layers=2, conditional=True),
     "transformer": PixelTransformerConfig(shape=SHAPE, values=3, features=8, layers=2, heads=2),
     "transformer of codes": PixelTransformerConfig(shape=SHAPE, values=3, features=8, layers=2, heads=2, embed=True),
+    "transformer with exits": PixelTransformerConfig(
+        shape=SHAPE, values=3, features=8, layers=3, heads=2, dynamics="exits"
+    ),
     "transformer by label": PixelTransformerConfig(shape=SHAPE, features=8, layers=2, heads=2, conditional=True),
 }
 
 
 def build(name):
     config = CONFIGS[name]
-    return make(lambda rngs: models.build(config, 10, rngs=rngs))
+    model = make(lambda rngs: models.build(config, 10, rngs=rngs))
+    budget.set_threshold(model, 2.5)  # of exits: some pixels leave and some do not
+    return model
 
 
 def pictures(model, number=2, seed=0):
@@ -76,7 +82,9 @@ def test_a_later_value_changes_nothing_before(name):
         np.testing.assert_array_equal(changed[:, : number + 1], whole[:, : number + 1])
 
 
-@pytest.mark.parametrize("name", ["pixelcnn by label", "pixelcnn in colour", "transformer by label"])
+@pytest.mark.parametrize(
+    "name", ["pixelcnn by label", "pixelcnn in colour", "transformer by label", "transformer with exits"]
+)
 def test_windows_after_a_cache_agree_with_the_whole(name):
     """Two windows, the second of each example starting elsewhere."""
     model = build(name)
@@ -103,6 +111,49 @@ def test_the_label_matters(name):
     run = jax.jit(lambda label: model(pictures(model), label))
     found = [np.asarray(run(jnp.full(2, label))) for label in (-1, 0, 1)]
     assert np.abs(found[1] - found[2]).min(-1).max() > 0 and np.abs(found[0] - found[1]).max() > 0
+
+
+# Exits
+
+
+def blocks_of(model, x, threshold):
+    """Parameters, blocks that every pixel took (B, H, W), and the trace, of a copy under `threshold`."""
+    model = nnx.clone(model)
+    budget.set_threshold(model, threshold)
+    params, trace = nnx.jit(lambda model, x: traced(model)(x))(model, x)
+    (decision,) = trace.decisions.values()
+    return params, decision.keep.sum(-1), trace
+
+
+def test_a_pixel_has_the_prediction_of_the_block_where_it_left_if_all_do():
+    model = build("transformer with exits")
+    x = pictures(model)
+    every = jax.jit(model.predictions)(x)
+    assert len(every) == 3
+    for threshold, level in ((-30.0, 2), (30.0, 0)):
+        params, taken, trace = blocks_of(model, x, threshold)
+        np.testing.assert_allclose(params, every[level], atol=1e-6)
+        assert (np.asarray(taken) == level + 1).all()
+    assert float(trace.macs()[0]) < trace.full_macs
+
+
+def test_exits_take_what_a_budget_allows_and_are_counted():
+    model = build("transformer with exits")
+    x = pictures(model, 8)
+    _, taken, trace = blocks_of(model, x, 2.5)
+    assert set(np.unique(taken)) == {1, 2, 3}
+    blocks = cost.macs(
+        lambda h: model.blocks[0].look(h, *[jnp.zeros((1, 20, 2, 4))] * 2, jnp.zeros(1, jnp.int32)),
+        jax.ShapeDtypeStruct((1, 20, 8), jnp.float32),
+    )
+    spent = trace.full_macs - (3 - np.asarray(taken)).sum((1, 2)) / 20 * blocks
+    np.testing.assert_allclose(trace.macs(), spent, rtol=1e-5)
+    assert deploy(model, 0.9, [x]).report.met
+
+
+def test_fewer_than_two_blocks_have_no_exit():
+    with pytest.raises(ValueError, match="layers=1"):
+        models.build(PixelTransformerConfig(layers=1, dynamics="exits"), 10, rngs=nnx.Rngs(0))
 
 
 def test_features_that_no_head_can_share():

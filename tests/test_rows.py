@@ -38,7 +38,8 @@ ONE_OF_A_KIND = (
     "digits_unet_tiles digits_unet_select camvid_small_random digits_resnet_skip "
     "digits_policy_reinforce digits_slimmable_slices digits_msdnet_exits digits_halt_sact digits_halt_pondernet "
     "digits_routed_gates digits_moe_experts digits_dyconv_kernels digits_dynamicconvnet_ddf "
-    "digits_pixelcnn cifar10_pixelcnn digits_transformer digits_pixelcnn_labels digits_codes"
+    "digits_pixelcnn cifar10_pixelcnn digits_transformer digits_pixelcnn_labels "
+    "digits_codes digits_codes_exits digits_transformer_exits"
 ).split()
 """Rows whose tiny form is trained in every run of the tests; the others' in `make test-slow`."""
 
@@ -61,7 +62,7 @@ def test_the_tiny_form_trains_two_steps(name, tmp_path, camvid):
     if config.data.name == "camvid":
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(camvid)))
     if config.model.family == "codes":
-        vqvae = rows.tiny(rows.get_row(name.replace("_codes", "_vqvae")))
+        vqvae = rows.tiny(rows.get_row(name.split("_")[0] + "_vqvae"))
         config = dataclasses.replace(config, init_from=str(tmp_path / "vqvae"))
         scores = train.train(vqvae, tmp_path / "vqvae", quiet=True)
         assert scores["psnr"] > 0 and 1 <= scores["perplexity"] <= vqvae.model.codes

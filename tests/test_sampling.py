@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from blocks import make
+from flax import nnx
 
-from dynjax import models, sampling
+from dynjax import budget, models, sampling
 from dynjax.config import PixelCNNConfig, PixelTransformerConfig
 from dynjax.sampling import Known
 
@@ -19,6 +20,7 @@ CONFIGS = {
     "transformer, logistic": PixelTransformerConfig(
         shape=(4, 4, 3), values=256, likelihood="logistic", features=8, layers=1, heads=2
     ),
+    "exits": PixelTransformerConfig(shape=SHAPE, values=4, features=8, layers=3, heads=2, dynamics="exits"),
 }
 _MODELS = {}
 
@@ -26,6 +28,7 @@ _MODELS = {}
 def model_of(name):
     if name not in _MODELS:
         _MODELS[name] = make(lambda rngs: models.build(CONFIGS[name], 10, rngs=rngs))
+        budget.set_threshold(_MODELS[name], 2.5)  # of exits: some pixels leave and some do not
     return _MODELS[name]
 
 
@@ -67,13 +70,28 @@ def test_fixed_point_of_any_window_and_strategy(window, strategy):
     np.testing.assert_array_equal(found.image, wanted.image)
 
 
-def test_the_same_picture_in_batches_of_1_to_64():
-    wanted = draw("binary", "fixed-point", 64).image
-    for examples in (1, 16):
-        np.testing.assert_array_equal(draw("binary", "fixed-point", examples).image, wanted[:examples])
-    np.testing.assert_array_equal(
-        draw("categorical", "cached", 3, first=5).image, draw("categorical", "cached", 8).image[5:]
-    )
+@pytest.mark.parametrize("name", ["binary", "categorical", "logistic", "transformer"])
+def test_the_same_picture_in_batches_of_1_to_64(name):
+    wanted = draw(name, "fixed-point", 64).image
+    for sampler, examples in (("fixed-point", 1), ("cached", 16)):
+        np.testing.assert_array_equal(draw(name, sampler, examples).image, wanted[:examples])
+
+
+def test_pictures_have_numbers_whatever_batch_they_are_in():
+    found = draw("categorical", "cached", 3, first=5).image
+    np.testing.assert_array_equal(found, draw("categorical", "cached", 8).image[5:])
+
+
+@pytest.mark.parametrize("threshold", [-30.0, 2.5, 30.0])
+@pytest.mark.parametrize(("examples", "strategy"), [(1, "auto"), (3, "loop"), (9, "buckets")])
+def test_pixels_that_leave_early_are_drawn_as_if_they_had_not(examples, strategy, threshold):
+    """Compact equals masked, for pixels that none, some and all leave."""
+    model = nnx.clone(model_of("exits"))
+    budget.set_threshold(model, threshold)
+    noise = sampling.make_noise(model, jax.random.key(0), examples)
+    run = nnx.jit(lambda model, noise: sampling.cached(model, noise).image)
+    compact = nnx.view(model, execution="compact", strategy=strategy, raise_if_not_found=False)
+    np.testing.assert_array_equal(run(compact, noise), run(model, noise))
 
 
 def test_calls_are_of_each_picture():

@@ -3,8 +3,11 @@
 A unit, which samplers advance by, is one pixel; the cache holds the keys and values of all pixels before it. See
 `dynjax.models.pixelcnn` for what samplers need.
 
+With exits a pixel takes no further block once its prediction is sure (CALM, Schuster et al. 2022, arXiv:2207.07061):
+one more autoregressive model for every threshold, whose bits per dimension and samples are as exact as without.
+
 Letters: B examples, H W pixels, C channels, R pixels of a window, S of a cache, F features, N heads, D features of a
-head, P parameters of a pixel.
+head, P parameters of a pixel, L blocks.
 """
 
 from collections.abc import Callable
@@ -12,12 +15,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dynjax import cost, execute
 from dynjax.config import PixelTransformerConfig
-from dynjax.models.likelihoods import make_likelihood
+from dynjax.decision import Decision
+from dynjax.gates import EntropyGate
+from dynjax.models.likelihoods import Likelihood, make_likelihood
+from dynjax.ops import wrapping
 
 Cache = dict[str, Array]
 
@@ -36,17 +44,55 @@ class CausalBlock(nnx.Module):
             nnx.Linear(a, b, rngs=rngs) for a, b in ((features, 4 * features), (4 * features, features))
         )
 
-    def __call__(self, x: Array, keys: Array, values: Array, first: Array) -> tuple[Array, Array, Array]:
-        """Features (B, R, F) of pixels from number `first` (B,) on, and keys and values (B, S, N, D) with theirs in
-        place; those of later pixels may be anything."""
-        q, k, v = (a.reshape(*x.shape[:2], self.heads, -1) for a in jnp.split(self.qkv(self.norm1(x)), 3, -1))
+    def remember(self, x: Array, keys: Array, values: Array, first: Array) -> tuple[Array, Array]:
+        """Keys and values (B, S, N, D) with those of pixels from number `first` (B,) on, of features `x` (B, R, F), in
+        place."""
+        features = x.shape[-1]
+        both = self.norm1(x) @ self.qkv.kernel[:, features:]
+        k, v = (a.reshape(*x.shape[:2], self.heads, -1) for a in jnp.split(both, 2, -1))
         put = jax.vmap(lambda a, new, at: lax.dynamic_update_slice_in_dim(a, new, at, 0))
-        keys, values = put(keys, k, first), put(values, v, first)
+        return put(keys, k, first), put(values, v, first)
+
+    def look(self, x: Array, keys: Array, values: Array, first: Array) -> Array:
+        """Features (B, R, F) of pixels from number `first` (B,) on, after the block; keys and values of later pixels
+        may be anything."""
+        features = x.shape[-1]
+        q = (self.norm1(x) @ self.qkv.kernel[:, :features]).reshape(*x.shape[:2], self.heads, -1)
         number = first[:, None] + jnp.arange(x.shape[1])[None]
         seen = jnp.arange(keys.shape[1])[None, None] <= number[..., None]
         y = jax.nn.dot_product_attention(q, keys, values, mask=seen[:, None])
         x = x + self.out(y.reshape(x.shape))
-        return x + self.down(nnx.gelu(self.up(self.norm2(x)))), keys, values
+        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
+
+
+class PixelExits(nnx.Module):
+    """Decides after each block but the last which pixels go on: those whose prediction is uncertain.
+
+    CALM's measure of confidence is the difference of the two largest probabilities; here it is the entropy, which
+    mixtures have too. `random`, the control, is a function of the prediction that has nothing to do with doubt.
+
+    Args:
+        blocks: number of blocks, at least 2.
+    """
+
+    def __init__(self, blocks: int, likelihood: Likelihood, *, random: bool = False):
+        if blocks < 2:
+            raise ValueError(f"layers={blocks}: exits need at least 2")
+        self.gates = nnx.List([EntropyGate(1) for _ in range(blocks - 1)])
+        self.likelihood, self.random = likelihood, random
+        self.execution, self.strategy = "masked", "auto"
+
+    def set_view(self, execution: str | None = None, strategy: str | None = None) -> None:
+        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+
+    def __call__(self, level: int, params: Float[Array, "B R P"]) -> Decision:
+        """Which pixels (B, R, 1) are not sure of what they predict after block `level`."""
+        params = lax.stop_gradient(params.astype(jnp.float32))
+        if self.random:
+            doubt = jnp.mod(97 * params.mean(-1), 1)
+        else:
+            doubt = self.likelihood.entropy(params) / (np.log(self.likelihood.values) * self.likelihood.channels)
+        return self.gates[level](doubt[..., None, None])
 
 
 class PixelTransformer(nnx.Module):
@@ -75,6 +121,9 @@ class PixelTransformer(nnx.Module):
         self.norm = nnx.LayerNorm(f, rngs=rngs)
         self.head = nnx.Linear(f, self.likelihood.parameters, rngs=rngs)
         self.condition = nnx.Embed(classes, f, rngs=rngs) if classes else None
+        random = config.gate == "random"
+        exits = config.dynamics == "exits"
+        self.exits = PixelExits(config.layers, self.likelihood, random=random) if exits else None
 
     @property
     def units(self) -> tuple[int, int]:
@@ -86,6 +135,20 @@ class PixelTransformer(nnx.Module):
         flat = x.reshape(examples, pixels, 1, self.shape[2])
         params, _ = self.window(flat, self.start(examples, 0), jnp.zeros(examples, jnp.int32), label)
         return params.reshape(examples, *self.shape[:2], -1)
+
+    def predictions(
+        self, x: Int[Array, "B H W C"], label: Int[Array, "B"] | None = None
+    ) -> list[Float[Array, "B H W P"]]:
+        """What the head gives after every block: with exits all of them are trained. Without, the last alone."""
+        if self.exits is None:
+            return [self(x, label)]
+        first, cache = jnp.zeros(x.shape[0], jnp.int32), self.start(x.shape[0], 0)
+        h, _ = self._begin(x.reshape(x.shape[0], self.units[0], 1, self.shape[2]), cache, first, label)
+        found = []
+        for level, block in enumerate(self.blocks):
+            h = block.look(h, *block.remember(h, cache["keys"][:, level], cache["values"][:, level], first), first)
+            found.append(self._params(h).reshape(*x.shape[:3], -1))
+        return found
 
     def start(self, examples: int, window: int = 1) -> Cache:
         """The cache before the first pixel, with room for windows that reach past the last."""
@@ -103,10 +166,8 @@ class PixelTransformer(nnx.Module):
             return self.embed(x[..., 0])
         return self.enter(2 * x.astype(self.head.kernel.dtype) / (self.likelihood.values - 1) - 1)
 
-    def window(
-        self, x: Int[Array, "B R 1 C"], cache: Cache, first: Int[Array, "B"], label: Int[Array, "B"] | None = None
-    ) -> tuple[Float[Array, "B R 1 P"], Cache]:
-        """Parameters of R pixels from number `first` on, and what these would leave in a cache."""
+    def _begin(self, x: Array, cache: Cache, first: Array, label: Array | None) -> tuple[Array, Array]:
+        """Features (B, R, F) that the first block takes, and those that the pixels themselves enter with."""
         entered = self._enter(x[:, :, 0])
         h = jnp.concatenate([cache["before"][:, None], entered[:, :-1]], 1)
         number = jnp.minimum(first[:, None] + jnp.arange(x.shape[1])[None], self.units[0] - 1)
@@ -114,13 +175,56 @@ class PixelTransformer(nnx.Module):
         if self.condition is not None and label is not None:
             known = jnp.where(label[:, None] >= 0, self.condition(jnp.maximum(label, 0)), 0)
             h = h + known[:, None]
-        keys, values = [], []
+        return h, entered
+
+    def _params(self, h: Float[Array, "B R F"]) -> Float[Array, "B R P"]:
+        return self.head(self.norm(h))
+
+    def _go_on(self, block: CausalBlock, tree: tuple[Array, ...], going: Float[Array, "B R"]) -> Float[Array, "B R F"]:
+        """Features after the block where `going`, elsewhere as they were."""
+        if tree[0].shape[1] > 1:  # pixels of a window are computed at once, whoever of them has left
+            return execute.blend(going, block.look(*tree), tree[0])
+        return execute.samples(
+            lambda tree: block.look(*tree),
+            tree,
+            going[:, 0],
+            otherwise=lambda tree: tree[0],
+            execution=self.exits.execution,
+            strategy=self.exits.strategy,
+        )
+
+    def window(
+        self, x: Int[Array, "B R 1 C"], cache: Cache, first: Int[Array, "B"], label: Int[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B R 1 P"], Cache]:
+        """Parameters of R pixels from number `first` on, and what these would leave in a cache."""
+        h, entered = self._begin(x, cache, first, label)
+        keys, values, decisions, keeps = [], [], [], [jnp.ones(h.shape[:2])]
         for level, block in enumerate(self.blocks):
-            h, k, v = block(h, cache["keys"][:, level], cache["values"][:, level], first)
+            # Who has left is remembered as they were, for those who come after them.
+            k, v = block.remember(h, cache["keys"][:, level], cache["values"][:, level], first)
             keys.append(k)
             values.append(v)
+            if self.exits is None or level == 0:
+                h = block.look(h, k, v, first)
+                continue
+            decisions.append(self.exits(level - 1, self._params(h)))
+            keeps.append(keeps[-1] * decisions[-1].keep[..., 0])
+            h = self._go_on(block, (h, k, v, first), keeps[-1])
+        if decisions and wrapping.tracing(self.exits) and x.shape[1] == self.units[0]:
+            self._account(decisions, keeps, (h, keys[0], values[0], first))
         trail = {"before": entered, "keys": jnp.stack(keys, 1), "values": jnp.stack(values, 1)}
-        return self.head(self.norm(h))[:, :, None], trail
+        return self._params(h)[:, :, None], trail
+
+    def _account(self, decisions: list[Decision], keeps: list[Array], tree: tuple[Array, ...]) -> None:
+        """Record which blocks every pixel of a whole picture took."""
+        probabilities = [keeps[0]]
+        for decision in decisions:
+            probabilities.append(probabilities[-1] * decision.probability[..., 0])
+        maps = [jnp.stack(a, -1).reshape(-1, *self.shape[:2], len(keeps)) for a in (keeps, probabilities)]
+        whole = tuple(cost.macs(block.look, *wrapping.one_example(tree)) for block in self.blocks)
+        unit = tuple(macs / self.units[0] for macs in whole)
+        tile = (1 / self.shape[0], 1 / self.shape[1])
+        wrapping.account(self.exits, Decision(*maps, "tile exit"), unit, whole, tile)
 
     def advance(self, cache: Cache, trail: Cache, count: Int[Array, "B"]) -> Cache:
         """`cache` after the first `count` pixels of a window, which left `trail`."""
