@@ -75,6 +75,33 @@ def cifar10_resnet_random() -> Config:
     return labelled.adaptive(cifar10_resnet_static(), "cifar10_resnet_random", dynamics="skip", gate="random")
 
 
+def cifar10_resnet26_static() -> Config:
+    """Static twin: twice the blocks of cifar10_resnet_static at three quarters of its width, CIFAR-10 32x32.
+
+    Protocol: 2500 steps of 128; flip, shifted by up to 4 pixels. Choose on val, report test.
+    """
+    model = dataclasses.replace(SMALL, widths=(24, 48, 96), blocks=(4, 4, 4))
+    return labelled.config("cifar10_resnet26_static", model, steps=2500, batch_size=128)
+
+
+def cifar10_resnet26_skip() -> Config:
+    """Skip: a gate before each of twelve residual blocks, per picture; CIFAR-10 32x32.
+
+    Protocol: two thirds of the steps of cifar10_resnet26_static, from its weights (--init-from); a budget from [0.45, 1]
+    is drawn at every step.
+    """
+    return labelled.adaptive(cifar10_resnet26_static(), "cifar10_resnet26_skip", 0.45, dynamics="skip")
+
+
+def cifar10_resnet26_random() -> Config:
+    """Control: cifar10_resnet26_skip with gates that keep blocks at random.
+
+    Protocol: as cifar10_resnet26_skip.
+    """
+    row = cifar10_resnet26_skip()
+    return dataclasses.replace(row, row="cifar10_resnet26_random", model=dataclasses.replace(row.model, gate="random"))
+
+
 def cifar10_resnet110_static() -> Config:
     """Static twin at the papers' size: ResNet-110, CIFAR-10 32x32 (GPU).
 
@@ -108,6 +135,9 @@ ROWS = (
     cifar10_resnet_static,
     cifar10_resnet_skip,
     cifar10_resnet_random,
+    cifar10_resnet26_static,
+    cifar10_resnet26_skip,
+    cifar10_resnet26_random,
     cifar10_resnet110_static,
     cifar10_resnet110_skip,
 )
