@@ -87,8 +87,8 @@ def cifar10_resnet26_static() -> Config:
 def cifar10_resnet26_skip() -> Config:
     """Skip: a gate before each of twelve residual blocks, per picture; CIFAR-10 32x32.
 
-    Protocol: two thirds of the steps of cifar10_resnet26_static, from its weights (--init-from); a budget from [0.45, 1]
-    is drawn at every step.
+    Protocol: two thirds of the steps of cifar10_resnet26_static, from its weights (--init-from); a budget from
+    [0.45, 1] is drawn at every step.
     """
     return labelled.adaptive(cifar10_resnet26_static(), "cifar10_resnet26_skip", 0.45, dynamics="skip")
 

@@ -12,6 +12,7 @@ A figure that nobody ran is empty.
 
 import csv
 import dataclasses
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -301,11 +302,12 @@ Choice = Annotated[Add, tyro.conf.subcommand("add")] | Annotated[Render, tyro.co
 
 
 def row_protocol(row: str) -> str:
-    """The line of a row's docstring that begins with Protocol."""
+    """The paragraph of a row's docstring that begins with Protocol."""
     from experiments.rows import ROWS
 
-    lines = [line.strip() for line in (ROWS[row].__doc__ or "").splitlines()] if row in ROWS else []
-    return next((line.removeprefix("Protocol: ") for line in lines if line.startswith("Protocol: ")), "")
+    said = inspect.cleandoc(ROWS[row].__doc__ or "") if row in ROWS else ""
+    paragraphs = [" ".join(part.split()) for part in said.split("\n\n")]
+    return next((part.removeprefix("Protocol: ") for part in paragraphs if part.startswith("Protocol: ")), "")
 
 
 def changes(workdir: str) -> str:

@@ -257,6 +257,10 @@ def test_results_are_added_and_rendered(workdir, static, tmp_path):
     assert (tmp_path / "RESULTS.md").read_text() == text
 
 
+def test_the_protocol_is_the_whole_paragraph():
+    assert results.row_protocol("digits_resnet_skip").endswith("is drawn at every step.")
+
+
 def test_seeds_are_averaged(static, tmp_path):
     other = tmp_path / "seed1"
     other.mkdir()
