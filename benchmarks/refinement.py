@@ -1,10 +1,13 @@
-"""The dial between quality and compute of pictures drawn from coarse to fine, beside two ways to spend as much blindly.
+"""The dial between quality and compute of pictures that are drawn, beside ways to spend as much blindly.
 
     python -m benchmarks.refinement [--workdir runs/mnist_nextscale] [--data.path data/mnist] [--repeats 20]
 
 Needs a trained row: python -m experiments.train mnist_nextscale --workdir runs/mnist_nextscale --data.path data/mnist
-entropy: the rich network in the tiles where the plain one is uncertain; uniform: in as many tiles, spread evenly over
-every map; random: in as many, anywhere. The same weights three times, since both networks were trained on all tiles.
+*_nextscale, from coarse to fine. entropy: the rich network in the tiles where the plain one is uncertain; uniform: in
+as many tiles, spread evenly over every map; random: in as many, anywhere. The same weights three times, since both
+networks were trained on all tiles.
+*_exits, pixel by pixel or code by code, cached. entropy: further blocks for those whose prediction is uncertain;
+random: for as many, anywhere.
 Thresholds are solved on val, bits per dimension are of test, exact at every budget; milliseconds are of drawing,
 compact, all budgets and gates alternating in one process. Writes the table as CSV, and a PNG of the same name.
 """
@@ -26,40 +29,51 @@ import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
-from dynjax import checkpoint, models, sampling
+from dynjax import checkpoint, sampling
 from dynjax.config import UserError
 from dynjax.data import make_source
 from dynjax.deploy import Solver
-from dynjax.models.likelihoods import quantise
+from dynjax.gates import Threshold
 from dynjax.report import style
+from dynjax.tasks.autoregressive import integers
 from dynjax.trace import traced
 from experiments import cli
 
 GATES = {"entropy": "learned", "uniform": "grid", "random": "random"}
+SAMPLERS = {"nextscale": sampling.coarse_to_fine, "pixeltransformer": sampling.cached}
 MOST = 1.0  # everything refined: one point for all gates
 
 
-def with_gate(config: Any, model: nnx.Module, gate: str, classes: int) -> nnx.Module:
-    """The same weights behind another gate."""
-    other = dataclasses.replace(config, model=dataclasses.replace(config.model, gate=gate))
-    fresh = checkpoint.evaluation_view(checkpoint.build(other, classes))
-    nnx.update(fresh, nnx.state(model, nnx.Param))
+def drawn_by(model: Any) -> Any:
+    """The configuration, or the model, that draws: of codes that of the codes."""
+    return getattr(model, "prior", model)
+
+
+def changed(config: Any, model: nnx.Module, classes: int, **fields: Any) -> nnx.Module:
+    """The same weights where what draws is otherwise: behind another gate, or without."""
+    new = dataclasses.replace(drawn_by(config.model), **fields)
+    new = dataclasses.replace(config.model, prior=new) if config.model.family == "codes" else new
+    fresh = checkpoint.evaluation_view(checkpoint.build(dataclasses.replace(config, model=new), classes))
+    wanted = set(dict(nnx.to_flat_state(nnx.state(fresh, nnx.Not(Threshold)))))
+    found = nnx.to_flat_state(nnx.state(model, nnx.Not(Threshold)))
+    nnx.update(fresh, nnx.from_flat_state([(path, value) for path, value in found if path in wanted]))
     return fresh
 
 
-def pictures(config: Any, split: str, number: int, batch: int) -> list[np.ndarray]:
+def pictures(config: Any, model: nnx.Module, split: str, number: int, batch: int) -> list[np.ndarray]:
     """Batches of a split as the integers that the model has."""
     source = make_source(config.data, split)
     index = np.unique(np.linspace(0, len(source) - 1, min(number, len(source))).astype(int))
     index = index[: len(index) // batch * batch] if len(index) > batch else index
     images = np.stack([source[int(i)]["image"] for i in index])
-    x = np.asarray(quantise(jnp.asarray(images), config.model.values, config.model.shape[2]))
+    encode = jax.jit(lambda images: integers(model, images))
+    x = np.concatenate([encode(jnp.asarray(images[k : k + batch])) for k in range(0, len(images), batch)])
     return [x[k : k + batch] for k in range(0, len(x), batch)]
 
 
 def measure(model: nnx.Module, batches: list[np.ndarray]) -> tuple[float, float]:
     """Bits per dimension, and mean MACs of a picture."""
-    graphdef, _ = nnx.split(model)
+    graphdef, state = nnx.split(model)
 
     @jax.jit
     def one(state: nnx.State, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -70,14 +84,14 @@ def measure(model: nnx.Module, batches: list[np.ndarray]) -> tuple[float, float]
     return float(found[0] / (math.log(2) * math.prod(model.shape))), float(found[1])
 
 
-def drawer(model: nnx.Module, batch: int) -> Any:
+def drawer(model: nnx.Module, family: str, batch: int) -> Any:
     """Compact drawing as a function of the seed and the state, compiled once for every budget."""
     graphdef, _ = nnx.split(model)
 
     @jax.jit
     def run(state: nnx.State, key: jax.Array) -> sampling.Sampled:
-        model = nnx.merge(graphdef, state)
-        return sampling.coarse_to_fine(model, sampling.make_noise(model, key, batch))
+        model = drawn_by(nnx.merge(graphdef, state))
+        return SAMPLERS[family](model, sampling.make_noise(model, key, batch))
 
     return run
 
@@ -99,19 +113,23 @@ def main(raw: list[str]) -> None:
         )
     config, model, step = checkpoint.load(arguments.workdir)
     _, classes = checkpoint.read_config(arguments.workdir)
-    if config.model.family != "nextscale" or config.model.dynamics != "tiles" or model.classes:
-        raise UserError(f"--workdir {arguments.workdir}: row {config.row} is not one of *_nextscale with a gate")
+    draws = drawn_by(config.model)
+    if draws.family not in SAMPLERS or draws.dynamics == "static" or model.classes:
+        raise UserError(
+            f"--workdir {arguments.workdir}: row {config.row} has no dial; those of *_nextscale, *_exits have"
+        )
     if arguments.path:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=arguments.path))
-    val, test = pictures(config, "val", 512, 256), pictures(config, "test", arguments.pictures, 250)
+    val, test = (pictures(config, model, *each) for each in (("val", 512, 256), ("test", arguments.pictures, 250)))
     device = jax.devices()[0]
     where = f"{device.device_kind or device.platform}, {os.cpu_count()} cores, {platform.machine()}"
     title = f"{config.row}, step {step}; {sum(map(len, test))} pictures of test; {where}"
     print(f"{title}, jax {jax.__version__}", file=sys.stderr)
 
+    gates = {name: gate for name, gate in GATES.items() if draws.family == "nextscale" or gate != "grid"}
     rows, deployed = [], {}
-    for name, gate in GATES.items():
-        solver = Solver(with_gate(config, model, gate, len(classes)), val)
+    for name, gate in gates.items():
+        solver = Solver(changed(config, model, len(classes), gate=gate), val)
         for budget in (*sorted(arguments.budgets), MOST):
             if budget == MOST and rows and name != "entropy":
                 continue
@@ -123,9 +141,7 @@ def main(raw: list[str]) -> None:
             print(
                 f"{name:8} budget {budget:4.2f}: {bits:.4f} bits/dim, {macs / solver.full:.1%} of the MACs", flush=True
             )
-    static = dataclasses.replace(config, model=models.static_twin(config.model))
-    static = checkpoint.evaluation_view(checkpoint.build(static, len(classes)))
-    nnx.update(static, _shared(model, static))
+    static = changed(config, model, len(classes), dynamics="static")
     bits, macs = measure(static, test)
     rows.append(dict(gate="static", budget=MOST, bits_per_dim=round(bits, 5), mmacs=round(macs / 1e6, 3)))
     rows[-1]["macs_fraction"] = round(macs / solver.full, 4)
@@ -135,7 +151,7 @@ def main(raw: list[str]) -> None:
         runs = {}
         programs: dict[str, Any] = {}
         for (name, budget), each in deployed.items():
-            program = programs.setdefault(name, drawer(each, batch))
+            program = programs.setdefault(name, drawer(each, draws.family, batch))
             runs[name, budget] = (program, nnx.state(each))
             jax.block_until_ready(program(runs[name, budget][1], jax.random.key(0)))
         seconds: dict[Any, list[float]] = {each: [] for each in runs}
@@ -172,23 +188,16 @@ def plot(path: Path, rows: list[dict], batch: int, title: str) -> None:
         strict=True,
     ):
         style(axes)
-        for name in GATES:
+        for name in dict.fromkeys(line["gate"] for line in rows if line["gate"] != "static"):
             line = [each for each in rows if each["gate"] == name and each["budget"] != MOST] + whole
             axes.plot([each[column] for each in line], [each["bits_per_dim"] for each in line], "o-", ms=4, label=name)
         (twin,) = (each for each in rows if each["gate"] == "static")
-        axes.plot(twin[column], twin["bits_per_dim"], "*", ms=11, color="black", label="rich everywhere, static")
+        axes.plot(twin[column], twin["bits_per_dim"], "*", ms=11, color="black", label="everything everywhere, static")
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
     figure.axes[0].set_ylabel("bits/dim")
     figure.axes[0].legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
-
-
-def _shared(model: nnx.Module, static: nnx.Module) -> nnx.State:
-    """The parameters of `model` that its static twin has too."""
-    wanted = set(dict(nnx.to_flat_state(nnx.state(static, nnx.Param))))
-    found = [(path, value) for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param)) if path in wanted]
-    return nnx.from_flat_state(found)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""Benchmarks of drawing run to their end on a row made tiny; what they time is no matter here."""
+
+import csv
+
+import pytest
+import test_commands
+from PIL import Image
+
+from benchmarks import refinement, sampling
+from dynjax.config import UserError
+
+pytestmark = pytest.mark.xdist_group("benchmarks")  # one worker, so that the row is trained once
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return test_commands.make(tmp_path_factory.mktemp("exits") / "w", "digits_transformer_exits")
+
+
+def read(path):
+    with Image.open(path.with_suffix(".png")) as picture:
+        assert min(picture.size) > 300
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_refinement_spends_less_at_a_lower_budget(workdir, tmp_path):
+    out = tmp_path / "refinement.csv"
+    arguments = ["--budgets", "0.8", "--batches", "2", "--repeats", "1", "--pictures", "16"]
+    refinement.main(["--workdir", str(workdir), "--out", str(out), *arguments])
+    lines = {(line["gate"], line["budget"]): line for line in read(out)}
+    assert set(lines) == {("entropy", "0.8"), ("entropy", "1.0"), ("random", "0.8"), ("static", "1.0")}
+    few, all_, static = (lines[key] for key in (("entropy", "0.8"), ("entropy", "1.0"), ("static", "1.0")))
+    assert float(few["mmacs"]) < float(all_["mmacs"]) and float(few["ms_batch2"]) > 0
+    assert float(all_["bits_per_dim"]) == pytest.approx(float(static["bits_per_dim"]), abs=1e-4)
+
+
+def test_refinement_of_a_row_without_a_dial(tmp_path):
+    with pytest.raises(UserError, match="is no workdir of a training run"):
+        refinement.main(["--workdir", str(tmp_path)])
+
+
+def test_samplers_draw_the_same(workdir, tmp_path):
+    out = tmp_path / "sampling.csv"
+    sampling.main(["--workdir", str(workdir), "--out", str(out), "--batches", "2", "--repeats", "1", "--windows"])
+    lines = read(out)
+    assert [line["sampler"] for line in lines] == ["pixel", "cached", "plain", "fixed-point"]
+    assert {line["pixels_that_differ"] for line in lines} == {"0"} and {line["pixels"] for line in lines} == {"128"}
