@@ -30,16 +30,19 @@ def _rows(data: str) -> tuple[Row, ...]:
     coder = dataclasses.replace(MODELS[data], shape=SHAPES[data]["shape"])
     vqvae: Config = pictures(data, "pixelcnn", "", PixelCNNConfig())()
     vqvae = dataclasses.replace(vqvae, row=f"{data}_vqvae", data=DATA[data], model=coder, steps=STEPS.get(data, 1500))
-    codes = dataclasses.replace(
-        vqvae, row=f"{data}_codes", model=CodesConfig(vqvae=coder, prior=PixelCNNConfig(features=48, layers=5))
-    )
+    prior = CodesConfig(vqvae=coder, prior=PixelCNNConfig(features=48, layers=5))
+    codes = dataclasses.replace(vqvae, row=f"{data}_codes", model=prior, steps=300 if data == "digits" else vqvae.steps)
     transformer = PixelTransformerConfig(features=64, layers=6, dynamics="exits")
     exits = dataclasses.replace(
         codes, row=f"{data}_codes_exits", model=dataclasses.replace(codes.model, prior=transformer)
     )
-    protocol = f"{vqvae.steps} steps of {vqvae.batch_size}. Choose on val, report test"
+    protocol = f"{codes.steps} steps of {vqvae.batch_size}. Choose on val, report test"
     return (
-        make_row(vqvae, f"VQ-VAE, {WHAT[data]}.", f"{protocol}, in dB of PSNR."),
+        make_row(
+            vqvae,
+            f"VQ-VAE, {WHAT[data]}.",
+            f"{vqvae.steps} steps of {vqvae.batch_size}. Choose on val, report test, in dB of PSNR.",
+        ),
         make_row(
             codes,
             f"Gated PixelCNN of the codes of {data}_vqvae (--init-from).",
