@@ -12,6 +12,6 @@ ROWS = variants(
     "RANet",
     RANetConfig(),
     {"exits": "exits"},
-    small=dict(scales=2, channels=8, growth=4, blocks=1, step=1, layers=2),
+    small=dict(scales=2, channels=8, growth=8, blocks=2, step=2, layers=3),
     from_twin=False,
 )
