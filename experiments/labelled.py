@@ -41,14 +41,14 @@ def config(row: str, model: ModelConfig, **changes: object) -> Config:
     return Config(**fields | changes)
 
 
-def adaptive(row: Config, name: str, target: float = 0.4, **model: object) -> Config:
-    """`row` with dynamics, meant to start from its trained twin: two thirds of its steps, budgets down to `target`."""
+def adaptive(row: Config, name: str, target: float = 0.4, length: float = 2 / 3, **model: object) -> Config:
+    """`row` with dynamics, meant to start from its trained twin: `length` times its steps, budgets down to `target`."""
     return dataclasses.replace(
         row,
         row=name,
         model=dataclasses.replace(row.model, **model),
         budget=BudgetConfig(target=target),
-        steps=row.steps * 2 // 3,
+        steps=int(row.steps * length),
     )
 
 
@@ -73,6 +73,7 @@ def variants(
     small: dict[str, object] | None = None,
     from_twin: bool = True,
     target: float = 0.4,
+    length: float = 2 / 3,
     loss: dict[str, object] | None = None,
 ) -> tuple[Row, ...]:
     """Rows SET_FAMILY_static, SET_FAMILY_KIND for each of `kinds`, and the control SET_FAMILY_random of the first.
@@ -81,8 +82,9 @@ def variants(
         what: the network, in a few words.
         kinds: the row's last word to the model's `dynamics`.
         sets: data sets; `small` has the model's fields where they differ on digits.
-        from_twin: whether dynamic rows start from the trained twin (--init-from) and take two thirds of its steps.
+        from_twin: whether dynamic rows start from the trained twin (--init-from).
         target: lowest budget that is trained for.
+        length: steps of such rows, as a share of the twin's.
         loss: fields of the loss that differ in dynamic rows.
     """
     rows = []
@@ -96,7 +98,7 @@ def variants(
             name, gate = f"{data}_{family}_{kind}", "random" if kind == "random" else "learned"
             changes = dict(dynamics=dynamics, gate=gate)
             if from_twin:
-                row = adaptive(static, name, target, **changes)
+                row = adaptive(static, name, target, length, **changes)
                 protocol = f"{row.steps} steps from the weights of {static.row} (--init-from), budgets from {target}."
             else:
                 row = dataclasses.replace(
