@@ -34,6 +34,8 @@ DRAWN = ("grid", "film", "calls")
 """Pictures that experiments.sample makes."""
 FIGURES = ("curve", "heatmaps", "compute_histogram", "compute_by_class", "extremes", "exits")
 """Pictures that experiments.evaluate makes, of one task or the other."""
+FEW = ("curve", "heatmaps", "extremes")
+"""Those of rows of small data."""
 OWN = ("seed", "init_from", "data.path")
 """Fields in which runs of one protocol may differ."""
 README_MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
@@ -343,7 +345,8 @@ def main(raw: list[str]) -> None:
         write(folder / "results.csv", results)
         (folder / "figures").mkdir(exist_ok=True)
         # Of a row with one budget, pictures of budgets and of compute are plain.
-        shown = [Path(choice.workdir[0]) / f"{name}.png" for name in (FIGURES if len(new) > 1 else ())]
+        names = (FEW if row.startswith(SMALL) else FIGURES) if len(new) > 1 else ()
+        shown = [Path(choice.workdir[0]) / f"{name}.png" for name in names]
         shown += [Path(choice.samples) / f"{name}.png" for name in (DRAWN if choice.samples else ())]
         if choice.samples and not shown[-1].exists():
             raise UserError(f"--samples {choice.samples} has no {shown[-1].name}: run experiments.sample --out on it")
