@@ -303,7 +303,10 @@ def read_newest(
             say(f"checkpoint {step} of {workdir} cannot be read ({reason}): {before}")
             damaged += [step] if finished else []
     if damaged:
-        raise UserError(f"no checkpoint of {workdir} can be read (steps {damaged}): remove the workdir to start again")
+        raise UserError(
+            f"no checkpoint of {workdir} can be read (steps {damaged}): "
+            f"remove {Path(workdir) / 'checkpoints'} to train again"
+        )
     return None
 
 

@@ -63,16 +63,30 @@ def deploy(model: nnx.Module, budget: float | int, calibration: Iterable) -> Dep
         calibration: batches of inputs like those to come, and not those to be tested on.
 
     Raises:
-        ValueError: for a budget outside (0, 1] or no calibration batches.
+        ValueError: for a budget outside (0, 1], calibration that is no list of batches, or less than all of a model without a decision.
     """
-    return Solver(model, calibration).deploy(budget)
+    solver = Solver(model, calibration)
+    deployed = solver.deploy(budget)
+    if budget < 1 and not solver.decides:
+        raise ValueError(
+            f"{type(model).__name__} decides nothing, so no budget can move it: wrap parts of it (dynjax.dynamize)"
+        )
+    return deployed
 
 
 class Solver:
     """Solves several budgets of one model on the same calibration inputs, compiling once."""
 
     def __init__(self, model: nnx.Module, calibration: Iterable):
-        self.batches = [jnp.asarray(x) for x in calibration]
+        if hasattr(calibration, "shape"):
+            raise ValueError(f"calibration is one array of shape {calibration.shape}: give a list of batches, [images]")
+        self.batches = []
+        for x in calibration:
+            if not hasattr(x, "shape"):
+                raise ValueError(
+                    f"a calibration batch is a {type(x).__name__}: each must be the model's input, an array"
+                )
+            self.batches.append(jnp.asarray(x))
         if not self.batches:
             raise ValueError("calibration is empty: give at least one batch of inputs")
         still = nnx.view(
@@ -80,6 +94,7 @@ class Solver:
         )
         self.model = nnx.clone(still)
         self.full = 0.0
+        self.decides = False
         graphdef, self._state = nnx.split(self.model)
 
         @jax.jit
@@ -87,7 +102,7 @@ class Solver:
             model = nnx.merge(graphdef, state, copy=True)
             budgets.set_threshold(model, threshold)
             trace = traced(model)(x)[1]
-            self.full = trace.full_macs
+            self.full, self.decides = trace.full_macs, bool(trace.decisions)
             return trace.macs()
 
         self._macs = macs

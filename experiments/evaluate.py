@@ -335,6 +335,8 @@ def main(raw: list[str]) -> None:
         return make_loader(source, arguments.batch_size, seed=0, augment=None, shuffle=False, repeat=False)
 
     budgets = sorted(set(arguments.budgets))
+    if static and budgets != [1.0] and arguments.budgets != Arguments.budgets:
+        print(f"{config.row} is static, it costs the same at every budget: evaluated once")
     if not static and not steers(model):
         print(f"{config.row} has nothing to skip, it costs the same at every budget: evaluated once")
         budgets = [1.0]

@@ -32,7 +32,8 @@ class Arguments:
     """Folder of a training run."""
     out: str
     """Folder for the results; made when it is missing."""
-    sampler: Literal["pixel", "cached", "fixed-point", "coarse-to-fine"] = "fixed-point"
+    sampler: Literal["pixel", "cached", "fixed-point", "coarse-to-fine"] | None = None
+    """That of the row when it is not given: coarse-to-fine of *_nextscale, fixed-point of the others."""
     budget: float | None = None
     """Share of the MACs that a picture may take on average, of a model with gates or exits; 1 when it is not given."""
     n: int = 64
@@ -60,7 +61,7 @@ def check(arguments: Arguments) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
     if arguments.window is not None and arguments.window < 1:
         raise UserError(f"--window {arguments.window} must be at least 1")
-    if arguments.window is not None and arguments.sampler != "fixed-point":
+    if arguments.window is not None and arguments.sampler not in (None, "fixed-point"):
         raise UserError(f"--window is of --sampler fixed-point; {arguments.sampler} has none")
     if arguments.budget is not None and not 0 < arguments.budget <= 1:
         raise UserError(f"--budget {arguments.budget:g} must be a share of the MACs in (0, 1]")
@@ -194,8 +195,15 @@ def main(raw: list[str]) -> None:
     out = cli.make_folder(arguments.out, "out")
     config, _ = checkpoint.read_config(arguments.workdir)
     if not models.generates(config.model):
-        raise UserError(f"--workdir {arguments.workdir}: row {config.row} draws no pictures; the rows *_pixelcnn do")
+        raise UserError(
+            f"--workdir {arguments.workdir}: row {config.row} draws no pictures; the rows *_pixelcnn, "
+            "*_transformer, *_codes and *_nextscale do"
+        )
+    own = "coarse-to-fine" if config.model.family == "nextscale" else "fixed-point"
+    arguments = dataclasses.replace(arguments, sampler=arguments.sampler or own)
     refines = arguments.sampler == "coarse-to-fine"
+    if refines and arguments.window is not None:
+        raise UserError(f"--window is of fixed-point, and row {config.row} is drawn by coarse-to-fine")
     if refines != (config.model.family == "nextscale"):
         way = "coarse-to-fine and by no other sampler" if not refines else "pixel, cached or fixed-point"
         raise UserError(f"--sampler {arguments.sampler}: row {config.row} is drawn by {way}")

@@ -90,7 +90,8 @@ def test_a_model_without_dynamics():
     model = nnx.Sequential(make(blocks.Pointwise))
     report = dj.deploy(model, 1.0, [image(2, 4, 4, CHANNELS)]).report
     assert report.met and report.mean == report.max == report.full == 16 * CHANNELS**2
-    assert not dj.deploy(model, 0.5, [image(2, 4, 4, CHANNELS)]).report.met
+    with pytest.raises(ValueError, match="decides nothing"):
+        dj.deploy(model, 0.5, [image(2, 4, 4, CHANNELS)])
 
 
 def test_report_reads_well():
@@ -109,3 +110,12 @@ def test_errors(model, calibration):
     for share in (0, 1.5):
         with pytest.raises(ValueError, match=f"budget={share} must be in"):
             dj.deploy(model, share, calibration)
+
+
+def test_what_is_no_list_of_batches():
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    x = jnp.ones((3, 2))
+    with pytest.raises(ValueError, match=r"one array of shape \(3, 2\): give a list"):
+        dj.deploy(model, 0.5, x)
+    with pytest.raises(ValueError, match="a calibration batch is a tuple"):
+        dj.deploy(model, 0.5, [(x, x)])

@@ -1,5 +1,7 @@
 """dynamize puts wrappers into models by path, and leaves the original as it was."""
 
+import inspect
+
 import blocks
 import jax
 import jax.numpy as jnp
@@ -144,3 +146,19 @@ def test_errors(model):
     twice = dj.dynamize(nnx.Sequential(Parameterless()), {"layers/0": dj.Skip}, features=1, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="dynamic already"):
         dj.dynamize(twice, {"layers/0": dj.Tiles}, features=1, rngs=nnx.Rngs(0))
+
+
+def test_what_is_no_nnx_module():
+    class Linen:
+        pass
+
+    plain = inspect.unwrap(dj.dynamize)  # without the tests' type checks
+    with pytest.raises(ValueError, match=r"Linen and no flax\.nnx\.Module"):
+        plain(Linen(), {".*": dj.Skip}, rngs=nnx.Rngs(0))
+
+
+def test_a_pattern_of_which_nothing_is_left():
+    inner = nnx.Sequential(nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0)))
+    model = nnx.Sequential(inner)
+    with pytest.raises(ValueError, match="lies inside of a module that another pattern wraps"):
+        dj.dynamize(model, {"layers/0": dj.Skip, "layers/0/layers/0": dj.Tiles}, rngs=nnx.Rngs(0), features=4)

@@ -44,7 +44,9 @@ def make_cifar10(
     if root.is_file() and root.suffix == ".npz":
         return _from_npz(root, options)
     if not root.is_dir():
-        raise UserError(f"data.path={path}: no folder and no .npz file {root}; cifar10 is {FORMS}")
+        raise UserError(
+            f"data.path={path}: no folder and no .npz file {root}; cifar10 is {FORMS}; --data.path says where"
+        )
     for folder in (root, root / "cifar-10-batches-py"):
         if (folder / TRAIN[0]).is_file() or (folder / TEST).is_file():
             return _from_batches(folder, "", read_pickle, options)

@@ -40,7 +40,10 @@ def make_mnist(
         raise UserError(f"data.name={name} needs a folder: give --data.path PATH")
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise UserError(f"data.path={path}: no folder {root}; {name} is four files, train-images-idx3-ubyte.gz, ...")
+        raise UserError(
+            f"data.path={path}: no folder {root}; {name} is four files, train-images-idx3-ubyte.gz, ...; "
+            "--data.path says where"
+        )
     prefix = "t10k" if split == "test" else "train"
     image_file, label_file = _find(root, f"{prefix}-images-idx3-ubyte"), _find(root, f"{prefix}-labels-idx1-ubyte")
     images, labels = read_idx(image_file, IMAGES), read_idx(label_file, LABELS)

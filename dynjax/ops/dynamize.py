@@ -41,10 +41,14 @@ def dynamize(
         ValueError: for a pattern that matches nothing (near matches are listed), or where the input channels are not to
             be found.
     """
+    if not isinstance(model, nnx.Module):
+        what = f"{type(model).__module__}.{type(model).__name__}"
+        raise ValueError(f"the model is a {what} and no flax.nnx.Module: a Linen model must be written in nnx first")
     copy = nnx.clone(model)
     # Lists and dicts are modules too; wrapping one would hide its items from the model that indexes it.
     paths = {_name(path): m for path, m in nnx.iter_modules(copy) if path and not isinstance(m, nnx.List | nnx.Dict)}
     chosen: dict[str, Callable] = {}
+    matched: dict[str, list[str]] = {}
     for pattern, wrapper in wrappers.items():
         matches = [path for path in paths if re.fullmatch(pattern, path)]
         if not matches:
@@ -53,9 +57,16 @@ def dynamize(
             raise ValueError(
                 f"no module's path matches {pattern!r}; near: {', '.join(near) or 'the model has no modules'}"
             )
+        matched[pattern] = matches
         for path in matches:
             chosen.setdefault(path, wrapper)
     inner = [path for path in chosen if any(path.startswith(f"{other}/") for other in chosen)]
+    for pattern, matches in matched.items():
+        if set(matches) <= set(inner):
+            raise ValueError(
+                f"all that {pattern!r} matches ({', '.join(matches[:3])}) lies inside of a module that another pattern "
+                "wraps, and two decisions about one piece of work cannot be accounted: wrap the outer one or the inner"
+            )
     new = {}
     for path in sorted(chosen.keys() - inner):
         block, wrapper = paths[path], chosen[path]

@@ -60,6 +60,8 @@ class Tiles(nnx.Module):
         self.execution, self.strategy = execution or self.execution, strategy or self.strategy
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
+        if x.ndim != 4:
+            raise ValueError(f"Tiles needs maps (B, H, W, C) and was given shape {x.shape}: is the batch axis missing?")
         size = self.gate.size
         hint = f"tiles of {size} pixels on {x.shape[1]}x{x.shape[2]}"
         decision = wrapping.expect(self.gate(x), "tile", (x.shape[0], *wrapping.grid(x, size)), "Tiles", hint)
