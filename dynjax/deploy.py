@@ -63,7 +63,8 @@ def deploy(model: nnx.Module, budget: float | int, calibration: Iterable) -> Dep
         calibration: batches of inputs like those to come, and not those to be tested on.
 
     Raises:
-        ValueError: for a budget outside (0, 1], calibration that is no list of batches, or less than all of a model without a decision.
+        ValueError: for a budget outside (0, 1], calibration that is no list of batches, or less than all of a model
+            without a decision.
     """
     solver = Solver(model, calibration)
     deployed = solver.deploy(budget)

@@ -49,9 +49,11 @@ def plot_calls(
     calls: Integer[np.ndarray, "N"],
     what: str = "calls",
     *,
+    counted: str = "evaluations",
     title: str = "",
 ) -> None:
-    """Pictures, and under each how often every pixel of it, or code, was evaluated, all on one scale."""
+    """Pictures, and under each how often every pixel of it, or code, was evaluated (or what else is `counted`), all on
+    one scale."""
     number = len(images)
     figure = Figure(figsize=(1.1 * number + 1, 3.2), layout="constrained")
     figure.suptitle(title, fontsize=10)
@@ -64,7 +66,7 @@ def plot_calls(
         grid[0, column].imshow(images[column], interpolation="nearest")
         shown = grid[1, column].imshow(visits[column], cmap="viridis", vmin=1, vmax=top, interpolation="nearest")
         grid[1, column].set_xlabel(f"{calls[column]} {what}", fontsize=9)
-    figure.colorbar(shown, ax=list(grid[1]), label="evaluations", shrink=0.9)
+    figure.colorbar(shown, ax=list(grid[1]), label=counted, shrink=0.9)
     figure.savefig(path, dpi=130)
 
 

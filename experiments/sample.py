@@ -8,7 +8,8 @@ which every pixel takes blocks until its prediction is sure, whatever the sample
 --label 3 asks a conditional row for one class; --complete gives the upper half of pictures of the test set.
 Of rows *_codes the codes are drawn, and decoded: what is said of pixels is then said of codes.
 
-Writes DIR/grid.png, film.png (how the first ones come to be), calls.png (how often each pixel was evaluated), and
+Writes DIR/grid.png, film.png (how the first ones come to be), calls.png (how often each pixel was evaluated,
+of *_exits the blocks that it took), and
 calls.csv (per picture: label, calls or refined tiles, evaluations per pixel, MACs where a budget steers, milliseconds,
 size as PNG, pixels that differ).
 """
@@ -165,8 +166,9 @@ def within_budget(model: Any, budget: float, seed: int, row: str) -> Any:
     return found.model
 
 
-def macs_of(model: Any, images: Any, batch: int) -> Any:
-    """MACs that each picture (N, H, W, C) of a model with a budget took: they are a function of the picture."""
+def spent_on(model: Any, images: Any, batch: int) -> Any:
+    """MACs that each picture (N, H, W, C) of a model with a budget took, (N,), and of a model with exits the blocks of
+    each pixel (N, H, W), else None: they are a function of the picture."""
     import jax
     import numpy as np
     from flax import nnx
@@ -174,9 +176,18 @@ def macs_of(model: Any, images: Any, batch: int) -> Any:
     from dynjax.trace import traced
 
     graphdef, state = nnx.split(nnx.view(model, execution="masked", raise_if_not_found=False))
-    run = jax.jit(lambda state, x: traced(nnx.merge(graphdef, state))(x)[1].macs())
+
+    @jax.jit
+    def run(state: nnx.State, x: Any) -> Any:
+        trace = traced(nnx.merge(graphdef, state))(x)[1]
+        blocks = [each.keep.sum(-1) for each in trace.decisions.values() if each.granularity == "tile exit"]
+        return trace.macs(), *blocks
+
     index = [np.minimum(np.arange(k, k + batch), len(images) - 1) for k in range(0, len(images), batch)]
-    return np.concatenate([np.asarray(run(state, images[each])) for each in index])[: len(images)]
+    macs, *blocks = (
+        np.concatenate(each)[: len(images)] for each in zip(*(run(state, images[i]) for i in index), strict=True)
+    )
+    return macs, blocks[0].astype(int) if blocks else None
 
 
 def main(raw: list[str]) -> None:
@@ -269,12 +280,15 @@ def main(raw: list[str]) -> None:
         moments.append(np.stack(frames))
 
     sizes = np.array([film.png_bytes(image) for image in images])
-    correlation = film.rank_correlation(drawn.calls, sizes)
     visits = drawn.visits.mean((1, 2))
-    macs = macs_of(model, drawn.image, batch) if steers(model) else None
+    macs, blocks = spent_on(model, drawn.image, batch) if steers(model) else (None, None)
     what = "tiles refined" if refines else "calls"
+    shown = (drawn.visits, drawn.calls, what, "evaluations")
+    if blocks is not None:
+        shown = (blocks, blocks.sum((1, 2)), "blocks", "blocks")
+    correlation = film.rank_correlation(shown[1], sizes)
     # The most, the least and what is between: pictures over the whole range of calls.
-    order = np.argsort(drawn.calls, kind="stable")[np.linspace(0, number - 1, min(SHOWN, number)).round().astype(int)]
+    order = np.argsort(shown[1], kind="stable")[np.linspace(0, number - 1, min(SHOWN, number)).round().astype(int)]
     title = f"{config.row}, step {step}, {arguments.sampler}, seed {arguments.seed}"
     header = (
         "picture",
@@ -290,7 +304,9 @@ def main(raw: list[str]) -> None:
     try:
         film.save_grid(out / "grid.png", images)
         film.save_film(out / "film.png", np.stack(moments))
-        film.plot_calls(out / "calls.png", images[order], drawn.visits[order], drawn.calls[order], what, title=title)
+        film.plot_calls(
+            out / "calls.png", images[order], shown[0][order], shown[1][order], shown[2], counted=shown[3], title=title
+        )
         with open(out / "calls.csv", "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(header)
@@ -310,7 +326,7 @@ def main(raw: list[str]) -> None:
         other = "the masked execution" if refines else f"--check {arguments.check}"
         print(f"{int(flips.sum())} of {drawn.visits.size} pixels differ from those of {other}")
     if correlation == correlation:
-        print(f"rank correlation of {what} with the size as PNG: {correlation:.2f}")
+        print(f"rank correlation of {shown[2]} with the size as PNG: {correlation:.2f}")
     print(f"{out}: grid.png film.png calls.png calls.csv")
 
 
