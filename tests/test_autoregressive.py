@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from blocks import make
+from flax import nnx
 
-from dynjax import models, tasks
-from dynjax.config import PixelCNNConfig, UserError
+from dynjax import budget, models, tasks
+from dynjax.config import CodesConfig, PixelCNNConfig, PixelTransformerConfig, UserError, VQVAEConfig
 from dynjax.data import make_source
-from dynjax.tasks.autoregressive import AutoregressiveTask
+from dynjax.tasks.autoregressive import AutoregressiveTask, integers
 from experiments import rows
 
 MODEL = PixelCNNConfig(shape=(3, 4, 1), values=4, features=4, layers=1)
@@ -48,3 +49,25 @@ def test_pictures_of_another_size():
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, shape=(9, 8, 1)))
     with pytest.raises(UserError, match=r"9x8 and those of data.name=digits8 are 8x8"):
         tasks.make_task(config, make_source(config.data, "train"))
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_exits_are_trained_with_some_who_left(codes):
+    """Another key is another threshold, and all go on afterwards."""
+    prior = PixelTransformerConfig(shape=(4, 4, 1), values=4, features=8, layers=3, heads=2, dynamics="exits")
+    vqvae = VQVAEConfig(shape=(4, 4, 1), halvings=1, codes=4, code_features=2, features=4, blocks=0)
+    config = CodesConfig(vqvae=vqvae, prior=prior) if codes else prior
+    model = make(lambda rngs: models.build(config, 10, rngs=rngs))
+    image = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
+    batch = {"image": jnp.asarray(image), "label": jnp.arange(3)}
+
+    @nnx.jit
+    def bits(model, key):
+        return AutoregressiveTask().loss(model, batch, key, 0.0)[0]
+
+    found = {float(bits(model, jax.random.key(number))) for number in range(4)}
+    assert len(found) > 1
+    draws = model.prior if codes else model
+    assert {float(gate.threshold[...]) for gate in draws.exits.gates} == {budget.LOWEST}
+    x = integers(model, batch["image"])
+    assert len(model.predictions(x)) == 3

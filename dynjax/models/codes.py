@@ -47,6 +47,13 @@ class Codes(nnx.Module):
     def __call__(self, x: Int[Array, "B h w 1"], label: Int[Array, "B"] | None = None) -> Float[Array, "B h w P"]:
         return self.prior(x, label) if self.classes else self.prior(x)
 
+    def predictions(
+        self, x: Int[Array, "B h w 1"], label: Int[Array, "B"] | None = None
+    ) -> list[Float[Array, "B h w P"]]:
+        """Those of `prior`, where it has several; else what it gives."""
+        given = (x, label) if self.classes else (x,)
+        return self.prior.predictions(*given) if hasattr(self.prior, "predictions") else [self.prior(*given)]
+
     def encode(self, image: UInt8[Array, "B H W 3"]) -> Int[Array, "B h w 1"]:
         """The codes of pictures."""
         return self.coder.encode(image)[..., None]

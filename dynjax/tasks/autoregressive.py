@@ -6,11 +6,13 @@ Letters: B examples, H W pixels.
 import dataclasses
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dynjax import budget
 from dynjax.models.likelihoods import quantise
 
 
@@ -28,13 +30,27 @@ def nats(model: nnx.Module, image: Array, label: Array) -> Float[Array, "B"]:
     return -model.likelihood.log_prob(params, x).sum((1, 2))
 
 
-def training_nats(model: nnx.Module, image: Array, label: Array) -> Float[Array, "B"]:
-    """As `nats`; of a model that has several `predictions` of every pixel, their mean."""
+DOUBT = (-8.0, 3.0)
+"""Thresholds of exits that are trained for: logits of the entropy's share, from nearly all going on to few."""
+
+
+def training_nats(model: nnx.Module, image: Array, label: Array, key: PRNGKeyArray) -> Float[Array, "B"]:
+    """As `nats`; of a model that has several `predictions` of every pixel, their mean.
+
+    Of a model with exits the mean of this and of `nats` under a threshold drawn from `key`: who comes later must have
+    learnt to look at those who left early. The model is left with all going on.
+    """
     if not hasattr(model, "predictions"):
         return nats(model, image, label)
     x = integers(model, image)
     each = model.predictions(x, label) if model.classes else model.predictions(x)
-    return sum(-model.likelihood.log_prob(params, x).sum((1, 2)) for params in each) / len(each)
+    mean = sum(-model.likelihood.log_prob(params, x).sum((1, 2)) for params in each) / len(each)
+    if getattr(getattr(model, "prior", model), "exits", None) is None:
+        return mean
+    budget.set_threshold(model, jax.random.uniform(key, minval=DOUBT[0], maxval=DOUBT[1]))
+    leaving = nats(model, image, label)
+    budget.set_threshold(model, jnp.float32(budget.LOWEST))
+    return (mean + leaving) / 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +70,7 @@ class AutoregressiveTask:
         self, model: nnx.Module, batch: dict[str, Any], key: PRNGKeyArray, progress: Float[Array, ""] | float
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Bits per dimension of a batch {"image" (B, H, W, 3), "label" (B,)}, and metrics."""
-        bits = training_nats(model, batch["image"], batch["label"]).mean() / (np.log(2) * np.prod(model.shape))
+        bits = training_nats(model, batch["image"], batch["label"], key).mean() / (np.log(2) * np.prod(model.shape))
         return bits, {"loss": bits, "bits_per_dim": bits, "macs_fraction": jnp.float32(1)}
 
     def counts(self, model: nnx.Module, batch: dict[str, Any]) -> Float[Array, "2"]:
