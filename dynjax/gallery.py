@@ -43,7 +43,7 @@ def plot_classes(
     axes.axvline(macs.mean() / scale, color="black", linestyle=":", label="mean of all")
     axes.set_xlim(left=0)
     axes.set_xlabel(f"{prefix}MAC per image (diamond: mean of the class)")
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, loc="center left")
     axes.set_title(title, fontsize=10)
     figure.savefig(path, dpi=130)
 
