@@ -8,10 +8,9 @@ which every pixel takes blocks until its prediction is sure, whatever the sample
 --label 3 asks a conditional row for one class; --complete gives the upper half of pictures of the test set.
 Of rows *_codes the codes are drawn, and decoded: what is said of pixels is then said of codes.
 
-Writes DIR/grid.png, film.png (how the first ones come to be), calls.png (how often each pixel was evaluated,
-of *_exits the blocks that it took), and
-calls.csv (per picture: label, calls or refined tiles, evaluations per pixel, MACs where a budget steers, milliseconds,
-size as PNG, pixels that differ).
+Writes DIR/grid.png, film.png (how the first ones come to be), calls.png (how often each pixel was evaluated, of *_exits
+the blocks that it took), and calls.csv (per picture: label, calls or refined tiles, evaluations per pixel, MACs where a
+budget steers, milliseconds, size as PNG, pixels that differ).
 """
 
 import csv
