@@ -65,7 +65,8 @@ def train(model):
     @nnx.jit
     def step(model, optimizer, image):
         def loss(model):
-            return training_nats(model, image, -jnp.ones(len(image), jnp.int32)).mean() / (np.log(2) * 64)
+            label, key = -jnp.ones(len(image), jnp.int32), jax.random.key(0)  # no labels, and no exits to train
+            return training_nats(model, image, label, key).mean() / (np.log(2) * 64)
 
         bits, gradient = nnx.value_and_grad(loss)(model)
         optimizer.update(model, gradient)
