@@ -8,9 +8,6 @@ masked execution, and draws the speed-ups beside the ideal 1 / kept into a pictu
 """
 
 import argparse
-import csv
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +21,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 import dynjax as dj
+from benchmarks import tables
 from benchmarks.executors import Stack, median_ms
 from dynjax.decision import Decision
 from dynjax.ops.halting import Halt
@@ -318,15 +316,10 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--strategy", choices=("auto", "loop", "buckets"), default="auto")
     arguments = parser.parse_args()
-    device = jax.devices()[0]
-    where = f"{device.device_kind or device.platform}, {os.cpu_count()} cores, {platform.machine()}"
+    where = tables.machine()
     print(f"{where}, jax {jax.__version__}, batch {BATCH}", file=sys.stderr)
     rows = [row for name in arguments.cases for row in run(name, arguments.repeats, arguments.strategy)]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(arguments.out, rows)
     plot(arguments.out.with_suffix(".png"), rows, f"Batch {BATCH}, {where}")
 
 

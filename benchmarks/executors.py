@@ -9,11 +9,8 @@ with dense is the break-even that `dynjax/execute.py` states. Also checks each r
 """
 
 import argparse
-import csv
 import dataclasses
 import functools
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks import tables
 from dynjax import execute
 from dynjax.ops.receptive import receptive_radius
 
@@ -154,18 +152,13 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=[*CASES, *LARGE], default=list(CASES))
     parser.add_argument("--strategy", choices=("auto", "loop", "buckets"), default="auto")
     arguments = parser.parse_args()
-    device = jax.devices()[0]
     print(
-        f"{device.device_kind or device.platform}, {os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}",
+        f"{tables.machine()}, jax {jax.__version__}",
         file=sys.stderr,
     )
     cases = {name: (CASES | LARGE)[name] for name in arguments.cases}
     rows = [row for name, case in cases.items() for row in run(name, case, arguments.repeats, arguments.strategy)]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(arguments.out, rows)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,7 @@ mixes the outputs of four convolutions. Per pixel: "involution" and "ddf", whose
 """
 
 import argparse
-import csv
 import math
-import os
-import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from benchmarks import tables
 from benchmarks.executors import median_ms
 from dynjax import convolve, cost
 from dynjax.ops.filters import DDF, Involution
@@ -140,20 +138,15 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     arguments = parser.parse_args()
-    device = jax.devices()[0]
     print(
-        f"{device.device_kind or device.platform}, {os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}",
+        f"{tables.machine()}, jax {jax.__version__}",
         file=sys.stderr,
     )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for case in arguments.cases:
         for batch in arguments.batches:
             rows += run(case, batch, arguments.ways, arguments.repeats)
-            with arguments.out.open("w", newline="") as file:  # again after each: all of it takes minutes
-                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            tables.write(arguments.out, rows)  # again after each: all of it takes minutes
 
 
 if __name__ == "__main__":

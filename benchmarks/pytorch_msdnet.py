@@ -10,12 +10,10 @@ has trained weights and thresholds solved on val, and runs on pictures of test. 
 """
 
 import argparse
-import csv
 import dataclasses
 import itertools
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +26,10 @@ from experiments import cli
 SCALES = (1, 2, 4)
 """Channels of a scale, as multiples of the finest one's; and how wide its bottleneck may be."""
 
-ROW, FORGOTTEN = 10, 4
+ROW = "cifar10_msdnet7_exits"
+EVERYTHING = math.inf
+"""The budget at which all exits are run for every picture, as PyTorch does."""
+RUN, FORGOTTEN = 10, 4
 """Batches that one library runs in a row, and how many of them are not counted: the other's threads wait busily for a
 while, and the caches are its own."""
 
@@ -153,26 +154,24 @@ def main(raw: list[str]) -> None:
     import numpy as np
     from flax import nnx
 
+    from benchmarks import tables
     from dynjax import checkpoint, models
     from dynjax.data import calibration_batches, make_source
     from dynjax.evaluate import solve, static_macs
 
-    config, model, step = checkpoint.load(arguments.workdir)
+    config, model, step = tables.trained(arguments.workdir, ROW, "data/cifar10", arguments.path)
     if config.model.family != "msdnet":
         raise UserError(f"--workdir {arguments.workdir}: row {config.row} is no MSDNet; cifar10_msdnet7_exits is meant")
-    if arguments.path:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=arguments.path))
     val, test = (make_source(config.data, split) for split in ("val", "test"))
     # As everywhere, a budget is a share of the MACs of the same net with its last exit alone.
     twin = checkpoint.build(dataclasses.replace(config, model=models.static_twin(config.model)), len(val.classes))
     whole = static_macs(checkpoint.evaluation_view(twin), val.size)
-    deployed = solve(model, whole, arguments.budgets, calibration_batches(val, 50, 20))
+    deployed = solve(model, whole, [*arguments.budgets, EVERYTHING], calibration_batches(val, 50, 20))
     reference = build()
     ours = sum(each.size for each in jax.tree.leaves(nnx.state(model, nnx.Param))) / 1e6
     theirs = parameters(reference)
-    where = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}"
     print(
-        f"{where}; jax {jax.__version__}, torch {torch.__version__}; {config.row}, step {step}; "
+        f"{tables.machine()}; jax {jax.__version__}, torch {torch.__version__}; {config.row}, step {step}; "
         f"M parameters: dynjax {ours:.2f}, PyTorch {theirs:.2f}",
         file=sys.stderr,
     )
@@ -180,8 +179,6 @@ def main(raw: list[str]) -> None:
     program = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
     states = {budget: nnx.state(each.model) for budget, each in deployed.items()}
     macs = {budget: each.report.mean for budget, each in deployed.items()}
-    # With all exits run: what PyTorch computes.
-    macs[""] = next(iter(deployed.values())).report.full
 
     def pytorch(images: Any) -> None:
         with torch.inference_mode():
@@ -192,15 +189,15 @@ def main(raw: list[str]) -> None:
 
     rows = []
     for batch in arguments.batches:
-        places = np.arange(batch * ROW) * len(test) // (batch * ROW)
-        pictures = np.stack([test[int(place)]["image"] for place in places]).reshape(ROW, batch, 32, 32, 3)
+        places = np.arange(batch * RUN) * len(test) // (batch * RUN)
+        pictures = np.stack([test[int(place)]["image"] for place in places]).reshape(RUN, batch, 32, 32, 3)
         scaled = torch.from_numpy(pictures.transpose(0, 1, 4, 2, 3) / np.float32(255)).contiguous()
-        ways: dict[tuple[str, Any], tuple[Callable, Any]] = {("PyTorch", ""): (pytorch, scaled)}
-        ways |= {("dynjax", budget): (dynjax(budget), jax.numpy.asarray(pictures)) for budget in arguments.budgets}
+        ways: dict[tuple[str, Any], tuple[Callable, Any]] = {("PyTorch", EVERYTHING): (pytorch, scaled)}
+        ways |= {("dynjax", budget): (dynjax(budget), jax.numpy.asarray(pictures)) for budget in deployed}
         seconds: dict[tuple[str, Any], list[float]] = {way: [] for way in ways}
         for number in range(-1, arguments.repeats):  # the first compiles
             for way, (run, inputs) in ways.items():
-                for place in range(ROW):
+                for place in range(RUN):
                     images = inputs[place]
                     began = time.perf_counter()
                     run(images)
@@ -211,7 +208,7 @@ def main(raw: list[str]) -> None:
             rows.append(
                 dict(
                     implementation=name,
-                    budget=budget,
+                    budget="all exits" if budget == EVERYTHING else budget,
                     batch=batch,
                     million_macs=round(macs[budget] / 1e6, 1),
                     ms_per_picture=round(1e3 * middle / batch, 3),
@@ -219,13 +216,9 @@ def main(raw: list[str]) -> None:
                     million_parameters=round(theirs if name == "PyTorch" else ours, 2),
                 )
             )
-            at = f"budget {budget:g}" if budget else "all exits"
+            at = "all exits" if budget == EVERYTHING else f"budget {budget:g}"
             print(f"batch {batch:3}  {name:8} {at:12} {batch / middle:8.0f} pictures/s", flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(arguments.out, rows)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,11 @@
 Needs a trained row: python -m experiments.train mnist_pixelcnn --workdir runs/mnist_pixelcnn --data.path data/mnist
 pixel: the whole model for every pixel, really run; plain: every pixel of every picture until none changes; fixed-point:
 pictures leave the batch, rows before the frontier are not computed, and only a window after it is; cached: one pixel of
-every layer. Pixels that differ from those of `pixel` are counted. Writes the table as CSV, and a histogram of the calls
-that pictures take as a PNG of the same name.
+every layer. Pixels, and pictures, that differ from those of `pixel` are counted. Writes the table as CSV, and a
+histogram of the calls that pictures take as a PNG of the same name.
 """
 
 import argparse
-import csv
-import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -22,7 +19,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dynjax import checkpoint, film, models, sampling
+from benchmarks import tables
+from dynjax import film, models, sampling
 from dynjax.config import UserError
 from experiments import cli
 
@@ -52,7 +50,8 @@ def run(model: nnx.Module, examples: int, arguments: argparse.Namespace) -> tupl
         if name != BASE:
             calls[name](0)
     seconds = {name: [] for name in calls}
-    flipped, found = dict.fromkeys(calls, 0), {name: [] for name in calls}
+    # Where rounding flips a pixel, all that follows it is another picture: both are counted.
+    flipped, others, found = dict.fromkeys(calls, 0), dict.fromkeys(calls, 0), {name: [] for name in calls}
     for seed in range(arguments.repeats):
         wanted = None
         for name, call in calls.items():
@@ -61,7 +60,9 @@ def run(model: nnx.Module, examples: int, arguments: argparse.Namespace) -> tupl
             seconds[name].append(time.perf_counter() - began)
             image = np.asarray(drawn.image)
             wanted = image if wanted is None else wanted
-            flipped[name] += int((image != wanted).any(-1).sum())
+            differs = (image != wanted).any(-1)
+            flipped[name] += int(differs.sum())
+            others[name] += int(differs.any((1, 2)).sum())
             found[name].append(drawn)
     middle = {name: float(np.median(each)) for name, each in seconds.items()}
     rows = []
@@ -77,6 +78,8 @@ def run(model: nnx.Module, examples: int, arguments: argparse.Namespace) -> tupl
                 calls_mean=round(float(each.mean()), 1),
                 calls_max=int(each.max()),
                 evaluations_per_pixel=round(float(np.mean([np.asarray(d.visits).mean() for d in drawn])), 2),
+                pictures_that_differ=others[name],
+                pictures=examples * arguments.repeats,
                 pixels_that_differ=flipped[name],
                 pixels=int(np.prod(model.shape[:2])) * examples * arguments.repeats,
             )
@@ -99,27 +102,17 @@ def main(raw: list[str]) -> None:
     parser.add_argument("--window", type=int, help="of fixed-point; the family's own when it is not given")
     parser.add_argument("--windows", type=int, nargs="*", default=[2, 3], help="further windows to time")
     arguments = parser.parse_args(raw)
-    if not (Path(arguments.workdir) / "config.json").exists():
-        raise UserError(
-            f"--workdir {arguments.workdir} is no workdir of a training run; this makes it: "
-            f"python -m experiments.train mnist_pixelcnn --workdir {arguments.workdir} --data.path data/mnist"
-        )
-    config, model, step = checkpoint.load(arguments.workdir)
+    config, model, step = tables.trained(arguments.workdir, "mnist_pixelcnn", "data/mnist")
     if not models.generates(config.model):
         raise UserError(f"--workdir {arguments.workdir}: row {config.row} draws no pictures")
-    device = jax.devices()[0]
-    where = f"{device.device_kind or device.platform}, {os.cpu_count()} cores, {platform.machine()}"
+    where = tables.machine()
     print(f"{where}, jax {jax.__version__}; {config.row}, step {step}", file=sys.stderr)
     rows, calls = [], {}
     for examples in arguments.batches:
         more, found = run(model, examples, arguments)
         rows += more
         calls[f"fixed-point, batch {examples}"] = found
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(arguments.out, rows)
     film.plot_histogram(arguments.out.with_suffix(".png"), calls, title=f"{config.row}, step {step}; {where}")
 
 

@@ -5,7 +5,6 @@ python -m benchmarks.training [--out benchmarks/results/training.csv] [--repeats
 """
 
 import argparse
-import csv
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from benchmarks import tables
 from benchmarks.executors import median_ms
 from dynjax import budget
 from dynjax.config import Config
@@ -69,11 +69,7 @@ def main() -> None:
             f"{name:22} static step {static:8.1f} ms  masked step {masked:8.1f} ms  ratio {masked / static:.3f}",
             flush=True,
         )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, found[0])
-        writer.writeheader()
-        writer.writerows(found)
+    tables.write(arguments.out, found)
 
 
 if __name__ == "__main__":

@@ -344,11 +344,6 @@ class CodesConfig:
         """Of the pictures."""
         return self.vqvae.shape
 
-    @property
-    def values(self) -> int:
-        """Of a code."""
-        return self.vqvae.codes
-
 
 ModelConfig = (
     UNetConfig

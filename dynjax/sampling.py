@@ -1,4 +1,6 @@
-"""Samplers of autoregressive models. All but the last are exact: same noise, same picture, whatever is computed for it.
+"""Samplers of autoregressive models. All but the last are exact: same noise, same picture, whatever is computed for it,
+but for what rounding does: a value near a half of one may round to another pixel in another program, and all that
+follows that pixel is then another picture. `benchmarks/sampling.py` counts them.
 
 `pixel_by_pixel` evaluates the whole model for every pixel, `cached` one pixel of every layer, and `fixed_point` draws
 many pixels at once, again and again, until none changes: compute goes to where a picture surprises.

@@ -52,13 +52,12 @@ STEPS = {"digits": 400, "cifar10": 1500}
 """Otherwise 2000. There are few digits: more steps learn them by heart."""
 
 
-def row(data: str, name: str, what: str, model: ModelConfig, **changes: object) -> Row:
-    """A row that draws pictures of `data`, whose shape and values `model` takes."""
-    full = f"{data}_{name}"
-    config = Config(
-        row=full,
+def config(data: str, name: str, model: ModelConfig, **changes: object) -> Config:
+    """The configuration of a row that draws pictures of `data`, or gives them back."""
+    row = Config(
+        row=f"{data}_{name}",
         data=DATA[data.removesuffix("8bit")],
-        model=dataclasses.replace(model, **SHAPES[data]),
+        model=model,
         loss=LossConfig(),
         optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=1e-4, ema=0.999),
         steps=STEPS.get(data, 2000),
@@ -66,16 +65,25 @@ def row(data: str, name: str, what: str, model: ModelConfig, **changes: object) 
         checkpoint_every=500,
         evaluate_every=500,
     )
-    config = dataclasses.replace(config, **changes)
-    protocol = f"{config.steps} steps of {config.batch_size}. Choose on val, report test, in bits per dimension."
-    return make_row(config, f"{what}, {WHAT[data]}.", protocol)
+    return dataclasses.replace(row, **changes)
+
+
+def row(data: str, name: str, what: str, model: ModelConfig, **changes: object) -> Row:
+    """A row that draws pictures of `data`, whose shape and values `model` takes."""
+    made = config(data, name, dataclasses.replace(model, **SHAPES[data]), **changes)
+    protocol = f"{made.steps} steps of {made.batch_size}. Choose on val, report test, in bits per dimension."
+    return make_row(made, f"{what}, {WHAT[data]}.", protocol)
 
 
 ROWS = (
     *(row(data, "pixelcnn", "Gated PixelCNN", PixelCNNConfig(layers=7)) for data in SHAPES),
-    row("digits", "transformer", "Causal transformer over pixels", PixelTransformerConfig()),
+    row("digits", "transformer", "Causal transformer over pixels", PixelTransformerConfig(), steps=800),
     row(
-        "digits", "transformer_exits", "Causal transformer that leaves early", PixelTransformerConfig(dynamics="exits")
+        "digits",
+        "transformer_exits",
+        "Causal transformer over pixels that leaves early",
+        PixelTransformerConfig(dynamics="exits"),
+        steps=800,
     ),
     *(
         row(

@@ -338,6 +338,9 @@ def main(raw: list[str]) -> None:
     if isinstance(choice, Add):
         if not choice.workdir:
             raise UserError("--workdir is empty: give evaluated workdirs")
+        drawn = [Path(choice.samples) / f"{name}.png" for name in (DRAWN if choice.samples else ())]
+        if missing := [picture.name for picture in drawn if not picture.exists()]:
+            raise UserError(f"--samples {choice.samples} has no {missing[0]}: run experiments.sample --out on it")
         row = _read_evaluation(Path(choice.workdir[0]))["row"]
         protocol = choice.protocol or " ".join(filter(None, [row_protocol(row), changes(choice.workdir[0])]))
         new = collect(choice.workdir, protocol, choice.paper_score, choice.paper_mmacs)
@@ -347,10 +350,7 @@ def main(raw: list[str]) -> None:
         # Of a row with one budget, pictures of budgets and of compute are plain.
         names = (FEW if row.startswith(SMALL) else FIGURES) if len(new) > 1 else ()
         shown = [Path(choice.workdir[0]) / f"{name}.png" for name in names]
-        shown += [Path(choice.samples) / f"{name}.png" for name in (DRAWN if choice.samples else ())]
-        if choice.samples and not shown[-1].exists():
-            raise UserError(f"--samples {choice.samples} has no {shown[-1].name}: run experiments.sample --out on it")
-        for picture in filter(Path.exists, shown):
+        for picture in filter(Path.exists, shown + drawn):
             shutil.copyfile(picture, folder / "figures" / f"{row}_{picture.name}")
     figures = sorted(path.name for path in (folder / "figures").glob("*.png"))
     notes = folder / "notes.md"

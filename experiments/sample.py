@@ -1,7 +1,8 @@
 """Draw pictures: python -m experiments.sample --workdir W --sampler fixed-point --n 64 --out DIR [--seed 0]
 
 Samplers: pixel (the whole model for every pixel), cached (one pixel of every layer), fixed-point (many pixels at once,
-until none changes). All three are exact: the seed fixes the noise, and the same noise is the same grid.png.
+until none changes). All three are exact: the seed fixes the noise, and the same noise is the same grid.png, but where
+rounding flips a pixel; --check counts such.
 Rows *_nextscale have a sampler of their own, coarse-to-fine, with a dial: --budget is the share of the MACs that
 pictures may take on average, solved on pictures that the model draws itself. Rows *_exits have the same dial, under
 which every pixel takes blocks until its prediction is sure, whatever the sampler.

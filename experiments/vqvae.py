@@ -11,9 +11,8 @@ codes that are sure leave early. Bits per dimension of codes are bits per code.
 
 import dataclasses
 
-from dynjax.config import CodesConfig, Config, PixelCNNConfig, PixelTransformerConfig, VQVAEConfig
-from experiments.autoregressive import DATA, SHAPES
-from experiments.autoregressive import row as pictures
+from dynjax.config import CodesConfig, PixelCNNConfig, PixelTransformerConfig, VQVAEConfig
+from experiments.autoregressive import SHAPES, config
 from experiments.labelled import Row, make_row
 
 MODELS = {
@@ -23,19 +22,20 @@ MODELS = {
     "cifar10": VQVAEConfig(codes=256, code_features=16, features=48),
 }
 WHAT = {"digits": "8x8 digits", "mnist": "MNIST", "fashion": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-STEPS = {"digits": 600, "cifar10": 1500}
+STEPS = {"digits": 600}
+"""Of a VQ-VAE; otherwise 1500."""
+CODE_STEPS = {"digits": 300}
+"""Of a model of codes; otherwise 1500."""
 
 
 def _rows(data: str) -> tuple[Row, ...]:
     coder = dataclasses.replace(MODELS[data], shape=SHAPES[data]["shape"])
-    vqvae: Config = pictures(data, "pixelcnn", "", PixelCNNConfig())()
-    vqvae = dataclasses.replace(vqvae, row=f"{data}_vqvae", data=DATA[data], model=coder, steps=STEPS.get(data, 1500))
+    vqvae = config(data, "vqvae", coder, steps=STEPS.get(data, 1500))
+    steps = CODE_STEPS.get(data, 1500)
     prior = CodesConfig(vqvae=coder, prior=PixelCNNConfig(features=48, layers=5))
-    codes = dataclasses.replace(vqvae, row=f"{data}_codes", model=prior, steps=300 if data == "digits" else vqvae.steps)
-    transformer = PixelTransformerConfig(features=64, layers=6, dynamics="exits")
-    exits = dataclasses.replace(
-        codes, row=f"{data}_codes_exits", model=dataclasses.replace(codes.model, prior=transformer)
-    )
+    codes = config(data, "codes", prior, steps=steps)
+    transformer = CodesConfig(vqvae=coder, prior=PixelTransformerConfig(features=64, layers=6, dynamics="exits"))
+    exits = config(data, "codes_exits", transformer, steps=steps)
     protocol = f"{codes.steps} steps of {vqvae.batch_size}. Choose on val, report test"
     return (
         make_row(

@@ -148,7 +148,7 @@ def test_evaluate_says_bits_at_each_budget(scales, tmp_path, capsys):
     record = json.loads((scales / "evaluation.json").read_text())
     add = ["add", "--folder", str(tmp_path), "--workdir", str(scales)]
     results.main(add)
-    with pytest.raises(UserError, match=r"has no calls\.png"):
+    with pytest.raises(UserError, match=r"has no grid\.png"):
         results.main([*add, "--samples", str(tmp_path / "none")])
     kept = results.read(tmp_path / "results.csv")
     assert [(line.budget, line.metric, line.speedup, line.met) for line in kept] == [
