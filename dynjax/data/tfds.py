@@ -23,6 +23,7 @@ from dynjax.data.pairs import (
     Target,
     check_pairs,
     class_names,
+    count_classes,
     largest_label,
     workers,
 )
@@ -58,7 +59,7 @@ def make_tfds(
     names = _names(builder.info.features[key], classes)
     if names is None:
         others = [_Reader(_open(builder, part), "", image_key, key, target) for part in parts.values()]
-        names = class_names(_count_classes(others))
+        names = class_names(_count_classes(others, f"data.name=tfds:{name}"))
     return check_pairs(
         reader,
         len(reader.records),
@@ -227,19 +228,19 @@ class _Reader:
         return image, self.mask(record, index) if self.target == "mask" else np.int32(record[self.key])
 
 
-def _count_classes(readers: Iterable[_Reader]) -> int:
+def _count_classes(readers: Iterable[_Reader], where: str) -> int:
     def largest(reader: _Reader, index: int) -> int:
         try:
             return largest_label(reader.mask(reader.record(index), index))
         except BadFile:
             return -1
 
-    found = [-1]
+    found: list[int] = []
     with ThreadPoolExecutor(workers()) as pool:
         for reader in readers:
             indices = range(len(reader.records))
             found += pool.map(largest, [reader] * len(indices), indices)
-    return 1 + max(found)
+    return count_classes(found, where)
 
 
 def _one_line(error: Exception) -> str:
