@@ -70,7 +70,7 @@ def test_broken_sets_give_one_line(tmp_path):
 
     (tmp_path / "val.txt").write_text("val/0.png valannot/0.png\nval/9.png valannot/9.png\nval/1.png\n")
     with pytest.raises(
-        UserError, match=r"2 bad files: .*line 3: 'val/1.png' is not 'image mask'; .*9\.png: there is no such file"
+        UserError, match=r"2 bad files: .*line 3: 'val/1.png' is not 'image mask', .*9\.png: there is no such file"
     ):
         make_source(camvid_config(tmp_path), "val")
 
