@@ -1,7 +1,7 @@
 """Damaged files of each kind that sources read: the same ones for the same seed, tried one by one.
 
-`names()` are the kinds; `short_of(name, folder, count, seed)` writes and reads `count` damaged files of one, and says in
-a line each what it met that is no plain refusal: another error than UserError or BadFile, or a message of several lines.
+`names()` are the kinds; `short_of(name, folder, count, seed)` writes and reads `count` damaged files of one, and says
+what it met that is no plain refusal: another error than UserError or BadFile, or a message of several lines.
 """
 
 import dataclasses

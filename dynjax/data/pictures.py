@@ -3,10 +3,11 @@
 H, W are a picture's height and width in pixels.
 """
 
+import contextlib
 import io
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # lossless only: a JPEG blurs
 # What these suffixes promise. Left to itself Pillow goes by the content, and hands PostScript to Ghostscript.
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 MASK_FORMATS = ("PNG", "BMP", "TIFF")
-MOST_PIXELS = 2**27  # 134 megapixels, 400 MB as RGB; cameras reach 108
+MOST_PIXELS = 89_000_000  # 270 MB as RGB; from 89.5 million on Pillow warns of attacks
 
 _LOSSY = ("jpeg", "tiff_jpeg", "webp")  # compressions of a TIFF, by Pillow's names
 _TURNS = {
@@ -59,31 +60,38 @@ def read_mask(file: Path | io.BufferedIOBase, name: str = "") -> Shaped[np.ndarr
         raise BadFile(f"{name or file}: {_reason(error, MASK_FORMATS)}") from None
 
 
-def open_picture(file: Path | io.BufferedIOBase, formats: Sequence[str] = IMAGE_FORMATS) -> Image.Image:
+@contextlib.contextmanager
+def open_picture(file: Path | io.BufferedIOBase, formats: Sequence[str] = IMAGE_FORMATS) -> Iterator[Image.Image]:
     """A picture of which only the header is read: one of `formats`, not too large, and alone in its file.
 
     Raises BadFile, without the file's name, and whatever Pillow raises.
     """
-    if isinstance(file, Path) and file.exists() and not file.is_file():
-        raise BadFile("no regular file")
-    with _PILLOW_LIMIT:  # Pillow's own limit is half of this one's, warns on stderr and speaks of attacks
+    if isinstance(file, Path):
+        if file.exists() and not file.is_file():
+            raise BadFile("no regular file")
+        # As a stream: what has a name Pillow maps into memory, a turned TIFF in the wrong shape.
+        with file.open("rb") as stream, open_picture(stream, formats) as picture:
+            yield picture
+        return
+    with _PILLOW_LIMIT:  # what is too large is said here, in our words
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             picture = Image.open(file, formats=formats)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
-    width, height = picture.size
-    if width * height > MOST_PIXELS:
-        picture.close()
-        raise BadFile(
-            f"{width}x{height} are {width * height / 1e6:.0f} megapixels, more than the {MOST_PIXELS / 1e6:.0f} that "
-            "are read; make it smaller"
-        )
-    # The further pictures of an MPO, which cameras write as .jpg, are thumbnails or depths of the first.
-    if getattr(picture, "is_animated", False) and picture.format != "MPO":
-        picture.close()
-        raise BadFile(f"a {picture.format} of several pictures (animated, or of many pages); save one of them alone")
-    return picture
+    with picture:
+        width, height = picture.size
+        if width * height > MOST_PIXELS:
+            raise BadFile(
+                f"{width}x{height} are {width * height / 1e6:.0f} megapixels, more than the {MOST_PIXELS / 1e6:.0f} "
+                "that are read; make it smaller"
+            )
+        # The further pictures of an MPO, which cameras write as .jpg, are thumbnails or depths of the first.
+        if getattr(picture, "is_animated", False) and picture.format != "MPO":
+            raise BadFile(
+                f"a {picture.format} of several pictures (animated, or of many pages); save one of them alone"
+            )
+        yield picture
 
 
 def _reason(error: Exception, formats: Sequence[str]) -> str:

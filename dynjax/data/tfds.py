@@ -95,9 +95,9 @@ def find_prepared(name: str, path: str) -> Path:
     folder = found[max(found)]
     try:
         about = json.loads((folder / "dataset_info.json").read_text())
-    except (OSError, ValueError) as error:
+        formats = {str(about.get("fileFormat", "tfrecord")), *map(str, about.get("alternativeFileFormats", []))}
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two: not as TFDS writes it
         raise UserError(f"data.name=tfds:{name}: {folder / 'dataset_info.json'} cannot be read: {error}") from None
-    formats = {about.get("fileFormat", "tfrecord"), *about.get("alternativeFileFormats", [])}
     if "array_record" not in formats:
         raise UserError(
             f"data.name=tfds:{name}: {folder} is stored as {', '.join(sorted(formats))}, which has no random access; "
