@@ -181,7 +181,7 @@ def _arrays(file: Path, official: str) -> tuple[np.ndarray, ...]:
             unpacked = sum(member.file_size for member in stored.zip.infolist())
             if unpacked > MOST_UNPACKED:
                 raise ValueError(
-                    f"unpacked it has {unpacked / 1e6:.0f} MB, more than {MOST_UNPACKED / 1e6:.0f} are not read"
+                    f"unpacked it has {unpacked / 1e6:.0f} MB, no more than {MOST_UNPACKED / 1e6:.0f} are read"
                 )
             missing = [key for key in keys if key not in stored]
             found = tuple(np.asarray(stored[key]) for key in keys if key in stored)
