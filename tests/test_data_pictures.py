@@ -1,6 +1,7 @@
 """Pictures and masks of every kind: ids as stored, upright, only the promised formats, bounded."""
 
 import io
+import pathlib
 import struct
 import warnings
 import zlib
@@ -157,3 +158,10 @@ def test_pictures_of_several_frames_or_pages(tmp_path, suffix):
 def test_what_is_no_regular_file(tmp_path):
     with pytest.raises(BadFile, match="no regular file"):
         read_image(tmp_path)
+
+
+def test_pictures_are_opened_in_one_place():
+    root = pathlib.Path(__file__).parents[1]
+    files = [file for folder in ("dynjax", "experiments", "benchmarks") for file in (root / folder).rglob("*.py")]
+    opening = [file.name for file in files if "Image.open(" in file.read_text()]
+    assert len(files) > 50 and opening == ["pictures.py"]

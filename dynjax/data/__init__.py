@@ -20,7 +20,8 @@ def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Seque
     `source.target`, "mask": int32 (H, W) or "label": int32 ().
 
     Every source has `len`, `classes`, `ignore_label` (what ignored pixels carry in its masks, or None), `size` (H, W),
-    `name`, `split`, `target`, `handed` (no picture may be mirrored) and `describe()`. `seed` is for digits alone.
+    `name`, `split`, `target`, `handed` (no picture may be mirrored) and `describe()`; those that
+    are read, not made, have `seen`, the classes that occur. `seed` is for digits alone.
     `classes` are the names of the classes that a model was trained for: where names or their number are otherwise found
     in the files (folder, class_folder, tfds:NAME of masks), these count, and a split need not have all of them.
     Elsewhere they change nothing; whoever loads a model compares `source.classes`. Raises UserError, one for all that
