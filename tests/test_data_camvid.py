@@ -1,5 +1,6 @@
 """CamVid's layout, on a set made here and on the real one."""
 
+import os
 import pathlib
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_broken_sets_give_one_line(tmp_path):
 
     (tmp_path / "val.txt").write_text("val/0.png valannot/0.png\nval/9.png valannot/9.png\nval/1.png\n")
     with pytest.raises(
-        UserError, match=r"2 bad files: .*line 3: 'val/1.png' is not 'image mask'; .*9\.png: there is no such file"
+        UserError, match=r"2 bad files: .*line 3: 'val/1.png' is not 'image mask', .*9\.png: there is no such file"
     ):
         make_source(camvid_config(tmp_path), "val")
 
@@ -107,3 +108,28 @@ def test_the_real_set():
     assert labels.max() == 11 and len(labels) == 12
     road = source[0]["mask"] == source.classes.index("road")
     assert road[60:].mean() > 0.3 > road[:30].mean()  # the road is below
+
+
+@pytest.mark.parametrize("gap", [" ", "\t", "  "])
+def test_lists_whose_names_have_spaces(tmp_path, gap):
+    root = make_set(tmp_path / "my set")
+    for folder in ("train", "trainannot"):
+        (root / folder / "1.png").rename(root / folder / "1 at  night.png")
+    (root / "train.txt").write_text(
+        f"train/1 at  night.png{gap}trainannot/1 at  night.png\n/my set/train/2.png{gap}/my set/trainannot/2.png\n"
+    )
+    source = make_source(camvid_config(root), "train")
+    assert [int(source[i]["image"].max()) for i in range(len(source))] == [10, 20]
+    with (root / "train.txt").open("a") as file:
+        file.write("train/no such file.png trainannot/2.png\n")
+    with pytest.raises(UserError, match=r"train\.txt, line 3: 'train/no such .* is not 'image mask', of files that"):
+        make_source(camvid_config(root), "train")
+
+
+def test_a_list_of_names_that_are_not_utf_8(tmp_path):
+    make_set(tmp_path)
+    name = b"\xe9t\xe9.png"  # Latin-1
+    for folder in ("train", "trainannot"):
+        (tmp_path / folder / "1.png").rename(tmp_path / folder / os.fsdecode(name))
+    (tmp_path / "train.txt").write_bytes(b"\xef\xbb\xbftrain/" + name + b" trainannot/" + name + b"\n")
+    assert len(make_source(camvid_config(tmp_path), "train")) == 1

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from dynjax.config import DataConfig, UserError
-from dynjax.data import cifar10, make_source
+from dynjax.data import cifar10, make_source, unpickle
+from dynjax.data.unpickle import read_data
 
 REAL = pathlib.Path(__file__).parents[1] / ".." / "shared" / "data" / "cifar10_jpeg"
 COUNT = 10  # pictures in a batch file
@@ -159,8 +160,8 @@ class Malicious:
 @pytest.mark.parametrize(
     "content, text",
     [
-        (b"no pickle", "data_batch_3 cannot be read: UnpicklingError"),
-        (b"", "data_batch_3 cannot be read: EOFError"),
+        (b"no pickle", "data_batch_3 cannot be read: at position 0, opcode b'n' unknown"),
+        (b"", "data_batch_3 cannot be read: pickle exhausted before seeing STOP"),
         (python2(*map(np.asarray, (rows(batch(3)[0]), batch(3)[1])))[:-4000], "data_batch_3 cannot be read"),
         (pickle.dumps({"data": Malicious()}), r"\._?.* does not belong in CIFAR-10 and was not run"),
         (pickle.dumps({"data": np.random.default_rng}), "does not belong in CIFAR-10 and was not run"),
@@ -185,8 +186,8 @@ def test_broken_pickles_are_one_line_and_run_nothing(tmp_path, monkeypatch, cont
 
 def test_other_codecs_are_not_called():
     content = b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R."
-    with pytest.raises(pickle.UnpicklingError, match="bytes encoded as rot13"):
-        cifar10._Unpickler(io.BytesIO(content)).load()
+    with pytest.raises(ValueError, match="bytes that are not stored as latin1"):
+        read_data(content)
 
 
 def test_broken_binary_files_and_missing_ones(tmp_path):
@@ -256,3 +257,82 @@ def test_the_real_set():
     assert counts.tolist() == [500] * 10
     ship, frog = (source.memory[0][source.memory[1] == source.classes.index(name)] for name in ("ship", "frog"))
     assert ship[..., 2].mean() > ship[..., 0].mean() and frog[..., 2].mean() < frog[..., 0].mean()  # blue water
+
+
+def overlaid():
+    """A pickle that gives the type of its bytes, once made, fields of another type: NumPy then takes them for those."""
+    content = python2(rows(batch(3)[0]), batch(3)[1])
+    plain = b"(K\x03U\x01|NNN"
+    fields = b"(K\x03U\x01|N(U\x01ot}U\x01o(cnumpy\ndtype\n(U\x02O8K\x00K\x01tRK\x00ts"
+    assert plain in content
+    return content.replace(plain, fields, 1)
+
+
+HOSTILE = {
+    "fields laid over bytes": (overlaid(), "data should be an array of bytes"),
+    "an index of 2 GB": (b"\x80\x02Nr\x00\x00\x00\x80.", "a NoneType, it should be a dict"),
+    "a length of 2 GB": (b"\x80\x02T\xff\xff\xff\x7fab.", "expected 2147483647 bytes in a string4, but only 3 remain"),
+    "a length of 8 EB": (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7fab.", "but only 3 remain"),
+    "a state for a type": (b"\x80\x02cnumpy\ndtype\n}b.", "a state for what has none"),
+    "a call of an array": (b"\x80\x02cnumpy\nndarray\n(K\x05tR.", "a call of something that is no function"),
+    "another opcode": (b"\x80\x02K\x012.", "the opcode DUP does not belong in CIFAR-10 and was not run"),
+    "no mark": (b"\x80\x02NNt.", "not a whole pickle"),
+    "no memo": (b"\x80\x02h\x05.", "not a whole pickle"),
+    "two lines": (b"\x80\x04\x8c\x03a\nb\x8c\x03c\nd\x93.", r"a\.b\.c\.d does not belong in CIFAR-10"),
+    "a shape past the bytes": (
+        pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [1]}, 4).replace(b"M\x00\x0c", b"M\xff\x0b"),
+        "an array of 3072 bytes whose shape says otherwise",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles_are_one_line(tmp_path, name):
+    content, text = HOSTILE[name]
+    file = tmp_path / "test_batch"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=text) as caught:
+        cifar10.read_pickle(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_pickles_take_no_more_than_they_have(tmp_path, monkeypatch):
+    text = "a" * 1000
+    encoded = b"\x80\x02(c_codecs\nencode\nq\x00X" + struct.pack("<I", 1000) + text.encode() + b"q\x01"
+    again = b"h\x00h\x01X\x06\x00\x00\x00latin1\x86R"
+    with pytest.raises(ValueError, match="more bytes than the file has"):
+        read_data(encoded + 100 * again + b"t.")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="more than 50 opcodes"):
+        patch.setattr(unpickle, "MOST_OPCODES", 50)
+        read_data(b"\x80\x02(" + 60 * b"N" + b"t.")
+    monkeypatch.setattr(cifar10, "MOST_BYTES", 2_000_000)
+    write(tmp_path)
+    with (tmp_path / "data_batch_2").open("ab") as stream:
+        stream.truncate(3_000_000)
+    with pytest.raises(UserError, match=r"data_batch_2: 3 MB; a batch of CIFAR-10 has 31, no more than 2 are read"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickles_written_again_by_python_3(protocol):
+    images = np.random.default_rng(0).integers(0, 256, (2, 3072), np.uint8)
+    kept = {b"data": images, b"labels": [3, 255], b"batch_label": b"batch 1 of 5", b"filenames": [b"a.png", "b\n.png"]}
+    found = read_data(pickle.dumps(kept, protocol))
+    np.testing.assert_array_equal(found[b"data"], images)
+    assert {key: value for key, value in found.items() if key != b"data"} == {k: kept[k] for k in kept if k != b"data"}
+    columns = read_data(pickle.dumps({"data": np.asfortranarray(images)}, protocol))["data"]
+    np.testing.assert_array_equal(columns, images)
+
+
+def test_archives_are_measured_before_they_are_unpacked(tmp_path, monkeypatch):
+    file = write_npz(tmp_path / "some.npz")
+    monkeypatch.setattr(cifar10, "MOST_UNPACKED", 20_000)
+    with pytest.raises(UserError, match=r"some\.npz cannot be read: .*unpacked it has 0 MB, no more than 0 are read"):
+        read(file)
+
+
+@pytest.mark.parametrize("names", [np.array(3), np.array(["a", "b"])[None], np.arange(10)])
+def test_names_of_classes_that_are_none(tmp_path, names):
+    file = write_npz(tmp_path / "some.npz", class_names=lambda a: names)
+    with pytest.raises(UserError, match=r"class_names is .* it should be a row of text"):
+        read(file)

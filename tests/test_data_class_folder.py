@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynjax.config import DataConfig, UserError
+from dynjax.config import Config, DataConfig, PixelCNNConfig, ResNetConfig, UserError
 from dynjax.data import make_loader, make_source, pairs
+from dynjax.tasks import make_task
 
 
 def make_set(root, counts=None):
@@ -110,3 +111,25 @@ def test_a_large_set_is_read_again_instead_of_kept(tmp_path, monkeypatch):
     for key in ("image", "label"):
         np.testing.assert_array_equal(batches[0][key], batches[1][key])
         assert batches[0][key].dtype == batches[1][key].dtype
+
+
+def test_the_classes_of_a_run_count_where_folders_lack_one(tmp_path):
+    make_set(tmp_path, {"test": {"cat": 2}})  # no train folder beside it
+    config = DataConfig(name="class_folder", path=str(tmp_path))
+    source = make_source(config, "test", classes=("dog", "cat", "ant"))  # in the run's order
+    assert source.classes == ("dog", "cat", "ant") and int(source[0]["label"]) == 1
+    with pytest.raises(UserError, match=r"test: cat are no classes of the run \(dog, ant\)"):
+        make_source(config, "test", classes=("dog", "ant"))
+
+
+def test_one_class_is_learnt_by_any_model(tmp_path):
+    make_set(tmp_path, {"train": {"ant": 2}, "val": {"ant": 1}})
+    row = Config(row="r", model=ResNetConfig(), data=DataConfig(name="class_folder"))
+    with pytest.raises(UserError, match=r"class_folder, train, has one class alone, ant: there must be at least 2"):
+        make_task(row, read(tmp_path))
+    draws = Config(row="r", model=PixelCNNConfig(shape=(8, 10, 3)))
+    make_task(draws, read(tmp_path))  # to draw, no classes are needed
+    make_set(tmp_path / "two", {"train": {"ant": 1, "bee": 1}})
+    (tmp_path / "two" / "train" / "bee" / "0.JPG").write_text("no picture")
+    with pytest.raises(UserError, match=r"has 2 classes, of which only ant occurs in its labels"):
+        make_task(row, read(tmp_path / "two", on_error="skip"))

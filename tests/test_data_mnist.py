@@ -3,6 +3,7 @@
 import gzip
 import pathlib
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -112,3 +113,42 @@ def test_the_real_sets(name):
     ink = [val.memory[0][val.memory[1] == label].mean() for label in range(10)]
     least = {"mnist": "1", "fashion_mnist": "Sandal"}[name]
     assert val.classes[int(np.argmin(ink))] == least
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_dotted_names(folder, compress):
+    write(folder, "t10k", 7, compress)
+    for file in folder.glob("t10k*"):
+        if (file.suffix == ".gz") == compress:
+            file.rename(file.with_name(file.name.replace("-idx", ".idx")))
+        else:
+            file.unlink()
+    assert len(read(folder, "test")) == 7
+
+
+def test_no_more_is_unpacked_than_the_header_says(folder):
+    file = folder / "t10k-images-idx3-ubyte.gz"
+    file.write_bytes(gzip.compress(idx(np.zeros((7, 6, 5))) + bytes(60_000_000), 1))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"gz: more than 226 bytes, by its header it should have 226 bytes"):
+        read(folder, "test")
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "shape, text",
+    [
+        ((60000, 2**16, 2**16), r"60000x65536x65536 bytes; .* no more than 1074 MB are read"),
+        ((2**32 - 1,) * 3, "no more than 1074 MB are read"),
+        ((40, 0, 0), "40x0x0 bytes; there must be some in each picture"),
+        ((1000, 1000, 1000), "1216 bytes, by its header it should have 1000000016"),
+    ],
+)
+def test_headers_that_promise_too_much(folder, shape, text):
+    spoil(folder / "train-images-idx3-ubyte", lambda c: c[:4] + struct.pack(">3I", *shape) + c[16:])
+    with pytest.raises(UserError, match=text):
+        read(folder)
+    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress((folder / "train-images-idx3-ubyte").read_bytes()))
+    with pytest.raises(UserError, match=text):
+        read(folder, "test")

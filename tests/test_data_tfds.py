@@ -131,9 +131,10 @@ def test_the_newest_version_is_taken(tmp_path):
         UserError, match=r"stored as tfrecord, which has no random access; .*file_format='array_record'"
     ):
         find_prepared("pets", str(tmp_path))
-    (tmp_path / "pets" / "small" / "10.0.0" / "dataset_info.json").write_text("{")
-    with pytest.raises(UserError, match=r"dataset_info\.json cannot be read"):
-        find_prepared("pets", str(tmp_path))
+    for text in ("{", "[]", '{"alternativeFileFormats": 3}'):
+        (tmp_path / "pets" / "small" / "10.0.0" / "dataset_info.json").write_text(text)
+        with pytest.raises(UserError, match=r"dataset_info\.json cannot be read"):
+            find_prepared("pets", str(tmp_path))
 
 
 @pytest.mark.parametrize(

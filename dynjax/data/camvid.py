@@ -5,6 +5,7 @@ PATH/{split}.txt exists it says, a line each, which picture belongs to which mas
 Brostow et al. 2008; protocol of Badrinarayanan et al. 2017.
 """
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -64,14 +65,21 @@ def find_pairs(path: str, split: str) -> tuple[list[tuple[Path, Path]], list[str
 
 def _listed(root: Path, listing: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
     pairs, problems = [], []
-    for number, line in enumerate(listing.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if not line.strip():
+    for number, line in enumerate(listing.read_text("utf-8-sig", "surrogateescape").splitlines(), 1):
+        line = line.strip()
+        if not line:
             continue
-        names = line.split()
-        if len(names) != 2:
-            problems.append(f"{listing}, line {number}: {line.strip()[:60]!r} is not 'image mask'")
-            continue
-        # The tutorial's own lists start with /SegNet/CamVid/: then the last two parts say where the file is.
-        files = [root / name if (root / name).is_file() else root.joinpath(*Path(name).parts[-2:]) for name in names]
-        pairs.append((files[0], files[1]))
+        # Names may have spaces: of the ways to part a line in two, one whose files are there; or the only one.
+        ways = [(line[: gap.start()], line[gap.end() :]) for gap in re.finditer(r"\s+", line)]
+        found = [tuple(_place(root, name) for name in way) for way in ways]
+        there = [files for files in found if all(file.is_file() for file in files)]
+        if len(there) == 1 or len(found) == 1:
+            pairs.append((there or found)[0])
+        else:
+            problems.append(f"{listing}, line {number}: {line[:60]!r} is not 'image mask', of files that are there")
     return pairs, problems
+
+
+def _place(root: Path, name: str) -> Path:
+    """The tutorial's own lists start with /SegNet/CamVid/: then the last two parts say where the file is."""
+    return root / name if (root / name).is_file() else root.joinpath(*Path(name).parts[-2:])

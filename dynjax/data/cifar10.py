@@ -5,9 +5,7 @@ an .npz the last tenth of each class. Nothing is downloaded. Raw pictures lie as
 values, row by row.
 """
 
-import codecs
 import io
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +16,17 @@ from PIL import Image
 
 from dynjax.config import UserError
 from dynjax.data.labelled import make_labelled, part_of
-from dynjax.data.pairs import Pair, PairSource, check_pairs, read_image
+from dynjax.data.pairs import Pair, PairSource, check_pairs
+from dynjax.data.pictures import open_picture, read_image
+from dynjax.data.unpickle import read_data
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
 TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST = "test_batch"
+MOST_BYTES = 2**28  # of a file of raw pictures: nine official batches
+MOST_UNPACKED = 2**30  # bytes of an .npz without its compression
 FORMS = "data_batch_1 to 5 and test_batch (Python pickles or .bin), or one .npz of JPEGs"
 
 
@@ -95,21 +97,19 @@ def read_binary(file: Path) -> Batch:
 
 def read_pickle(file: Path) -> Batch:
     """Pictures and labels of one pickle, a dict with `data` and `labels`; runs no code in it. Raises UserError."""
-    content = _read(file)
     try:
-        found = _Unpickler(io.BytesIO(content), encoding="bytes").load()  # written by Python 2: text comes as bytes
-    except Exception as error:  # a damaged pickle raises whatever its opcodes run into
-        raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
+        found = read_data(_read(file))
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"{file}: a {type(found).__name__}, it should be a dict with data and labels")
-    found = {key.decode() if isinstance(key, bytes) else key: value for key, value in found.items()}
+    found = {key.decode("latin-1") if isinstance(key, bytes) else key: value for key, value in found.items()}
     images, labels = found.get("data"), found.get("labels")
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (PIXELS,):
         raise UserError(f"{file}: data should be an array of bytes (N, {PIXELS})")
-    try:
-        labels = np.array(labels, np.uint8)
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{file}: labels should be a list of numbers from 0 to 9") from None
+    if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < 256 for label in labels):
+        raise UserError(f"{file}: labels should be a list of numbers from 0 to 9")
+    labels = np.array(labels, np.uint8)
     if labels.shape != images.shape[:1]:
         raise UserError(f"{file}: {len(images)} images and {labels.size} labels")
     return images, labels
@@ -117,39 +117,14 @@ def read_pickle(file: Path) -> Batch:
 
 def _read(file: Path) -> bytes:
     try:
+        size = file.stat().st_size
+        if size > MOST_BYTES:
+            raise UserError(
+                f"{file}: {size / 1e6:.0f} MB; a batch of CIFAR-10 has 31, no more than {MOST_BYTES / 1e6:.0f} are read"
+            )
         return file.read_bytes()
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """What Python 3 writes for bytes in an old pickle is a call of codecs.encode; only this one is answered."""
-    if codecs.lookup(encoding).name != "iso8859-1":
-        raise pickle.UnpicklingError(f"bytes encoded as {encoding}")
-    return text.encode("latin1")
-
-
-# Under the old and new names of NumPy's modules; looked up here, so that a file imports nothing.
-_MAKE_ARRAY = np.empty(0).__reduce__()[0]
-_FROM_BUFFER = np.empty(0).__reduce_ex__(5)[0]
-_ALLOWED = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _MAKE_ARRAY,
-    ("numpy._core.multiarray", "_reconstruct"): _MAKE_ARRAY,
-    ("numpy.core.numeric", "_frombuffer"): _FROM_BUFFER,
-    ("numpy._core.numeric", "_frombuffer"): _FROM_BUFFER,
-    ("_codecs", "encode"): _latin1,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds arrays, bytes, text, numbers, lists and dicts; a pickle that names anything else is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong in CIFAR-10 and was not run")
-        return _ALLOWED[module, name]
 
 
 # JPEGs
@@ -172,7 +147,7 @@ def _from_npz(file: Path, options: dict[str, Any]) -> PairSource:
 
     def read(index: int) -> Pair:
         first, last = offsets[part[index] : part[index] + 2]
-        return read_image(io.BytesIO(start + scans[first:last].tobytes()), called(index)), np.int32(labels[part[index]])
+        return read_image(io.BytesIO(start + scans[first:last].tobytes()), called(index)), np.int64(labels[part[index]])
 
     quality = _quality(start)
     return check_pairs(
@@ -203,16 +178,22 @@ def _arrays(file: Path, official: str) -> tuple[np.ndarray, ...]:
     keys = ("header", *(f"{official}_{part}" for part in ("scans", "offsets", "labels")), "class_names")
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            unpacked = sum(member.file_size for member in stored.zip.infolist())
+            if unpacked > MOST_UNPACKED:
+                raise ValueError(
+                    f"unpacked it has {unpacked / 1e6:.0f} MB, no more than {MOST_UNPACKED / 1e6:.0f} are read"
+                )
             missing = [key for key in keys if key not in stored]
-            found = tuple(stored[key] for key in keys if key in stored)
+            found = tuple(np.asarray(stored[key]) for key in keys if key in stored)
     except Exception as error:  # a damaged archive raises OSError, ValueError, BadZipFile, zlib.error and more
         raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
     if missing:
         raise UserError(f"{file}: no array {', '.join(missing)}; it should hold {', '.join(keys)}")
     header, scans, offsets, labels, _ = found
-    for key, array, kinds in zip(keys[:-1], found, ("u", "u", "ui", "ui"), strict=False):
+    for key, array, kinds in zip(keys, found, ("u", "u", "ui", "ui", "US"), strict=True):
         if array.ndim != 1 or array.dtype.kind not in kinds:
-            raise UserError(f"{file}: {key} is {array.dtype} {array.shape}, it should be a row of whole numbers")
+            what = "text" if key == "class_names" else "whole numbers"
+            raise UserError(f"{file}: {key} is {array.dtype} {array.shape}, it should be a row of {what}")
     if header.dtype != np.uint8 or scans.dtype != np.uint8:
         raise UserError(f"{file}: header and scans should be bytes, they are {header.dtype} and {scans.dtype}")
     if len(offsets) != len(labels) + 1:
@@ -226,7 +207,7 @@ def _quality(header: bytes) -> int | None:
     """The quality at which a JPEG with this header was saved, by its quantisation tables; None where none fits."""
 
     def tables(content: bytes) -> dict[int, list[int]]:
-        with Image.open(io.BytesIO(content)) as picture:
+        with open_picture(io.BytesIO(content), ("JPEG",)) as picture:
             return {key: list(table) for key, table in getattr(picture, "quantization", {}).items()}
 
     def saved(quality: int) -> bytes:
@@ -236,6 +217,6 @@ def _quality(header: bytes) -> int | None:
 
     try:
         wanted = tables(header)
-    except OSError:  # no picture: said when the first one is read
+    except Exception:  # no picture: said when the first one is read
         return None
     return next((quality for quality in range(100, 0, -1) if tables(saved(quality)) == wanted), None)

@@ -7,17 +7,16 @@ from typing import Literal
 from dynjax.config import UserError
 from dynjax.data.pairs import (
     IGNORE_255,
-    MASK_SUFFIXES,
-    BadFile,
     PairSource,
     check_pairs,
     class_names,
+    count_classes,
     files_reader,
     largest_label,
     match_stems,
-    read_mask,
     workers,
 )
+from dynjax.data.pictures import MASK_SUFFIXES, BadFile, read_mask
 
 
 def make_folder(
@@ -67,6 +66,7 @@ def _count_classes(root: Path) -> int:
         except BadFile:
             return -1
 
-    files = [file for file in root.glob("*/masks/*") if file.suffix.lower() in MASK_SUFFIXES]
+    folders = [root / split / "masks" for split in ("train", "val", "test")]
+    files = [file for folder in folders for file in folder.glob("*") if file.suffix.lower() in MASK_SUFFIXES]
     with ThreadPoolExecutor(workers()) as pool:
-        return 1 + max(pool.map(largest, files), default=-1)
+        return count_classes(pool.map(largest, files), f"data.path={root}")

@@ -4,6 +4,7 @@ LeCun et al. 1998; Xiao et al. 2017. test is the official test set; val is the e
 """
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -23,6 +24,8 @@ CLASSES = {
         *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
     ),
 }
+MOST_BYTES = 2**30  # of an unpacked file; MNIST has 47 MB
+GZIP_MOST = 1032  # gzip packs no tighter
 IMAGES, LABELS = 2051, 2049  # magic numbers: unsigned bytes in three dimensions and in one
 
 
@@ -66,27 +69,49 @@ def make_mnist(
 
 
 def _find(root: Path, name: str) -> Path:
-    for file in (root / name, root / f"{name}.gz"):
+    dotted = name.replace("-idx", ".idx")  # some copies are called so
+    for file in (root / name, root / f"{name}.gz", root / dotted, root / f"{dotted}.gz"):
         if file.is_file():
             return file
     raise UserError(f"data.path={root}: there is neither {name} nor {name}.gz")
 
 
 def read_idx(file: Path, magic: int) -> UInt8[np.ndarray, "..."]:
-    """The array in an IDX file of unsigned bytes. Raises UserError for a wrong magic number or length."""
+    """The array in an IDX file of unsigned bytes. Raises UserError for a wrong magic number or length.
+
+    No more is unpacked than its header says, which is no more than MOST_BYTES.
+    """
+    axes = magic % 256  # the last byte of the magic number
+    packed = file.suffix == ".gz"
     try:
-        content = file.read_bytes()
-        content = gzip.decompress(content) if file.suffix == ".gz" else content
+        size = file.stat().st_size
+        with gzip.open(file) if packed else file.open("rb") as stream:
+            head = stream.read(4 + 4 * axes)
+            shape = _shape(file, head, magic, axes)
+            expected = len(head) + math.prod(shape)
+            # No more than can be in the file; and a byte more than it should have, to see whether there is one.
+            content = stream.read(min(expected, GZIP_MOST * size if packed else size) + 1 - len(head))
     except (OSError, EOFError, zlib.error) as error:  # gzip's own error is an OSError; EOFError: the file is cut off
         raise UserError(f"{file} cannot be read: {error}") from None
-    axes = magic % 256  # the last byte of the magic number
-    head = 4 + 4 * axes
-    found = struct.unpack(">i", content[:4])[0] if len(content) >= 4 else "missing"
+    found = len(head) + len(content)
+    if found != expected:
+        number = found if found < expected else f"more than {expected}" if packed else size
+        raise UserError(f"{file}: {number} bytes, by its header it should have {expected} bytes: not the whole file")
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _shape(file: Path, head: bytes, magic: int, axes: int) -> tuple[int, ...]:
+    found = struct.unpack(">i", head[:4])[0] if len(head) >= 4 else "missing"
     if found != magic:
         raise UserError(f"{file}: the magic number is {found} and should be {magic}: not the IDX file of that name")
-    shape = struct.unpack(f">{axes}I", content[4:head]) if len(content) >= head else ()
-    expected = head + int(np.prod(shape, dtype=object))
-    if len(content) != expected or not shape:
-        wanted = f"{expected if shape else head} bytes"
-        raise UserError(f"{file}: {len(content)} bytes, by its header it should have {wanted}: not the whole file")
-    return np.frombuffer(content, np.uint8, offset=head).reshape(shape)
+    if len(head) < 4 + 4 * axes:
+        raise UserError(
+            f"{file}: {len(head)} bytes, by its header it should have {4 + 4 * axes} bytes: not the whole file"
+        )
+    shape = struct.unpack(f">{axes}I", head[4:])
+    if 0 in shape[1:] or math.prod(shape) > MOST_BYTES:
+        raise UserError(
+            f"{file}: by its header it has {'x'.join(map(str, shape))} bytes; there must be some in each picture, and "
+            f"no more than {MOST_BYTES / 1e6:.0f} MB are read"
+        )
+    return shape

@@ -5,9 +5,8 @@ H, W are a picture's height and width in pixels.
 
 import collections
 import dataclasses
-import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +16,8 @@ from jaxtyping import Shaped, UInt8
 from PIL import Image
 
 from dynjax.config import UserError
+from dynjax.data.pictures import IMAGE_SUFFIXES, BadFile, read_image, read_mask
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # lossless only: a JPEG blurs class ids
 IGNORE_255 = 255  # what marks ignored pixels in folders and TFDS sets
 KEEP_BYTES = 2 << 30  # a split that needs no more than this, resized, stays in memory
 SHOWN = 5  # broken files that an error names; of the rest it gives the number
@@ -30,10 +28,6 @@ Target = Literal["mask", "label"]
 Pair = tuple[np.ndarray, np.ndarray | np.integer]
 
 
-class BadFile(Exception):
-    """One picture, mask or label that cannot be used. The text names the file and what is wrong with it."""
-
-
 def workers() -> int:
     """Threads that decode: more than a few only wait for each other."""
     return min(8, os.cpu_count() or 1)
@@ -41,57 +35,30 @@ def workers() -> int:
 
 def class_names(count: int) -> tuple[str, ...]:
     """Names of classes of which nothing but the number is known. Raises UserError."""
-    if count == 0:
-        raise UserError("data.classes=0: there is no class in any mask to count; give --data.classes N")
-    if not 1 <= count <= IGNORE_255:
+    if not 2 <= count <= IGNORE_255:
         raise UserError(
-            f"data.classes={count}: there can be 1 to {IGNORE_255} classes; {IGNORE_255} marks ignored pixels"
+            f"data.classes={count}: there can be 2 to {IGNORE_255} classes; {IGNORE_255} marks ignored pixels"
         )
     return tuple(f"class {index}" for index in range(count))
+
+
+def count_classes(largest: Iterable[int], where: str) -> int:
+    """The number of classes by the largest label of each mask, -1 where there is none. Raises UserError below 2."""
+    count = 1 + max(largest, default=-1)
+    if count == 0:
+        raise UserError(f"{where}: there is no class in any mask to count; give --data.classes N")
+    if count == 1:
+        raise UserError(
+            f"{where}: no mask has a class other than 0, {IGNORE_255} marks ignored pixels, and there must be at "
+            f"least 2: store two as 0 and 1, not as 0 and {IGNORE_255}"
+        )
+    return count
 
 
 def largest_label(mask: Shaped[np.ndarray, "H W"]) -> int:
     """The largest class id in a mask that marks ignored pixels with 255; -1 where all are."""
     ids = mask[mask != IGNORE_255]
     return int(ids.max()) if ids.size else -1
-
-
-def read_image(file: Path | io.BytesIO, name: str = "") -> UInt8[np.ndarray, "H W 3"]:
-    """A picture as RGB. Raises BadFile, which calls an open file by `name`."""
-    return _decode(file, name or str(file), _rgb)
-
-
-def read_mask(file: Path | io.BytesIO, name: str = "") -> Shaped[np.ndarray, "H W"]:
-    """A picture of class ids: grey or palette. Raises BadFile, which calls an open file by `name`."""
-    if isinstance(file, Path) and file.suffix.lower() not in MASK_SUFFIXES:
-        raise BadFile(f"{file}: a mask must be lossless, one of {' '.join(MASK_SUFFIXES)}")
-    return _decode(file, name or str(file), _class_ids)
-
-
-def _decode(file: Path | io.BytesIO, name: str, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-    try:
-        with Image.open(file) as picture:
-            return convert(picture)
-    except FileNotFoundError:
-        reason = "there is no such file"
-    except Image.UnidentifiedImageError:
-        reason = "not a picture that can be read"
-    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error and more; BadFile too
-        reason = str(error) or type(error).__name__
-    raise BadFile(f"{name}: {reason}")
-
-
-def _rgb(picture: Image.Image) -> np.ndarray:
-    if picture.mode.startswith(("I", "F")):
-        raise BadFile(f"pixels of mode {picture.mode}, convert to 8 bits a channel")
-    return np.asarray(picture.convert("RGB"))
-
-
-def _class_ids(picture: Image.Image) -> np.ndarray:
-    if picture.mode not in ("1", "L", "P", "I", "I;16"):
-        raise BadFile(f"mask has pixels of mode {picture.mode}, class ids need one channel (grey or palette)")
-    ids = np.asarray(picture)
-    return ids.astype(np.uint8) if ids.dtype == bool else ids
 
 
 def resize_image(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
@@ -126,6 +93,8 @@ class PairSource:
     """The key of what is to be predicted: a mask (H, W) or one label ()."""
     handed: bool = False
     """Whether a mirrored picture may be of another class: the loader never flips these."""
+    seen: frozenset[int] = frozenset()
+    """The classes that occur in its masks or labels."""
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -183,18 +152,20 @@ def check_pairs(
             if wrong:
                 raise BadFile(f"{called(index)}: {wrong}")
             own = image.shape[:2]
-            return (own, resize_image(image, size or own), _resize_answer(answer, size or own)), ""
+            answer = _resize_answer(answer, size or own)
+            return (own, resize_image(image, size or own), answer, _classes_in(answer, ignore_label)), ""
         except BadFile as error:
             return None, str(error)
 
     indices = range(count) if limit is None or limit >= count else [i * count // limit for i in range(limit)]
-    problems, kept, sizes = list(broken), [], collections.Counter()
+    problems, kept, sizes, seen = list(broken), [], collections.Counter(), set()
     memory: tuple[np.ndarray, np.ndarray] | None = None
     for index, (pair, problem) in zip(indices, _in_threads(check, indices), strict=True):
         if pair is None:
             problems.append(problem)
             continue
-        own, image, answer = pair
+        own, image, answer, present = pair
+        seen |= present
         if not kept:
             memory = _memory(len(indices), image.shape[:2], target)
         if memory is not None and image.shape == memory[0].shape[1:]:
@@ -206,6 +177,8 @@ def check_pairs(
         raise UserError(f"{where}: {_few(problems)}; mend these, or leave them out with --data.on-error skip")
     if not kept:
         raise UserError(f"{where}: no example can be used" + (f": {_few(problems)}" if problems else ""))
+    if not seen:
+        raise UserError(f"{where}: every pixel of every mask is {ignore_label}, which marks ignored pixels")
     if size is None and len(sizes) > 1:
         found = ", ".join(f"{w}x{h} ({n})" for (h, w), n in sizes.most_common(3))
         raise UserError(
@@ -225,6 +198,7 @@ def check_pairs(
         memory=memory,
         target=target,
         handed=handed,
+        seen=frozenset(seen),
     )
 
 
@@ -255,6 +229,15 @@ def _wrong_label(label: np.integer, classes: int) -> str:
     return "" if 0 <= label < classes else f"label {label}, allowed are 0 to {classes - 1}"
 
 
+def _classes_in(answer: np.ndarray | np.integer, ignore_label: int | None) -> set[int]:
+    """The classes of a checked mask or label."""
+    if not np.ndim(answer):
+        return {int(answer)}
+    ids = np.ravel(answer)
+    ids = ids if ignore_label is None else ids[ids != ignore_label]
+    return set(np.flatnonzero(np.bincount(ids)).tolist())
+
+
 def _resize_answer(answer: np.ndarray | np.integer, size: tuple[int, int]) -> np.ndarray | np.integer:
     return resize_mask(answer, size) if np.ndim(answer) else answer
 
@@ -281,9 +264,11 @@ def match_stems(images: Path, masks: Path) -> tuple[list[tuple[Path, Path]], lis
     def by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
         found: dict[str, Path] = {}
         for file in sorted(folder.iterdir()):
-            if file.name.startswith(".") or file.is_dir():
+            if file.name.startswith("."):
                 continue
-            if file.suffix.lower() not in suffixes:
+            if file.is_dir():
+                problems.append(f"{file}: a folder inside {folder.name}, whose files are not read from there")
+            elif file.suffix.lower() not in suffixes:
                 problems.append(f"{file}: not one of {' '.join(suffixes)}")
             elif file.stem in found:
                 problems.append(f"{file}: a second file named {file.stem} beside {found[file.stem].name}")

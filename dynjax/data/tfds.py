@@ -18,17 +18,16 @@ import numpy as np
 from dynjax.config import UserError
 from dynjax.data.pairs import (
     IGNORE_255,
-    BadFile,
     Pair,
     PairSource,
     Target,
     check_pairs,
     class_names,
+    count_classes,
     largest_label,
-    read_image,
-    read_mask,
     workers,
 )
+from dynjax.data.pictures import BadFile, read_image, read_mask
 
 IMAGE_KEYS = ("image", "image_left")  # tried in this order, then the only feature that fits
 MASK_KEYS = ("segmentation_mask", "segmentation_label", "mask", "annotation", "annotations", "label")
@@ -60,7 +59,7 @@ def make_tfds(
     names = _names(builder.info.features[key], classes)
     if names is None:
         others = [_Reader(_open(builder, part), "", image_key, key, target) for part in parts.values()]
-        names = class_names(_count_classes(others))
+        names = class_names(_count_classes(others, f"data.name=tfds:{name}"))
     return check_pairs(
         reader,
         len(reader.records),
@@ -96,9 +95,9 @@ def find_prepared(name: str, path: str) -> Path:
     folder = found[max(found)]
     try:
         about = json.loads((folder / "dataset_info.json").read_text())
-    except (OSError, ValueError) as error:
+        formats = {str(about.get("fileFormat", "tfrecord")), *map(str, about.get("alternativeFileFormats", []))}
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # the last two: not as TFDS writes it
         raise UserError(f"data.name=tfds:{name}: {folder / 'dataset_info.json'} cannot be read: {error}") from None
-    formats = {about.get("fileFormat", "tfrecord"), *about.get("alternativeFileFormats", [])}
     if "array_record" not in formats:
         raise UserError(
             f"data.name=tfds:{name}: {folder} is stored as {', '.join(sorted(formats))}, which has no random access; "
@@ -229,19 +228,19 @@ class _Reader:
         return image, self.mask(record, index) if self.target == "mask" else np.int32(record[self.key])
 
 
-def _count_classes(readers: Iterable[_Reader]) -> int:
+def _count_classes(readers: Iterable[_Reader], where: str) -> int:
     def largest(reader: _Reader, index: int) -> int:
         try:
             return largest_label(reader.mask(reader.record(index), index))
         except BadFile:
             return -1
 
-    found = [-1]
+    found: list[int] = []
     with ThreadPoolExecutor(workers()) as pool:
         for reader in readers:
             indices = range(len(reader.records))
             found += pool.map(largest, [reader] * len(indices), indices)
-    return 1 + max(found)
+    return count_classes(found, where)
 
 
 def _one_line(error: Exception) -> str:

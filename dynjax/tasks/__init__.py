@@ -11,7 +11,8 @@ __all__ = ["make_task"]
 def make_task(config: Config, source: Any, *, training: bool = True) -> Any:
     """The task that belongs to what `source` has to be predicted. Raises UserError where the row's model cannot do it.
 
-    For training, class weights are measured on the source.
+    For training, the source must have two classes, in its names and in its masks or labels, and class weights are
+    measured on it.
     """
     from dynjax.tasks import autoregressive, classification, reconstruction, segmentation
 
@@ -32,6 +33,8 @@ def make_task(config: Config, source: Any, *, training: bool = True) -> Any:
             f"row {config.row} ({config.model.family}) needs {what}; data.name={config.data.name} has a "
             f"{source.target} for each picture"
         )
+    if training:
+        _check_classes(config, source)
     spends = None if config.model.dynamics == "static" else config.budget
     classes = tuple(source.classes)
     if not segments:
@@ -40,3 +43,20 @@ def make_task(config: Config, source: Any, *, training: bool = True) -> Any:
     if training and config.loss.class_weights != "none":
         weights = segmentation.class_weights(config.loss.class_weights, segmentation.class_frequencies(source))
     return segmentation.SegmentationTask(len(classes), classes, config.loss, weights, spends)
+
+
+def _check_classes(config: Config, source: Any) -> None:
+    """One class alone is learnt to 100% by any model. Raises UserError."""
+    names, seen = tuple(source.classes), getattr(source, "seen", None)
+    if len(names) < 2:
+        what = f"one class alone, {names[0]}" if names else "no class"
+    elif seen is not None and len(seen) < 2:
+        what = f"{len(names)} classes, of which only {names[min(seen)]} occurs in its {source.target}s"
+        if source.ignore_label is not None:
+            what += f" ({source.ignore_label} marks ignored pixels)"
+    else:
+        return
+    raise UserError(
+        f"row {config.row} tells classes apart; data.name={config.data.name}, {source.split}, has {what}: "
+        "there must be at least 2"
+    )
