@@ -33,7 +33,9 @@ def build(config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params:
 
 
 def static_twin(config: ModelConfig) -> ModelConfig:
-    """The same net without dynamics."""
+    """The same net without dynamics; of a model of codes, that of the model that predicts them."""
+    if hasattr(config, "prior"):
+        return dataclasses.replace(config, prior=static_twin(config.prior))
     return dataclasses.replace(config, dynamics="static")
 
 

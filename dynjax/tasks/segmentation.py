@@ -135,7 +135,7 @@ def class_weights(kind: str, frequencies: Float[np.ndarray, "C"]) -> tuple[float
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationTask:
-    """What a training loop needs of segmentation: `loss`, `confusion` and `counts` of a batch, `scores` of many."""
+    """What a training loop needs of segmentation: `loss`, `prepare`, `infer`, `counts` of a batch, `scores` of many."""
 
     num_classes: int
     class_names: tuple[str, ...]
@@ -182,9 +182,17 @@ class SegmentationTask:
         """`confusion_matrix` of a batch."""
         return confusion_matrix(logits, mask)
 
-    def counts(self, model: nnx.Module, batch: dict[str, Any]) -> Int[Array, "C C"]:
-        """What `scores` takes the sum of: `confusion` of the model on a batch."""
-        return self.confusion(model(batch["image"]), batch["mask"])
+    def prepare(self, model: nnx.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch as it is."""
+        return batch
+
+    def infer(self, model: nnx.Module, batch: dict[str, Any]) -> Float[Array, "B H W C"]:
+        """The logits of a batch."""
+        return model(batch["image"])
+
+    def counts(self, model: nnx.Module, logits: Float[Array, "B H W C"], batch: dict[str, Any]) -> Int[Array, "C C"]:
+        """What `scores` takes the sum of: `confusion` of a batch."""
+        return self.confusion(logits, batch["mask"])
 
     def scores(self, confusion: Num[np.ndarray, "C C"]) -> dict[str, Any]:
         """`scores` of the sum of the batches' confusion matrices."""
