@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from dynjax.gates import log_entropy
+
 Noise = dict[str, Array]
 """Arrays whose first axes are those of the pixels."""
 
@@ -51,8 +53,7 @@ class Categorical:
 
     def entropy(self, params: Float[Array, "*pixels P"]) -> Float[Array, "*pixels"]:
         """Of each pixel, in nats."""
-        log_p = jax.nn.log_softmax(params.astype(jnp.float32))
-        return -(jnp.exp(log_p) * log_p).sum(-1)
+        return jnp.exp(log_entropy(params.astype(jnp.float32)))
 
 
 @dataclasses.dataclass(frozen=True)
