@@ -138,7 +138,7 @@ def main(raw: list[str]) -> None:
     title = f"{config.row}, step {step}; {sum(map(len, test))} pictures of test; {where}"
     print(f"{title}, jax {jax.__version__}", file=sys.stderr)
 
-    static = changed(config, model, len(classes), dynamics="static")
+    static = changed(config, model, len(classes), dynamics="static", gate="learned")
     whole = static_macs(static)
     gates = {name: gate for name, gate in GATES.items() if draws.family == "nextscale" or gate != "grid"}
     rows, deployed = [], {}
