@@ -8,6 +8,7 @@ as many tiles, spread evenly over every map; random: in as many, anywhere. The s
 networks were trained on all tiles.
 *_exits, pixel by pixel or code by code, cached. entropy: further blocks for those whose prediction is uncertain;
 random: for as many, anywhere.
+Budgets are shares of the static twin's MACs, and `all` is what everything kept takes: gates and heads come on top.
 Thresholds are solved on val, bits per dimension are of test, exact at every budget; milliseconds are of drawing,
 compact, all budgets and gates alternating in one process. Writes the table as CSV, and a PNG of the same name.
 """
@@ -29,9 +30,11 @@ from matplotlib.figure import Figure
 
 from benchmarks import tables
 from dynjax import checkpoint, sampling
+from dynjax.budget import LOWEST
 from dynjax.config import UserError
 from dynjax.data import make_source
 from dynjax.deploy import Solver
+from dynjax.evaluate import static_macs
 from dynjax.gates import Threshold
 from dynjax.report import style
 from dynjax.tasks.autoregressive import integers
@@ -40,7 +43,7 @@ from experiments import cli
 
 GATES = {"entropy": "learned", "uniform": "grid", "random": "random"}
 SAMPLERS = {"nextscale": sampling.coarse_to_fine, "pixeltransformer": sampling.cached}
-MOST = 1.0  # everything refined: one point for all gates
+EVERYTHING = "all"  # in the place of a budget: everything refined, one point for all gates
 
 
 def drawn_by(model: Any) -> Any:
@@ -99,16 +102,16 @@ def drawer(model: nnx.Module, family: str, batch: int) -> Any:
     return run
 
 
-def line_of(gate: str, budget: float, bits: float, macs: float, full: float, met: bool) -> dict[str, Any]:
-    """A line of the table, but for its times; prints it."""
-    at = f"{macs / full:.1%} of the MACs{'' if met else ', the least that it can spend'}"
-    print(f"{gate:8} budget {budget:4.2f}: {bits:.4f} bits/dim, {at}", flush=True)
+def line_of(gate: str, budget: float | str, bits: float, macs: float, twin: float, met: bool) -> dict[str, Any]:
+    """A line of the table, but for its times; prints it. `twin`: the static twin's MACs."""
+    at = f"{macs / twin:.1%} of the static twin's MACs{'' if met else ', the least that it can spend'}"
+    print(f"{gate:8} budget {budget:4}: {bits:.4f} bits/dim, {at}", flush=True)
     return dict(
         gate=gate,
         budget=budget,
         bits_per_dim=round(bits, 5),
         mmacs=round(macs / 1e6, 3),
-        macs_fraction=round(macs / full, 4),
+        macs_fraction=round(macs / twin, 4),
         met="yes" if met else "no",
     )
 
@@ -135,20 +138,21 @@ def main(raw: list[str]) -> None:
     title = f"{config.row}, step {step}; {sum(map(len, test))} pictures of test; {where}"
     print(f"{title}, jax {jax.__version__}", file=sys.stderr)
 
+    static = changed(config, model, len(classes), dynamics="static", gate="learned")
+    whole = static_macs(static)
     gates = {name: gate for name, gate in GATES.items() if draws.family == "nextscale" or gate != "grid"}
     rows, deployed = [], {}
     for name, gate in gates.items():
         solver = Solver(changed(config, model, len(classes), gate=gate), val)
         measure = measurer(solver.model, test)
-        for budget in (*sorted(arguments.budgets), MOST):
-            if budget == MOST and rows and name != "entropy":
-                continue
-            found = solver.deploy(budget)
+        solver.spent(LOWEST)
+        shares = {budget: min(1.0, budget * whole / solver.full) for budget in sorted(arguments.budgets)}
+        for budget, share in (shares | ({EVERYTHING: 1.0} if name == "entropy" else {})).items():
+            found = solver.deploy(share)
             deployed[name, budget] = found.model
-            rows.append(line_of(name, budget, *measure(found.model), solver.full, found.report.met))
-    static = changed(config, model, len(classes), dynamics="static")
-    rows.append(line_of("static", MOST, *measurer(static, test)(static), solver.full, True))
-    deployed["static", MOST] = static
+            rows.append(line_of(name, budget, *measure(found.model), whole, found.report.met))
+    rows.append(line_of("static", EVERYTHING, *measurer(static, test)(static), whole, True))
+    deployed["static", EVERYTHING] = static
 
     for batch in arguments.batches:
         runs = {}
@@ -170,7 +174,7 @@ def main(raw: list[str]) -> None:
             line[f"ms_batch{batch}"] = round(1e3 * float(np.median(seconds[key])) / batch, 4)
             if draws.family == "nextscale":
                 line["tiles_drawn"] = round(float(np.mean(refined[key])), 1)
-            print(f"batch {batch:3} {key[0]:8} {key[1]:4.2f}: {line[f'ms_batch{batch}']:8.3f} ms/picture", flush=True)
+            print(f"batch {batch:3} {key[0]:8} {key[1]:4}: {line[f'ms_batch{batch}']:8.3f} ms/picture", flush=True)
 
     tables.write(arguments.out, rows)
     plot(arguments.out.with_suffix(".png"), rows, arguments.batches[-1], title)
@@ -180,7 +184,7 @@ def plot(path: Path, rows: list[dict], batch: int, title: str) -> None:
     """Bits per dimension by MACs and by milliseconds."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     figure.suptitle(title, fontsize=9)
-    whole = [line for line in rows if line["gate"] == "entropy" and line["budget"] == MOST]
+    whole = [line for line in rows if line["gate"] == "entropy" and line["budget"] == EVERYTHING]
     for axes, column, label in zip(
         figure.subplots(1, 2, sharey=True),
         ("mmacs", f"ms_batch{batch}"),
@@ -189,7 +193,7 @@ def plot(path: Path, rows: list[dict], batch: int, title: str) -> None:
     ):
         style(axes)
         for name in dict.fromkeys(line["gate"] for line in rows if line["gate"] != "static"):
-            line = [each for each in rows if each["gate"] == name and each["budget"] != MOST] + whole
+            line = [each for each in rows if each["gate"] == name and each["budget"] != EVERYTHING] + whole
             axes.plot([each[column] for each in line], [each["bits_per_dim"] for each in line], "o-", ms=4, label=name)
         (twin,) = (each for each in rows if each["gate"] == "static")
         axes.plot(twin[column], twin["bits_per_dim"], "*", ms=11, color="black", label="everything everywhere, static")

@@ -3,6 +3,7 @@
 A budget is a share of the model's `full_macs`, in (0, 1].
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.decision import Decision
-from dynjax.gates import GateParam, Threshold
+from dynjax.gates import HIGHEST, LOWEST, GateParam, Threshold
 from dynjax.trace import Trace
 
 gate_filter = nnx.OfType(GateParam)
@@ -120,28 +121,25 @@ def sampled_threshold(target: Float[Array, ""] | float | int) -> Float[Array, ""
     return jnp.log1p(-target) - jnp.log(target)
 
 
-LOWEST, HIGHEST = -30.0, 30.0
-
-
 def solve_threshold(
     spent: Callable[[float], float], budget: float | int, *, tolerance: float = 0.005, trials: int = 20
 ) -> float:
     """The lowest threshold found under which `spent(threshold)`, the mean share of the full MACs, is at most `budget`.
 
-    Bisection: spending falls as the threshold rises, up to what earlier decisions change for later ones. Stops when
-    spending is within `tolerance` below the budget. Where even the highest threshold spends more, that one is returned:
-    see the report of `deploy`.
+    Bisection, in steps that are finest around 0: spending falls as the threshold rises, up to what earlier decisions
+    change for later ones. Stops when spending is within `tolerance` below the budget. Where even the highest threshold
+    spends more, that one is returned: see the report of `deploy`.
     """
     check(budget)
     if spent(LOWEST) <= budget:
         return LOWEST
-    low, high = LOWEST, HIGHEST
-    if spent(high) > budget:
-        return high
+    if spent(HIGHEST) > budget:
+        return HIGHEST
+    low, high, found = math.asinh(LOWEST), math.asinh(HIGHEST), HIGHEST
     for _ in range(trials):
         middle = (low + high) / 2
-        share = spent(middle)
-        low, high = (middle, high) if share > budget else (low, middle)
+        share = spent(math.sinh(middle))
+        low, high, found = (middle, high, found) if share > budget else (low, middle, math.sinh(middle))
         if budget - tolerance <= share <= budget:
             break
-    return high
+    return found

@@ -174,8 +174,11 @@ def score(runner: Runner, state: nnx.State, batches: Iterable[dict], task: Any) 
     return Scored(task.scores(confusion), np.concatenate(macs), mean)
 
 
-def static_macs(twin: nnx.Module, size: tuple[int, int]) -> float:
-    """MACs of a static twin on one picture of `size` (H, W)."""
+def static_macs(twin: nnx.Module, size: tuple[int, int] | None = None) -> float:
+    """MACs of a static twin on one picture of `size` (H, W); without, of a model that draws, on one of the integers
+    that it draws (of a model of codes: on codes, without encoder and decoder)."""
+    if size is None:
+        return cost.macs(twin, jax.ShapeDtypeStruct((1, *twin.shape), jnp.int32))
     return cost.macs(twin, jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8))
 
 

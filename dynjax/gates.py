@@ -19,6 +19,9 @@ from dynjax.decision import Decision
 OPEN = 2.0
 """Logit that gates start from: about 0.88 of the units are kept."""
 
+LOWEST, HIGHEST = -1000.0, 1000.0
+"""Thresholds under which everything is kept, and nothing: beyond the logits of nets that have grown sure."""
+
 
 class GateParam(nnx.Param):
     """A parameter of a gate; optimizers give it a lower learning rate and no decay."""
@@ -92,6 +95,20 @@ def max_tiles(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]:
     pad = ((0, 0), (0, -x.shape[1] % size), (0, -x.shape[2] % size), (0, 0))
     x = jnp.pad(x, pad, constant_values=-jnp.inf)
     return x.reshape(x.shape[0], x.shape[1] // size, size, x.shape[2] // size, size, x.shape[3]).max((2, 4))
+
+
+def log_entropy(logits: Float[Array, "... K"]) -> Float[Array, "..."]:
+    """Logarithm of the entropy of softmax(logits) in nats, exact where it is far below what float32 tells from 0."""
+    largest = logits.max(-1)
+    top = one_hot_argmax(logits) > 0
+    rest = jax.nn.logsumexp(jnp.where(top, -jnp.inf, logits), -1)
+    total = jnp.logaddexp(largest, rest)
+    # -log p of the largest is log(1 + e^gap), and of the others the difference of logits.
+    gap = rest - largest
+    own = jnp.where(gap < -15, gap, jnp.log(jax.nn.softplus(jnp.maximum(gap, -15)))) + largest - total
+    below = jnp.where(top, 1.0, total[..., None] - logits)
+    others = jax.nn.logsumexp(jnp.where(top, -jnp.inf, jnp.log(below) - below), -1)
+    return jnp.logaddexp(own, others)
 
 
 # Modules
@@ -252,11 +269,12 @@ class EntropyGate(nnx.Module):
 
     def __init__(self, size: int = 1):
         self.size = positive(size, "size")
-        self.threshold = Threshold(jnp.float32(-30.0))
+        self.threshold = Threshold(jnp.float32(LOWEST))
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Decision:
         _check_features(x, 1, "EntropyGate")
-        mean = jnp.clip(pool_tiles(x.astype(jnp.float32), self.size)[..., 0], 1e-12, 1 - 1e-6)
+        mean = pool_tiles(x.astype(jnp.float32), self.size)[..., 0]
+        mean = jnp.clip(mean, jnp.finfo(jnp.float32).tiny, 1 - jnp.finfo(jnp.float32).epsneg)
         logits = jax.scipy.special.logit(mean) - self.threshold[...]
         return Decision(threshold(logits), jax.nn.sigmoid(logits), "tile")
 

@@ -47,7 +47,7 @@ def make_optimizer(config: Config, params: nnx.State, gates: nnx.filterlib.Filte
     o = config.optimizer
     is_gate = nnx.filterlib.to_predicate(gates)
     rates = _by_path(lambda path, p: o.gate_learning_rate if is_gate(path, p) else 1.0, params)
-    decays = _by_path(lambda path, p: o.weight_decay if p[...].ndim > 1 and not is_gate(path, p) else 0.0, params)
+    decays = _by_path(lambda path, p: o.weight_decay if _decays(path, p) and not is_gate(path, p) else 0.0, params)
     return optax.chain(
         optax.clip_by_global_norm(o.clip),
         optax.scale_by_adam(),
@@ -55,6 +55,13 @@ def make_optimizer(config: Config, params: nnx.State, gates: nnx.filterlib.Filte
         optax.stateless(lambda updates, params: jax.tree.map(lambda u, r: u * r, updates, rates)),
         optax.scale_by_learning_rate(schedule(config)),
     )
+
+
+def _decays(path: tuple, variable: nnx.Variable) -> bool:
+    """Whether it is a weight, and not a bias or a norm's scale: these are vectors, and matrices where experts, mixed
+    kernels or heads have one each."""
+    name = str(path[-1])
+    return variable[...].ndim > 1 and not (name in ("bias", "scale") or name.endswith("_bias"))
 
 
 def _by_path(fn: Callable[[tuple, nnx.Variable], Any], state: nnx.State) -> nnx.State:

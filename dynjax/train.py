@@ -4,6 +4,8 @@
 
 A task has `loss(model, batch, key, progress) -> (scalar, metrics)`, called with the model in its training view, a batch
 (dict of arrays whose first axis is the batch), a random key of this step and the share of the training that is over.
+Evaluated, `prepare(model, batch)` adds to a batch what is derived from it, `infer(model, batch)` is what a user gets
+and the only thing whose MACs count, and `counts(model, output, batch)` is summed over batches for `scores`.
 """
 
 import contextlib
@@ -246,11 +248,13 @@ def validator(task: Any, source: Any, config: Config) -> Callable[[nnx.Module], 
     mesh = meshes.make_mesh()
 
     def sums(graphdef: nnx.GraphDef, state: nnx.State, batch: dict) -> dict:
-        counts, trace = dj.traced(lambda model, batch: task.counts(model, batch))(nnx.merge(graphdef, state), batch)
+        model = nnx.merge(graphdef, state)
+        batch = task.prepare(model, batch)
+        output, trace = dj.traced(lambda model, batch: task.infer(model, batch))(model, batch)
         share = jnp.where(batch["valid"], trace.macs() / trace.full_macs, 0.0)
         return {
             # Blank examples, which fill the last batch up, have nothing to be predicted: -1 throughout.
-            "counts": counts,
+            "counts": task.counts(model, output, batch),
             "macs_fraction": share.sum(),
             "examples": batch["valid"].sum(),
         }

@@ -3,9 +3,9 @@
 Samplers: pixel (the whole model for every pixel), cached (one pixel of every layer), fixed-point (many pixels at once,
 until none changes). All three are exact: the seed fixes the noise, and the same noise is the same grid.png, but where
 rounding flips a pixel; --check counts such.
-Rows *_nextscale have a sampler of their own, coarse-to-fine, with a dial: --budget is the share of the MACs that
-pictures may take on average, solved on pictures that the model draws itself. Rows *_exits have the same dial, under
-which every pixel takes blocks until its prediction is sure, whatever the sampler.
+Rows *_nextscale have a sampler of their own, coarse-to-fine, with a dial: --budget is the share of the static twin's
+MACs that pictures may take on average, solved on pictures that the model draws itself. Rows *_exits have the same dial,
+under which every pixel takes blocks until its prediction is sure, whatever the sampler.
 --label 3 asks a conditional row for one class; --complete gives the upper half of pictures of the test set.
 Of rows *_codes the codes are drawn, and decoded: what is said of pixels is then said of codes.
 
@@ -36,7 +36,8 @@ class Arguments:
     sampler: Literal["pixel", "cached", "fixed-point", "coarse-to-fine"] | None = None
     """That of the row when it is not given: coarse-to-fine of *_nextscale, fixed-point of the others."""
     budget: float | None = None
-    """Share of the MACs that a picture may take on average, of a model with gates or exits; 1 when it is not given."""
+    """Share of the static twin's MACs that a picture may take on average, of a model with gates or exits;
+    when it is not given, everything is kept, which with gates and heads is a little more than the twin."""
     n: int = 64
     """Number of pictures."""
     seed: int = 0
@@ -65,7 +66,7 @@ def check(arguments: Arguments) -> None:
     if arguments.window is not None and arguments.sampler not in (None, "fixed-point"):
         raise UserError(f"--window is of --sampler fixed-point; {arguments.sampler} has none")
     if arguments.budget is not None and not 0 < arguments.budget <= 1:
-        raise UserError(f"--budget {arguments.budget:g} must be a share of the MACs in (0, 1]")
+        raise UserError(f"--budget {arguments.budget:g} must be a share of the static twin's MACs in (0, 1]")
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed {arguments.seed} must be in 0 to 4294967295")
 
@@ -145,24 +146,40 @@ CALIBRATION = 256
 """Pictures that the model draws to solve its threshold on; their numbers are beyond those of all that are kept."""
 
 
-def within_budget(model: Any, budget: float, seed: int, row: str) -> Any:
-    """The model, compact, whose pictures take a share `budget` of the MACs on average; UserError."""
+def within_budget(model: Any, budget: float | None, seed: int, config: Config, classes: int) -> Any:
+    """The model, compact, whose pictures take a share `budget` of the static twin's MACs on average; None keeps all.
+
+    Raises UserError.
+    """
     import jax
     import numpy as np
+    from flax import nnx
 
-    from dynjax import deploy
+    from dynjax import checkpoint, models
+    from dynjax.budget import LOWEST, set_threshold
+    from dynjax.deploy import compact
+    from dynjax.evaluate import solve, static_macs
     from dynjax.tasks.spending import steers
 
     if not steers(model):
-        if budget < 1:
-            raise UserError(f"--budget {budget:g}: row {row} has no gates and no exits that a budget could move")
+        if budget is not None and budget < 1:
+            raise UserError(f"--budget {budget:g}: row {config.row} has no gates and no exits that a budget could move")
         return model
+    if budget is None:
+        model = nnx.clone(compact(model))
+        set_threshold(model, LOWEST)
+        return model
+    twin = static_macs(checkpoint.build(dataclasses.replace(config, model=models.static_twin(config.model)), classes))
     size = CALIBRATION // 4
     label = np.arange(size, dtype=np.int32) % model.classes if model.classes else None
     draw = make_draw(model, "coarse-to-fine" if hasattr(model, "draw") else "cached", seed, size)
     drawn = [jax.device_get(draw(2**30 + k * size, label, None).image) for k in range(4)]
-    found = deploy(model, budget, drawn)
-    print(f"{found.report}; threshold {found.report.threshold:.2f}")
+    found = solve(model, twin, [budget], drawn)[budget]
+    told, met = found.report, "met" if found.report.met else "NOT met"
+    print(
+        f"budget {budget:.0%} {met}: mean {told.mean / 1e6:.2f} MMAC ({told.mean / twin:.1%} of the static twin's "
+        f"{twin / 1e6:.2f}), p95 {told.p95 / 1e6:.2f}, max {told.max / 1e6:.2f}; threshold {told.threshold:.2f}"
+    )
     return found.model
 
 
@@ -204,7 +221,7 @@ def main(raw: list[str]) -> None:
     from dynjax.tasks.spending import steers
 
     out = cli.make_folder(arguments.out, "out")
-    config, _ = checkpoint.read_config(arguments.workdir)
+    config, names = checkpoint.read_config(arguments.workdir)
     if not models.generates(config.model):
         raise UserError(
             f"--workdir {arguments.workdir}: row {config.row} draws no pictures; the rows *_pixelcnn, "
@@ -226,9 +243,7 @@ def main(raw: list[str]) -> None:
     to_pictures = jax.jit(whole.decode if codes else lambda x: to_bytes(x, values))
     if given is not None and label is not None and arguments.label is None:
         label = given[2]
-    if refines or arguments.budget is not None:
-        budget = 1.0 if arguments.budget is None else arguments.budget
-        model = within_budget(model, budget, arguments.seed, config.row)
+    model = within_budget(model, arguments.budget, arguments.seed, config, len(names))
     number, batch = arguments.n, min(arguments.batch_size, arguments.n)
     options = {"window": arguments.window} if arguments.sampler == "fixed-point" else {}
 

@@ -9,7 +9,7 @@ import pytest
 from blocks import make
 from flax import nnx
 
-from dynjax import budget, models, tasks
+from dynjax import budget, models, tasks, train
 from dynjax.config import CodesConfig, PixelCNNConfig, PixelTransformerConfig, UserError, VQVAEConfig
 from dynjax.data import make_source
 from dynjax.tasks.autoregressive import AutoregressiveTask, integers
@@ -32,11 +32,16 @@ def test_a_model_that_knows_nothing_takes_the_bits_of_the_values():
 def test_scores_are_of_all_batches_without_the_blank_examples():
     model = make(lambda rngs: models.build(MODEL, 10, rngs=rngs))
     task, whole = AutoregressiveTask(), batch()
-    counts = jax.jit(task.counts)(model, whole)
+
+    def counted(model, batch):
+        batch = task.prepare(model, batch)
+        return task.counts(model, task.infer(model, batch), batch)
+
+    counts = jax.jit(counted)(model, whole)
     padded = {name: np.concatenate([value[2:], np.zeros_like(value[:2])]) for name, value in whole.items()}
     padded["label"][1:] = -1
-    parts = jax.jit(task.counts)(model, {name: value[:2] for name, value in whole.items()})
-    parts = np.asarray(parts, np.float64) + np.asarray(jax.jit(task.counts)(model, padded), np.float64)
+    parts = jax.jit(counted)(model, {name: value[:2] for name, value in whole.items()})
+    parts = np.asarray(parts, np.float64) + np.asarray(jax.jit(counted)(model, padded), np.float64)
     found, wanted = task.scores(parts), task.scores(np.asarray(counts))
     assert found["bits_per_dim"] == pytest.approx(wanted["bits_per_dim"], rel=1e-5)
     loss, _ = jax.jit(task.loss)(model, whole, jax.random.key(0), 0.0)
@@ -71,3 +76,23 @@ def test_exits_are_trained_with_some_who_left(codes):
     assert {float(gate.threshold[...]) for gate in draws.exits.gates} == {budget.LOWEST}
     x = integers(model, batch["image"])
     assert len(model.predictions(x)) == 3
+
+
+def transformer_macs(pixels, features, layers, values):
+    """Of a transformer over pixels: without exits, with all heads, and where everybody leaves after the first block."""
+    remember = 2 * pixels * features**2  # keys and values, also of who has left
+    look = 10 * pixels * features**2 + 2 * pixels**2 * features
+    head = pixels * features * values
+    static = layers * (remember + look) + head
+    full = static + (layers - 1) * head
+    return static, full, full - (layers - 1) * look
+
+
+def test_only_the_model_of_codes_is_counted_and_not_their_encoder():
+    config = rows.tiny(rows.get_row("digits_codes_exits"))
+    model = make(lambda rngs: models.build(config.model, 10, rngs=rngs))
+    _, full, least = transformer_macs(16, 8, 2, 4)
+    validate = train.validator(AutoregressiveTask(), make_source(config.data, "val"), config)
+    for threshold, macs in ((budget.LOWEST, full), (budget.HIGHEST, least)):
+        budget.set_threshold(model, threshold)
+        assert validate(model)["macs_fraction"] == pytest.approx(macs / full, rel=1e-6)

@@ -125,7 +125,9 @@ def test_sampled_threshold_keeps_the_target_of_gates_that_know_nothing():
     assert np.isfinite([budget.sampled_threshold(t) for t in (0.0, 1.0)]).all()
 
 
-@pytest.mark.parametrize("share", [lambda t: 1 / (1 + np.exp(t)), lambda t: 0.2 + 0.4 * (1 - np.tanh(40 * (t + 11)))])
+@pytest.mark.parametrize(
+    "share", [lambda t: (1 - np.tanh(t / 2)) / 2, lambda t: 0.2 + 0.4 * (1 - np.tanh(40 * (t + 11)))]
+)
 @pytest.mark.parametrize("target", [0.25, 0.5, 0.9, 1.0])
 def test_solve_threshold_meets_the_budget_closely(share, target):
     asked = []

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 
 import pytest
 import test_commands
@@ -27,6 +28,13 @@ def draw(workdir, out, *arguments):
         sample.main(["--workdir", str(workdir), "--out", str(out), "--n", "3", *map(str, arguments)])
     with open(out / "calls.csv", newline="") as file:
         return said.getvalue(), list(csv.DictReader(file))
+
+
+def share_of(said, twin):
+    """The share that the command says pictures took while it solved the budget, of a twin of so many MACs."""
+    share, of = re.search(r"\((\d+\.\d)% of the static twin's (\d+\.\d+)\)", said).groups()
+    assert of == f"{twin / 1e6:.2f}"
+    return float(share) / 100
 
 
 def test_two_samplers_write_the_same_pictures(workdir, tmp_path):
@@ -56,13 +64,20 @@ def scales(tmp_path_factory):
 
 
 def test_coarse_to_fine_within_a_budget(scales, tmp_path):
-    arguments = ["--sampler", "coarse-to-fine", "--batch-size", 2, "--budget"]
-    said, lines = draw(scales, tmp_path / "a", *arguments, 0.7)
+    arguments = ["--sampler", "coarse-to-fine", "--batch-size", 2]
+    said, lines = draw(scales, tmp_path / "a", *arguments, "--budget", 0.7)
     assert "budget 70% met" in said and "0 of 192 pixels differ from those of the masked execution" in said
-    _, whole = draw(scales, tmp_path / "b", *arguments, 1, "--check", "none", "--complete")
+    _, whole = draw(scales, tmp_path / "b", *arguments, "--check", "none", "--complete")
     assert {line["evaluations_per_pixel"] for line in whole} == {"1.750"}  # a coarse pixel once, the other three twice
+    # Both networks see of 1, 2 or 3 of four pixels 3x3, and their place; a tile is 2x2 pixels of the rich one.
+    plain = sum(16 * (4 * (9 * known + 2) + 4 * 16) for known in (1, 2, 3))
+    tile, more = 4 * (8 * 11 + 2 * 8 * 8 + 8 * 16), 4 * 8 * 9
+    (full,) = {int(line["macs"]) for line in whole}
+    assert 0.6 < share_of(said, full - plain) <= 0.7
     for few, all_ in zip(lines, whole, strict=True):
-        assert int(few["macs"]) < int(all_["macs"]) and int(few["calls"]) < int(all_["calls"]) == 12
+        left_out, spared = 12 - int(few["calls"]), full - int(few["macs"])
+        assert int(all_["calls"]) == 12 > int(few["calls"])
+        assert (spared - left_out * tile) % more == 0 <= spared - left_out * tile <= 2 * left_out * more
     with Image.open(tmp_path / "a" / "film.png") as picture:
         assert picture.size == (2 * (4 * 10 + 2), 2 * (3 * 10 + 2))  # moments: the coarsest, three of the finer scale
 
@@ -71,7 +86,7 @@ def test_coarse_to_fine_within_a_budget(scales, tmp_path):
 def codes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("codes")
     vqvae = test_commands.make(folder / "vqvae", "digits_vqvae")
-    return vqvae, test_commands.make(folder / "w", "digits_codes", init_from=str(vqvae))
+    return vqvae, test_commands.make(folder / "w", "digits_codes_exits", init_from=str(vqvae))
 
 
 def test_codes_are_drawn_and_decoded(codes, tmp_path):
@@ -84,13 +99,39 @@ def test_codes_are_drawn_and_decoded(codes, tmp_path):
     draw(codes[1], tmp_path / "c", "--complete", "--check", "none")
 
 
+# 16 codes of 4 values, two blocks of 8 features: what a second block takes of one code, and one head of all codes.
+BLOCK, HEAD = 10 * 8**2 + 2 * 16 * 8, 16 * 8 * 4
+CODES_TWIN = 2 * 16 * (2 * 8**2 + BLOCK) + HEAD
+"""MACs of the static twin of the model of codes, counted by hand: no encoder in it."""
+
+
+def test_codes_leave_early_within_a_share_of_the_twin(codes, tmp_path):
+    arguments = ["--sampler", "cached", "--check", "none", "--batch-size", 3]
+    said, lines = draw(codes[1], tmp_path / "a", "--budget", 0.8, *arguments)
+    assert "budget 80% met" in said and 0.7 < share_of(said, CODES_TWIN) <= 0.8
+    for line in lines:
+        left_out = (CODES_TWIN + HEAD - int(line["macs"])) / BLOCK
+        assert left_out == int(left_out) and 0 <= left_out <= 16
+    _, lines = draw(codes[1], tmp_path / "b", *arguments)
+    assert {int(line["macs"]) for line in lines} == {CODES_TWIN + HEAD}
+
+
 def test_evaluate_says_psnr_and_bits_of_codes(codes, capsys):
     evaluate.main(["--workdir", str(codes[0])])
     assert "PSNR" in capsys.readouterr().out
     scores = json.loads((codes[0] / "evaluation.json").read_text())["scores"]["1"]
     assert scores["score"] == scores["psnr"] and scores["macs"] > 0 and scores["perplexity"] >= 1
-    evaluate.main(["--workdir", str(codes[1])])
-    assert "bits/dim of 4 values" in capsys.readouterr().out
+    evaluate.main(["--workdir", str(codes[1]), "--budgets", "0.1", "0.8", "1"])
+    said = capsys.readouterr().out
+    assert "bits/dim of 4 values" in said and "budget 0.1, not met: " in said and "budget 0.8: " in said
+    record = json.loads((codes[1] / "evaluation.json").read_text())
+    for budget, found in record["scores"].items():
+        assert found["macs"] == pytest.approx(found["macs_fraction"] * CODES_TWIN, rel=1e-6)
+        assert record["calibration"][budget]["met"] == (budget != "0.1")
+        if budget == "0.1":
+            assert found["macs"] == pytest.approx(CODES_TWIN + HEAD - 16 * BLOCK, rel=1e-6)  # all leave
+        else:
+            assert record["calibration"][budget]["mean"] <= float(budget) * CODES_TWIN * (1 + 1e-6)
 
 
 def test_pixels_leave_early_within_a_budget(tmp_path):

@@ -1,11 +1,19 @@
 """Gates that learn nothing."""
 
+import dataclasses
+import typing
+
 import numpy as np
 import pytest
 from blocks import evaluate, image, make, train
 from flax import nnx
 
 import dynjax as dj
+from dynjax import budget, config, models
+from dynjax.config import UserError
+from dynjax.controls import SampledPaths
+from dynjax.ops import RandomRouter
+from experiments import rows
 
 
 def test_fixed_gate():
@@ -85,3 +93,33 @@ def test_a_grid_gate_keeps_an_even_share_whatever_the_content():
         assert evaluate(gate, x, threshold).keep.mean() == share
     odd = dj.GridGate()(image(1, 3, 5, 1))
     assert odd.keep.shape == (1, 3, 5) and odd.granularity == "tile"
+
+
+def combinations():
+    """Every family with each of its dynamics, in the tiny form."""
+    for family in typing.get_args(config.ModelConfig):
+        fields = {field.name: typing.get_args(field.type) for field in dataclasses.fields(family)}
+        if "random" in fields["gate"]:
+            yield from (
+                family(**rows.TINY[family().family], dynamics=each, gate="random") for each in fields["dynamics"]
+            )
+
+
+@pytest.mark.parametrize("model", list(combinations()), ids=lambda model: f"{model.family}-{model.dynamics}")
+def test_a_random_gate_learns_nothing_or_is_refused(model):
+    refused = {"static", "single", "sandwich", "involution", "ddf"}
+    if model.dynamics in refused:
+        with pytest.raises((UserError, ValueError), match="gate"):
+            nnx.eval_shape(lambda: models.build(model, 10, rngs=nnx.Rngs(0)))
+        return
+    built = nnx.eval_shape(lambda: models.build(model, 10, rngs=nnx.Rngs(0)))
+    assert not [path for path, _ in nnx.to_flat_state(nnx.state(built, budget.gate_filter))]
+    kinds = (dj.RandomGate, RandomRouter, SampledPaths)
+    chance = [
+        module
+        for _, module in nnx.iter_modules(built)
+        if isinstance(module, kinds)
+        or getattr(module, "random", False)
+        or getattr(module, "confidence", "") == "random"
+    ]
+    assert chance

@@ -228,3 +228,21 @@ def test_an_entropy_gate_keeps_the_uncertain_tiles():
     np.testing.assert_allclose(evaluate(gate, share).probability[0, 0, :2], [0.1, 0.6], rtol=1e-5)
     with pytest.raises(ValueError, match="features=1"):
         gate(jnp.zeros((1, 2, 2, 3)))
+
+
+def test_entropies_near_nothing_are_told_apart():
+    share = jnp.array([1e-30, 1e-20, 1e-13, 0.0]).reshape(1, 2, 2, 1)
+    gate = dj.EntropyGate()
+    np.testing.assert_array_equal(evaluate(gate, share, -50.0).keep.reshape(-1), [0, 1, 1, 0])
+    np.testing.assert_array_equal(evaluate(gate, share, -40.0).keep.reshape(-1), [0, 0, 1, 0])
+    assert evaluate(gate, share, budget.LOWEST).keep.all() and not evaluate(gate, share, budget.HIGHEST).keep.any()
+
+
+def test_log_entropy():
+    logits = np.array([[0.0, 0, 0], [1, 2, 3], [40, 0, -3], [9, 9, -400]])
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    log_p[2, 0] = -(np.exp(-40.0) + np.exp(-43.0))
+    wanted = np.log(-(p * log_p).sum(-1))
+    np.testing.assert_allclose(gates.log_entropy(jnp.asarray(logits, jnp.float32)), wanted, rtol=1e-5, atol=1e-6)

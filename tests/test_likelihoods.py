@@ -103,3 +103,17 @@ def test_bytes_become_integers_and_bytes_again(values, of_128):
 def test_another_likelihood(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_likelihood(*arguments)
+
+
+@pytest.mark.parametrize("log_scale", [-7.0, -2.0, 0.0, 3.0, 100.0])
+@pytest.mark.parametrize("mean", [-3000.0, -30.0, 0.3, 30.0, 3000.0])
+def test_logistic_far_outside(mean, log_scale):
+    """Beside double precision, in which the width of a value in scales is no difference of two large numbers either."""
+    values = np.array([0, 1, 128, 254, 255])
+    found = Logistic(256, 1, 1).log_prob(jnp.tile(jnp.array([0.0, mean, log_scale]), (5, 1)), jnp.asarray(values)[:, None])
+    centred, inverse = 2 * values / 255 - 1 - mean, np.exp(-log_scale)
+    log_sigmoid = lambda x: -np.logaddexp(0, -x)  # noqa: E731
+    above, below = log_sigmoid(inverse * (centred + 1 / 255)), log_sigmoid(-inverse * (centred - 1 / 255))
+    wanted = above + below + np.log(-np.expm1(-inverse * 2 / 255))
+    wanted = np.where(values == 0, above, np.where(values == 255, below, wanted))
+    np.testing.assert_allclose(found, wanted, rtol=3e-7, atol=3e-6)

@@ -12,6 +12,7 @@ from test_ops_spatial import Squeeze, assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost
+from dynjax.deploy import Solver
 
 # Skip
 
@@ -284,3 +285,38 @@ def test_errors_of_exits():
     model = dj.Exits([stage, make(Down)], [head, head], size=4)
     with pytest.raises(ValueError, match="Down cannot be run on tiles: it turns a map of 32x32 pixels into 16x16"):
         model(image(1, 8, 8, CHANNELS))
+
+
+# Heads that are very sure
+
+
+def heads_alone(**options):
+    return still(dj.Exits([lambda x: x, nnx.Linear(2, 2, rngs=nnx.Rngs(0))], [lambda x: x] * 2, **options))
+
+
+def test_doubt_of_heads_that_are_very_sure():
+    """The logit of 1 - p is logsumexp of the others minus the largest, here minus the difference; 0.1 has -2.197."""
+    gaps = np.array([14.0, 16, 20, 60, 300])
+    logits = jnp.stack([jnp.asarray(gaps, jnp.float32), jnp.zeros(5)], 1)
+    found = heads_alone().doubt(logits)
+    np.testing.assert_allclose(found[:4], [-11.803, -13.803, -17.803, -57.803], atol=1e-3)
+    np.testing.assert_allclose(found, -gaps + np.log(9), rtol=1e-5)
+    # H = sum of -p log p in nats, of log 2; far off it is (gap + 1) exp(-gap).
+    share = np.log1p(gaps) - gaps - np.log(np.log(2))
+    np.testing.assert_allclose(heads_alone(confidence="entropy").doubt(logits), share + np.log(9), rtol=1e-4)
+    # Of several pixels 1 - p is averaged, per picture or per tile of two.
+    pixels = logits[jnp.array([1, 2, 3, 3])].reshape(1, 2, 2, 2)
+    rows = [np.log((np.exp(-16.0) + np.exp(-20.0)) / 2), -60.0]
+    found = heads_alone(confidence="max_prob").doubt(pixels)
+    np.testing.assert_allclose(found, rows[0] - np.log(2) + np.log(9), rtol=1e-5)
+    wide = jnp.repeat(pixels, 2, 1)  # 4 rows
+    found = heads_alone(size=2).doubt(wide)[0, :, 0]
+    np.testing.assert_allclose(found, np.array(rows) + np.log(9), rtol=1e-5)
+    assert np.isfinite(jax.grad(lambda x: heads_alone(confidence="entropy").doubt(x).sum())(logits)).all()
+
+
+def test_a_budget_is_met_among_heads_that_are_very_sure():
+    x = jnp.stack([jnp.linspace(20, 60, 64), jnp.zeros(64)], 1)
+    solver = Solver(heads_alone(), [x])
+    for budget in (0.25, 0.5, 0.985, 1.0):
+        assert budget - 0.02 < solver.deploy(budget).report.mean / solver.full <= budget

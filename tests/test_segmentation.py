@@ -163,9 +163,9 @@ def test_class_frequencies_leave_out_what_is_ignored():
 def test_class_weights():
     frequencies = np.array([0.81, 0.16, 0.03])
     assert segmentation.class_weights("none", frequencies) is None
-    # The mean of 1/f over pixels is the number of classes; the last weight would be 11.1 and stops at ten.
-    inverse = np.array([1 / 0.81 / 3, 1 / 0.16 / 3, 10.0])
-    np.testing.assert_allclose(segmentation.class_weights("inverse", frequencies), inverse / (frequencies @ inverse))
+    # The mean of 1/f over pixels is the number of classes; the last weight would be 11.1 and stops at ten, which leaves
+    # 0.7 of the mean to the others, half for each.
+    np.testing.assert_allclose(segmentation.class_weights("inverse", frequencies), [0.35 / 0.81, 0.35 / 0.16, 10.0])
     sqrt = np.array([1 / 0.9, 1 / 0.4, 1 / 0.03**0.5])
     np.testing.assert_allclose(segmentation.class_weights("sqrt", frequencies), sqrt / (frequencies @ sqrt))
     for kind in ("sqrt", "inverse"):
@@ -174,6 +174,14 @@ def test_class_weights():
         assert np.dot([0.75, 0.25, 0.0], weights) == pytest.approx(1.0)
     with pytest.raises(ValueError, match="'log'"):
         segmentation.class_weights("log", frequencies)
+
+
+@pytest.mark.parametrize("kind", ["sqrt", "inverse"])
+def test_no_class_weight_is_above_the_cap(kind):
+    for frequencies in ([0.7, 0.2, 0.0999, 0.0001], [0.97, 0.01, 0.01, 0.01], [0.9989, 1e-3, 1e-4, 0.0], [1.0, 0.0]):
+        weights = segmentation.class_weights(kind, np.array(frequencies))
+        assert max(weights) <= 10 and np.dot(frequencies, weights) == pytest.approx(1)
+        assert weights[-1] == 10 or frequencies[-1] in (1.0, 0.01) or kind == "sqrt"
 
 
 class Net(nnx.Module):

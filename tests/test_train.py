@@ -17,6 +17,8 @@ from flax import nnx
 
 from dynjax import checkpoint, log, step, train
 from dynjax.config import BudgetConfig, OptimizerConfig, UserError
+from dynjax.ops import Experts
+from dynjax.ops.kernels import CondConv
 
 HERE = Path(__file__).parent
 
@@ -248,6 +250,21 @@ def test_what_decays():
     for name, array in before.items():
         decays = name.endswith("kernel") and "gate" not in name
         np.testing.assert_allclose(after[name], array * (1 - 0.1 * 0.5 * decays), rtol=1e-6, err_msg=name)
+
+
+def test_biases_with_an_axis_more_do_not_decay():
+    """One for each expert, mixed kernel, or head."""
+    rngs = nnx.Rngs(0)
+    model = nnx.List(
+        [Experts(2, 3, 4, rngs=rngs), CondConv(2, 3, (1, 1), rngs=rngs), nnx.MultiHeadAttention(2, 4, rngs=rngs)]
+    )
+    params = nnx.state(model, nnx.Param)
+    tx = step.make_optimizer(standin.config(warmup=0.0, learning_rate=0.1, weight_decay=0.5), params, standin.is_gate)
+    zeros, ones = (jax.tree.map(make, params) for make in (jnp.zeros_like, jnp.ones_like))
+    updates = jax.jit(lambda zeros, ones: tx.update(zeros, tx.init(ones), ones)[0])(zeros, ones)
+    moved = {name for name, array in checkpoint.named_arrays(updates).items() if np.abs(array).max() > 0}
+    assert not any("bias" in name for name in moved)
+    assert sum("gate" not in name and "attention" not in name for name in moved) == 2 + 1 + 4
 
 
 def test_gates_have_their_own_rate():

@@ -5,7 +5,7 @@ import importlib
 
 from flax import nnx
 
-from dynjax.config import ModelConfig
+from dynjax.config import ModelConfig, UserError
 
 OF_DYNAMICS = frozenset({"dynamics", "gate", "tiles", "tile", "groups", "kernels", "experts", "least"})
 """Fields of configurations that the static twin does not depend on."""
@@ -27,14 +27,21 @@ def reconstructs(config: ModelConfig) -> bool:
 
 
 def build(config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
-    """The model of `config`, with the variables of a static twin under the wrappers if these are given."""
+    """The model of `config`, with the variables of a static twin under the wrappers if these are given.
+
+    Raises UserError where a gate is asked for that the model has no place for.
+    """
+    if config.dynamics == "static" and config.gate != "learned":
+        raise UserError(f"model.gate {config.gate} is a control of dynamics, and model.dynamics is static")
     family = importlib.import_module(f"dynjax.models.{config.family}")
     return family.build(config, num_classes, rngs=rngs, twin_params=twin_params)
 
 
 def static_twin(config: ModelConfig) -> ModelConfig:
-    """The same net without dynamics."""
-    return dataclasses.replace(config, dynamics="static")
+    """The same net without dynamics; of a model of codes, that of the model that predicts them."""
+    if hasattr(config, "prior"):
+        return dataclasses.replace(config, prior=static_twin(config.prior))
+    return dataclasses.replace(config, dynamics="static", gate="learned")
 
 
 def difference(there: ModelConfig, here: ModelConfig) -> str:

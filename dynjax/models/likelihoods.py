@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from dynjax.gates import log_entropy
+
 Noise = dict[str, Array]
 """Arrays whose first axes are those of the pixels."""
 
@@ -51,8 +53,7 @@ class Categorical:
 
     def entropy(self, params: Float[Array, "*pixels P"]) -> Float[Array, "*pixels"]:
         """Of each pixel, in nats."""
-        log_p = jax.nn.log_softmax(params.astype(jnp.float32))
-        return -(jnp.exp(log_p) * log_p).sum(-1)
+        return jnp.exp(log_entropy(params.astype(jnp.float32)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +100,12 @@ class Logistic:
             centred = scaled[..., channel, None] - self._mean(means, mix, scaled, channel)
             inverse = jnp.exp(-log_scales[..., channel, :])
             above, below = inverse * (centred + half), inverse * (centred - half)
-            # log(sigmoid(a) - sigmoid(b)) without the difference of two numbers near 1.
-            inside = jax.nn.log_sigmoid(above) + jax.nn.log_sigmoid(-below) + jnp.log(-jnp.expm1(below - above))
+            # log(sigmoid(a) - sigmoid(b)) without the difference of two numbers near 1, or of two large ones: the width
+            # of a value in scales, a - b, does not depend on the mean.
+            log_width = np.log(2 * half) - log_scales[..., channel, :]
+            width = jnp.exp(log_width)
+            share = jnp.where(log_width < -7, log_width - width / 2, jnp.log(-jnp.expm1(-jnp.maximum(width, 1e-4))))
+            inside = jax.nn.log_sigmoid(above) + jax.nn.log_sigmoid(-below) + share
             value = x[..., channel, None]
             total += jnp.where(
                 value == 0,

@@ -137,7 +137,12 @@ def adaptive(model: UNet, config: UNetConfig, *, rngs: nnx.Rngs) -> nnx.Module:
 
         def select(block, channels, rngs):
             # Starts with the residual block: bias 0 for the plain one, so the gate is as open as the others.
-            return Select([PlainBlock(channels, rngs=rngs), block], BranchGate(channels, 2, size=size, rngs=rngs))
+            gate = (
+                RandomGate(0.5, branches=2, size=size, rngs=rngs)
+                if config.gate == "random"
+                else BranchGate(channels, 2, size=size, rngs=rngs)
+            )
+            return Select([PlainBlock(channels, rngs=rngs), block], gate)
 
         return {"tiles": tiles, "select": select}[config.dynamics]
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from dynjax import execute
 from dynjax.decision import Decision
-from dynjax.gates import Threshold, pool_tiles, threshold
+from dynjax.gates import Threshold, log_entropy, max_tiles, one_hot_argmax, pool_tiles, threshold
 from dynjax.ops import wrapping
 from dynjax.ops.receptive import receptive_radius
 from dynjax.ops.spatial import window_macs
@@ -60,6 +60,23 @@ class Skip(nnx.Module):
         return execute.samples(
             block, x, decision.keep, otherwise=self.otherwise, execution=self.execution, strategy=self.strategy
         )
+
+
+def _log_confidence(logits: Float[Array, "... K"], kind: str) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Logarithms of one minus a head's confidence and of the confidence, at least -500 each.
+
+    From logits, since float32 has no number between 1 - 6e-8 and 1: heads that have learnt their data by heart would
+    all be as sure.
+    """
+    if kind == "entropy":
+        unsure = log_entropy(logits) - jnp.log(jnp.log(logits.shape[-1]))
+        near = jnp.minimum(unsure, -jnp.finfo(jnp.float32).epsneg)
+        sure = jnp.where(near > -0.7, jnp.log(-jnp.expm1(near)), jnp.log1p(-jnp.exp(near)))
+    else:
+        largest = logits.max(-1)
+        rest = jax.nn.logsumexp(jnp.where(one_hot_argmax(logits) > 0, -jnp.inf, logits), -1)
+        unsure, sure = rest - jnp.logaddexp(largest, rest), largest - jnp.logaddexp(largest, rest)
+    return jnp.maximum(unsure, -500.0), jnp.maximum(sure, -500.0)
 
 
 class Exits(nnx.Module):
@@ -148,24 +165,29 @@ class Exits(nnx.Module):
         missing, where `agreed` heads in a row have agreed so far (default: none).
         """
         logits = logits.astype(jnp.float32)
-        log_p = jax.nn.log_softmax(logits)
-        if self.confidence == "entropy":
-            sure = 1 + (jnp.exp(log_p) * log_p).sum(-1) / jnp.log(logits.shape[-1])
-        elif self.confidence == "random":
-            sure = jax.lax.stop_gradient(logits).mean(-1)
-        else:
-            sure = jnp.exp(log_p.max(-1))
-        if self.size is None:
-            sure = sure.mean(tuple(range(1, sure.ndim)))
-        else:
-            sure = pool_tiles(sure[..., None], self.size)[..., 0]
+        start = jax.scipy.special.logit(1 - self.at)
         if self.confidence == "random":
             # A continuous function of the content: rounding in an earlier layer must not draw the whole choice anew.
-            sure = jnp.mod(97 * sure, 1)
-        doubt = jnp.clip(1 - sure, 1e-6, 1 - 1e-6)
+            sure = jnp.mod(97 * self._mean(jax.lax.stop_gradient(logits).mean(-1)), 1)
+            return jax.scipy.special.logit(jnp.clip(1 - sure, 1e-6, 1 - 1e-6)) - start
+        unsure, sure = (self._log_mean(each) for each in _log_confidence(logits, self.confidence))
         if self.confidence == "patience":
-            return self.patience - 1 - (jnp.zeros_like(doubt) if agreed is None else agreed) + doubt
-        return jax.scipy.special.logit(doubt) - jax.scipy.special.logit(1 - self.at)
+            return self.patience - 1 - (jnp.zeros_like(sure) if agreed is None else agreed) + jnp.exp(unsure)
+        return unsure - sure - start
+
+    def _mean(self, x: Float[Array, "B *pixels"]) -> Float[Array, "B *tiles"]:
+        if self.size is None:
+            return x.mean(tuple(range(1, x.ndim)))
+        return pool_tiles(x[..., None], self.size)[..., 0]
+
+    def _log_mean(self, log_x: Float[Array, "B *pixels"]) -> Float[Array, "B *tiles"]:
+        """Logarithm of the mean of exp(log_x): of sure pixels it may be less than float32 tells from 0."""
+        if self.size is None:
+            most = log_x.max(tuple(range(1, log_x.ndim)), keepdims=True)
+            return jnp.log(self._mean(jnp.exp(log_x - most))) + most.reshape(-1)
+        most = max_tiles(log_x[..., None], self.size)[..., 0]
+        fine = most.repeat(self.size, 1).repeat(self.size, 2)[:, : log_x.shape[1], : log_x.shape[2]]
+        return jnp.log(self._mean(jnp.exp(log_x - fine))) + most
 
     def __call__(self, x: execute.Tree) -> Array:
         inputs = [x]

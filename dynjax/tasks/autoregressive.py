@@ -23,9 +23,8 @@ def integers(model: nnx.Module, image: Array) -> Array:
     return quantise(image, model.likelihood.values, model.shape[2])
 
 
-def nats(model: nnx.Module, image: Array, label: Array) -> Float[Array, "B"]:
-    """-log p of each picture of bytes (B, H, W, 3), as the integers that the model has; `label` -1 is no class."""
-    x = integers(model, image)
+def nats(model: nnx.Module, x: Array, label: Array) -> Float[Array, "B"]:
+    """-log p of each picture x of integers that the model has; `label` -1 is no class."""
     params = model(x, label) if model.classes else model(x)
     return -model.likelihood.log_prob(params, x).sum((1, 2))
 
@@ -40,22 +39,22 @@ def training_nats(model: nnx.Module, image: Array, label: Array, key: PRNGKeyArr
     Of a model with exits the mean of this and of `nats` under a threshold drawn from `key`: who comes later must have
     learnt to look at those who left early. The model is left with all going on.
     """
-    if not hasattr(model, "predictions"):
-        return nats(model, image, label)
     x = integers(model, image)
+    if not hasattr(model, "predictions"):
+        return nats(model, x, label)
     each = model.predictions(x, label) if model.classes else model.predictions(x)
     mean = sum(-model.likelihood.log_prob(params, x).sum((1, 2)) for params in each) / len(each)
     if getattr(getattr(model, "prior", model), "exits", None) is None:
         return mean
     budget.set_threshold(model, jax.random.uniform(key, minval=DOUBT[0], maxval=DOUBT[1]))
-    leaving = nats(model, image, label)
+    leaving = nats(model, x, label)
     budget.set_threshold(model, jnp.float32(budget.LOWEST))
     return (mean + leaving) / 2
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoregressiveTask:
-    """What a training loop needs of a model of pixels: `loss` and `counts` of a batch, `scores` of many.
+    """What a training loop needs of a model of pixels: `loss`, `prepare`, `infer`, `counts` and `scores`.
 
     Bits per dimension are -log2 p(picture) / (H W C), of the integers that the model has: of black and white pictures
     they are not those of bytes.
@@ -73,11 +72,19 @@ class AutoregressiveTask:
         bits = training_nats(model, batch["image"], batch["label"], key).mean() / (np.log(2) * np.prod(model.shape))
         return bits, {"loss": bits, "bits_per_dim": bits, "macs_fraction": jnp.float32(1)}
 
-    def counts(self, model: nnx.Module, batch: dict[str, Any]) -> Float[Array, "2"]:
+    def prepare(self, model: nnx.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with "x", its pictures as integers. Where an encoder makes them, that is no work of the model's."""
+        return batch | {"x": integers(model, batch["image"])}
+
+    def infer(self, model: nnx.Module, batch: dict[str, Any]) -> Float[Array, "B H W P"]:
+        """Parameters of every pixel's distribution."""
+        return model(batch["x"], batch["label"]) if model.classes else model(batch["x"])
+
+    def counts(self, model: nnx.Module, output: Array, batch: dict[str, Any]) -> Float[Array, "2"]:
         """Bits and dimensions of the batch's pictures; blank ones, with label -1, are not in them."""
         valid = batch["label"] >= 0
-        bits = jnp.where(valid, nats(model, batch["image"], batch["label"]), 0).sum() / np.log(2)
-        return jnp.stack([bits, valid.sum() * float(np.prod(model.shape))])
+        nats = -model.likelihood.log_prob(output, batch["x"]).sum((1, 2))
+        return jnp.stack([jnp.where(valid, nats, 0).sum() / np.log(2), valid.sum() * float(np.prod(model.shape))])
 
     def scores(self, counts: np.ndarray) -> dict[str, Any]:
         """`bits_per_dim` of the sum of the batches' counts; nan without an example."""

@@ -63,7 +63,7 @@ def scores(confusion: Num[np.ndarray, "K K"]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationTask:
-    """What a training loop needs of classification: `loss`, `confusion` and `counts` of a batch, `scores` of many.
+    """What a training loop needs of classification: `loss`, `prepare`, `infer`, `counts` of a batch, `scores` of many.
 
     A model with a method `predictions` (exits, PonderNet) trains on all that it gives, others on what they return.
     """
@@ -159,9 +159,17 @@ class ClassificationTask:
         """`confusion_matrix` of a batch."""
         return confusion_matrix(logits, label)
 
-    def counts(self, model: nnx.Module, batch: dict[str, Any]) -> Int[Array, "K K"]:
-        """What `scores` takes the sum of: `confusion` of the model on a batch."""
-        return self.confusion(model(batch["image"]), batch["label"])
+    def prepare(self, model: nnx.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch as it is."""
+        return batch
+
+    def infer(self, model: nnx.Module, batch: dict[str, Any]) -> Float[Array, "B K"]:
+        """The logits of a batch."""
+        return model(batch["image"])
+
+    def counts(self, model: nnx.Module, logits: Float[Array, "B K"], batch: dict[str, Any]) -> Int[Array, "K K"]:
+        """What `scores` takes the sum of: `confusion` of a batch."""
+        return self.confusion(logits, batch["label"])
 
     def scores(self, confusion: Num[np.ndarray, "K K"]) -> dict[str, Any]:
         """`scores` of the sum of the batches' confusion matrices."""

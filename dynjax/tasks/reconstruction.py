@@ -12,10 +12,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dynjax.models.vqvae import Reconstruction
+
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructionTask:
-    """What a training loop needs of a VQ-VAE: `loss` and `counts` of a batch, `scores` of many.
+    """What a training loop needs of a VQ-VAE: `loss`, `prepare`, `infer`, `counts` of a batch, `scores` of many.
 
     PSNR is 10 log10(1 / mean squared error) of pictures from 0 to 1, in dB. The codebook's perplexity is exp(entropy)
     of how often each code is used: as many codes, used alike, would have it.
@@ -41,10 +43,18 @@ class ReconstructionTask:
         psnr = -10 * jnp.log10(error)
         return loss, {"loss": loss, "psnr": psnr, "commitment": found.commitment, "macs_fraction": jnp.float32(1)}
 
-    def counts(self, model: nnx.Module, batch: dict[str, Any]) -> Float[Array, "N"]:
+    def prepare(self, model: nnx.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch as it is."""
+        return batch
+
+    def infer(self, model: nnx.Module, batch: dict[str, Any]) -> Reconstruction:
+        """The pictures once more."""
+        return model(batch["image"])
+
+    def counts(self, model: nnx.Module, found: Reconstruction, batch: dict[str, Any]) -> Float[Array, "N"]:
         """Squared error and numbers of the batch's pictures, and uses of every code; blank ones, with label -1, are not
         in them."""
-        found, valid = model(batch["image"]), (batch["label"] >= 0).astype(jnp.float32)
+        valid = (batch["label"] >= 0).astype(jnp.float32)
         error = ((found.image - model.pixels(batch["image"])) ** 2).sum((1, 2, 3))
         used = jax.nn.one_hot(found.codes, len(model.codebook)).sum((1, 2))
         sums = jnp.stack([error @ valid, valid.sum() * float(np.prod(model.shape))])

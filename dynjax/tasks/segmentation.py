@@ -21,6 +21,9 @@ from dynjax.tasks import spending
 LARGEST_CLASS_WEIGHT = 10.0
 """A class's weight stops here, in units of the average pixel's, so that a few pixels do not rule a step's gradient."""
 
+POWERS = {"sqrt": -0.5, "inverse": -1.0}
+"""Of a class's frequency: its weight, but for the scale and the cap."""
+
 
 def cross_entropy(
     logits: Float[Array, "B H W C"],
@@ -119,23 +122,29 @@ def class_frequencies(source: Any, examples: int = 500) -> Float[np.ndarray, "C"
 def class_weights(kind: str, frequencies: Float[np.ndarray, "C"]) -> tuple[float, ...] | None:
     """Weights of classes, 1 on average over pixels: "none" (None), "sqrt" (1/sqrt(frequency)), "inverse" (1/frequency).
 
-    Weights stop at LARGEST_CLASS_WEIGHT times the average pixel's, which is also what a class never seen gets.
-    ValueError for another kind.
+    Weights stop at LARGEST_CLASS_WEIGHT, which is also what a class never seen gets; the others are all the larger, in
+    their proportion, so that the average stays 1. ValueError for another kind.
     """
     if kind == "none":
         return None
-    if kind not in ("sqrt", "inverse"):
+    if kind not in POWERS:
         raise ValueError(f"class weights are none, sqrt or inverse, not {kind!r}")
-    seen = np.where(frequencies > 0, frequencies, 1.0)
-    weights = seen ** (-0.5 if kind == "sqrt" else -1.0)
-    weights /= frequencies @ weights
-    weights = np.where(frequencies > 0, np.minimum(weights, LARGEST_CLASS_WEIGHT), LARGEST_CLASS_WEIGHT)
-    return tuple((weights / (frequencies @ weights)).tolist())
+    capped = frequencies == 0
+    weights = np.where(capped, LARGEST_CLASS_WEIGHT, np.where(capped, 1.0, frequencies) ** POWERS[kind])
+    # What the capped classes leave of the average is the others', which may lift one of them to the cap: at most all.
+    for _ in frequencies:
+        left = 1 - LARGEST_CLASS_WEIGHT * frequencies[capped].sum()
+        weights[~capped] *= left / (frequencies[~capped] @ weights[~capped])
+        if not (weights[~capped] > LARGEST_CLASS_WEIGHT).any():
+            break
+        capped |= weights > LARGEST_CLASS_WEIGHT
+        weights[capped] = LARGEST_CLASS_WEIGHT
+    return tuple(weights.tolist())
 
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationTask:
-    """What a training loop needs of segmentation: `loss`, `confusion` and `counts` of a batch, `scores` of many."""
+    """What a training loop needs of segmentation: `loss`, `prepare`, `infer`, `counts` of a batch, `scores` of many."""
 
     num_classes: int
     class_names: tuple[str, ...]
@@ -182,9 +191,17 @@ class SegmentationTask:
         """`confusion_matrix` of a batch."""
         return confusion_matrix(logits, mask)
 
-    def counts(self, model: nnx.Module, batch: dict[str, Any]) -> Int[Array, "C C"]:
-        """What `scores` takes the sum of: `confusion` of the model on a batch."""
-        return self.confusion(model(batch["image"]), batch["mask"])
+    def prepare(self, model: nnx.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch as it is."""
+        return batch
+
+    def infer(self, model: nnx.Module, batch: dict[str, Any]) -> Float[Array, "B H W C"]:
+        """The logits of a batch."""
+        return model(batch["image"])
+
+    def counts(self, model: nnx.Module, logits: Float[Array, "B H W C"], batch: dict[str, Any]) -> Int[Array, "C C"]:
+        """What `scores` takes the sum of: `confusion` of a batch."""
+        return self.confusion(logits, batch["mask"])
 
     def scores(self, confusion: Num[np.ndarray, "C C"]) -> dict[str, Any]:
         """`scores` of the sum of the batches' confusion matrices."""
