@@ -17,6 +17,7 @@ Granularity = Literal[
     "tile",  # (B, h, w)
     "token",  # (B, T)
     "branch",  # (B, K), one of K
+    "branches",  # (B, K), up to a fixed number of the K
     "tile branch",  # (B, h, w, K), one of K
     "token branch",  # (B, T, K), a fixed number of the K
     "exit",  # (B, K), the stages run, from the first to the last
@@ -25,8 +26,24 @@ Granularity = Literal[
     "path",  # (B, K), any of the K ways out of a cell
     "kernel",  # (B, K) or (B, h, w, K), how much each of K kernels counts; always all kept, at no cost of their own
 ]
-"""What a decision is about. With one kind of work on a unit there is no last axis for it."""
+"""What a decision is about: the place it is made for, and the rule of the choice. A wrapper takes its own alone.
 
+With one kind of work on a unit there is no last axis for it."""
+
+AXES: dict[str, int] = {
+    "sample": 1,
+    "tile": 3,
+    "token": 2,
+    "branch": 2,
+    "branches": 2,
+    "tile branch": 4,
+    "token branch": 3,
+    "exit": 2,
+    "tile exit": 4,
+    "channel": 2,
+    "path": 2,
+}
+"""Number of axes of a decision; not of a "kernel", which has 2 or 4."""
 ONE_KIND = ("sample", "tile", "token")
 
 

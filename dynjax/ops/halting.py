@@ -219,14 +219,15 @@ class Halt(nnx.Module):
         weight, stop = rule(halting.astype(jnp.float32), mass, last)
         # Not being trained, PonderNet gives the state of one step.
         counts = run * (stop if self.kind == "pondernet" and freeze else weight)
-        out = jax.tree.map(lambda o, s: o + self._over(counts, s) * s, out, state)
+        out = jax.tree.map(lambda o, s: o + self._weighted(counts, s), out, state)
         return state, out, mass - run * weight, active * (1 - stop)
 
-    def _over(self, weight, like):
-        """A weight of examples or tiles with the rank and type of what it multiplies."""
+    def _weighted(self, weight, x):
+        """`x` times a weight of examples or tiles; 0 where that is 0."""
         if self._size is not None:
-            weight = execute.tile_pixels(weight, self._size, like.shape[1:3])
-        return weight.reshape(weight.shape + (1,) * (like.ndim - weight.ndim)).astype(like.dtype)
+            weight = execute.tile_pixels(weight, self._size, x.shape[1:3])
+        weight = weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim)).astype(x.dtype)
+        return weight * execute.finite(x, unless=weight != 0)
 
     def _masked(self, carry, freeze):
         def step(state, run):

@@ -61,7 +61,7 @@ class Channels(nnx.Module):
     def __call__(self, x: Float[Array, "B *axes C"]) -> Float[Array, "B *after D"]:
         decision = self.gate(x)
         groups = decision.keep.shape[-1]
-        hint = f"use ChannelGate({x.shape[-1]}, groups, rngs=rngs)"
+        hint = f"use ChannelGate({x.shape[-1]}, groups, rngs=rngs), or FixedGate(keep, granularity='channel')"
         decision = wrapping.expect(decision, "channel", (x.shape[0], groups), "Channels", hint)
         if self.hidden % groups:
             raise ValueError(f"Channels: {groups} groups do not divide the {self.hidden} hidden channels")
@@ -75,8 +75,9 @@ class Channels(nnx.Module):
             wrapping.ready(part, self.execution)
         if self.execution == "masked":
             hidden = run(layers[:takes], x)
-            mask = jnp.repeat(decision.keep, self.hidden // groups, axis=-1).astype(hidden.dtype)
-            y = layers[takes](hidden * mask.reshape(mask.shape[0], *(1,) * (hidden.ndim - 2), -1))
+            mask = jnp.repeat(decision.keep, self.hidden // groups, axis=-1)
+            mask = mask.reshape(mask.shape[0], *(1,) * (hidden.ndim - 2), -1)
+            y = layers[takes](execute.blend(mask, hidden, jnp.zeros_like(hidden)))
         else:
             y = self._compact(layers, x, decision.keep)
             if layers[takes].use_bias:

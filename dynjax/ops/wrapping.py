@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
@@ -58,14 +59,24 @@ def macs_per_example(block: Callable, x: execute.Tree) -> float:
     return cost.macs(still(block), one_example(x))
 
 
-def expect(decision: Decision, granularity: str, shape: tuple[int, ...], wrapper: str, hint: str) -> Decision:
-    """`decision` if it has this granularity and shape, else a ValueError that says which gate fits."""
-    if decision.keep.shape != shape:
+def expect(
+    decision: Decision | Any, granularity: str | tuple[str, ...], shape: tuple[int, ...], wrapper: str, hint: str
+) -> Decision:
+    """`decision` if it has this granularity (or one of these) and shape, else a ValueError that says which gate fits.
+
+    A fitting shape alone says nothing: groups of channels, of which any may be kept, are no one of K branches.
+    """
+    if not isinstance(decision, Decision):
+        raise ValueError(f"{wrapper}: its gate gave a {type(decision).__name__} and no Decision; {hint}")
+    fitting = (granularity,) if isinstance(granularity, str) else granularity
+    if decision.granularity not in fitting or decision.keep.shape != shape:
         raise ValueError(
-            f"{wrapper} needs a decision per {granularity} of shape {shape}, its gate gave {decision.keep.shape}; "
-            f"{hint}"
+            f"{wrapper} needs a decision per {fitting[0]} of shape {shape}, its gate gave {decision.keep.shape} per "
+            f"{decision.granularity}; {hint}"
         )
-    return dataclasses.replace(decision, granularity=granularity)
+    if decision.probability.shape != shape:
+        raise ValueError(f"{wrapper}: its gate gave keep {shape} and probability {decision.probability.shape}")
+    return decision
 
 
 def account(
