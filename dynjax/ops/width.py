@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dynjax import execute
+from dynjax.decision import unseen
 from dynjax.ops import wrapping
 from dynjax.ops.slices import Pick, Role, layers_of, narrow, pick_groups, roles, run, span
 
@@ -233,7 +234,9 @@ class Slimmable(nnx.Module):
             still = wrapping.still(self)
             costs = tuple(wrapping.macs_per_example(still.at(width), x) for width in self.widths)
             wrapping.account(self, decision, costs, costs)
-        blocks = [self.at(width) for width in self.widths]
+        # What comes after the pair may leave something in a trace, but not out of a loop.
+        view = unseen(self) if self.execution == "compact" else self
+        blocks = [view.at(width) for width in self.widths]
         return execute.branches(blocks, x, decision.keep, execution=self.execution, strategy=self.strategy)
 
 

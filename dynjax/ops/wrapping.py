@@ -8,18 +8,21 @@ import jax
 from flax import nnx
 
 from dynjax import cost, execute
-from dynjax.decision import Decision, record
+from dynjax.decision import Decision, record, unseen
 
 
 def still(block: Callable) -> Callable:
-    """`block` as it runs when deployed: no noise, running averages. A view: it shares the parameters."""
+    """`block` as it runs when deployed: no noise, running averages. A view: it shares the parameters.
+
+    It is only looked at, so no trace is taken inside.
+    """
     if not isinstance(block, nnx.Module):
         return block
-    return nnx.view(block, deterministic=True, use_running_average=True, raise_if_not_found=False)
+    return unseen(nnx.view(block, deterministic=True, use_running_average=True, raise_if_not_found=False))
 
 
 def ready(block: Callable, execution: str) -> Callable:
-    """`block` for this execution.
+    """`block` for this execution. Compact execution runs it in loops and branches, which no trace can see into.
 
     Raises:
         ValueError: for compact execution of a block that still trains: BatchNorm that updates its statistics, dropout.
@@ -35,6 +38,7 @@ def ready(block: Callable, execution: str) -> Callable:
                     f"compact execution cannot train: {type(module).__name__} at {_name(path)} still {training}; "
                     "use nnx.view(model, execution='compact', deterministic=True, use_running_average=True)"
                 )
+        return unseen(block)
     return block
 
 
