@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax import gates
-from dynjax.decision import Decision
+from dynjax.decision import AXES, Decision, Granularity
 
 
 class SampledPaths(nnx.Module):
@@ -71,15 +71,26 @@ class SampledPaths(nnx.Module):
 class FixedGate(nnx.Module):
     """The same decision always, whatever the input.
 
-    `keep` of 0s and 1s has shape (B,), (B, h, w), (B, K) or (B, h, w, K), with `size`, the side of a tile in pixels,
-    where there are tiles. Its first axis may be 1, which is repeated for every example.
+    `keep` of 0s and 1s has one of the shapes of `Granularity`, with `size`, the side of a tile in pixels, where there
+    are tiles. Its first axis may be 1, which is repeated for every example. `granularity` says what it is about; left
+    out, (B,) is per sample, (B, K) one of K branches, (B, h, w) with `size` per tile, (B, T, K) without it experts of
+    tokens, (B, h, w, K) one of K branches per tile. Others of shape (B, K), such as "channel", must be named.
+
+    Raises:
+        ValueError: for a `keep` of another number of axes than its granularity has.
     """
 
-    def __init__(self, keep, size: int | None = None):
+    def __init__(self, keep, size: int | None = None, *, granularity: Granularity | None = None):
         keep = jnp.asarray(keep, jnp.float32)
         if keep.ndim not in (1, 2, 3, 4):
             raise ValueError(f"keep has shape {keep.shape}; it must be (B,), (B, K), (B, h, w) or (B, h, w, K)")
-        self.keep = nnx.Variable(keep)
+        third = "tile" if size is not None else "token branch"
+        granularity = granularity or ("sample", "branch", third, "tile branch")[keep.ndim - 1]
+        if granularity not in AXES:
+            raise ValueError(f"granularity={granularity!r} must be one of {', '.join(AXES)}")
+        if keep.ndim != AXES[granularity]:
+            raise ValueError(f"keep has shape {keep.shape}; per {granularity} it must have {AXES[granularity]} axes")
+        self.keep, self.granularity = nnx.Variable(keep), granularity
         self.size = size if size is None else gates.positive(size, "size")
 
     def __call__(self, x: Float[Array, "B ..."]) -> Decision:
@@ -89,7 +100,7 @@ class FixedGate(nnx.Module):
                 f"keep has {keep.shape[0]} examples and the input has {x.shape[0]}; give it that many, or 1"
             )
         keep = jnp.broadcast_to(keep, (x.shape[0], *keep.shape[1:]))
-        return Decision(keep, keep, ("sample", "branch", "tile", "tile branch")[keep.ndim - 1])
+        return Decision(keep, keep, self.granularity)
 
 
 class GridGate(nnx.Module):
@@ -119,10 +130,10 @@ class GridGate(nnx.Module):
 class RandomGate(nnx.Module):
     """Keeps a share `rate` at random: the control of every table.
 
-    Per example (B,), per tile (B, h, w) with `size`, or each of `units` groups of channels or paths (B, K) by itself.
-    With `branches`, takes one of so many (B, K), or (B, h, w, K) with `size`: each is rate / (1 - rate) times as likely
-    as the one before. When deterministic it looks just as random but is a function of the example's content, so that
-    every execution agrees.
+    Per example (B,), per tile (B, h, w) with `size`, or each of `units` groups of channels (B, K) by itself; paths are
+    drawn by `SampledPaths`. With `branches`, takes one of so many (B, K), or (B, h, w, K) with `size`: each is
+    rate / (1 - rate) times as likely as the one before. When deterministic it looks just as random but is a function of
+    the example's content, so that every execution agrees.
     """
 
     def __init__(

@@ -3,7 +3,11 @@
 Letters: B examples, h w tiles, K kinds of work on one unit (branches, stages, groups, steps, experts).
 """
 
+import contextlib
+import contextvars
 import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -17,6 +21,7 @@ Granularity = Literal[
     "tile",  # (B, h, w)
     "token",  # (B, T)
     "branch",  # (B, K), one of K
+    "branches",  # (B, K), up to a fixed number of the K
     "tile branch",  # (B, h, w, K), one of K
     "token branch",  # (B, T, K), a fixed number of the K
     "exit",  # (B, K), the stages run, from the first to the last
@@ -25,8 +30,24 @@ Granularity = Literal[
     "path",  # (B, K), any of the K ways out of a cell
     "kernel",  # (B, K) or (B, h, w, K), how much each of K kernels counts; always all kept, at no cost of their own
 ]
-"""What a decision is about. With one kind of work on a unit there is no last axis for it."""
+"""What a decision is about: the place it is made for, and the rule of the choice. A wrapper takes its own alone.
 
+With one kind of work on a unit there is no last axis for it."""
+
+AXES: dict[str, int] = {
+    "sample": 1,
+    "tile": 3,
+    "token": 2,
+    "branch": 2,
+    "branches": 2,
+    "tile branch": 4,
+    "token branch": 3,
+    "exit": 2,
+    "tile exit": 4,
+    "channel": 2,
+    "path": 2,
+}
+"""Number of axes of a decision; not of a "kernel", which has 2 or 4."""
 ONE_KIND = ("sample", "tile", "token")
 
 
@@ -99,16 +120,67 @@ class Decisions(nnx.Variable):
     """The nnx collection in which wrappers sow their decisions; `traced` captures it."""
 
 
+INSIDE = (
+    "decides inside a function that JAX transforms (scan, fori_loop, while_loop, vmap, cond, switch, checkpoint, jit, "
+    "grad), and its decision does not come out of it, so the trace would call it static: write the loop in Python, or "
+    "give the module to nnx.remat or nnx.jit as an argument, which carry decisions out"
+)
+
+_made: contextvars.ContextVar[list[tuple[str, Any]] | None] = contextvars.ContextVar("made", default=None)
+"""What was recorded while the innermost trace is taken: the module's name, and the decision's likeness."""
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Callable[[Iterable[Decision]], None]]:
+    """Notes what is recorded inside, and gives a function that raises ValueError unless all of it has come out."""
+    made: list[tuple[str, Any]] = []
+
+    def check(found: Iterable[Decision]) -> None:
+        # nnx.scan and the like merge copies of modules, on which decisions are recorded and lost.
+        lost = Counter(likeness for _, likeness in made) - Counter(map(_likeness, found))
+        for name, likeness in made:
+            if likeness in lost:
+                jax.clear_caches()  # a second call must not find the loop compiled, and pass
+                raise ValueError(f"{name} {INSIDE}")
+
+    token = _made.set(made)
+    try:
+        yield check
+    finally:
+        _made.reset(token)
+
+
 def record(module: nnx.Module, decision: Decision) -> None:
     """Sow `decision` under `module`'s path; does nothing unless a trace is being taken.
 
-    Nor inside a loop that a wrapper around `module` runs, over the examples kept: they cannot leave it.
+    Raises:
+        ValueError: inside a function that JAX transforms, which the decision cannot leave.
     """
     if not hasattr(module, "__captures__"):
         return
+    name = type(module).__name__
     try:
         for captured in module.__captures__:
             captured.set_value(captured.get_value())
-    except TraceContextError:
-        return
+    except TraceContextError as error:
+        raise ValueError(f"{name} {INSIDE}") from error
+    made = _made.get()
+    if made is not None:
+        made.append((name, _likeness(decision)))
     module.sow(Decisions, "decision", decision)
+
+
+def unseen(block: Callable) -> Callable:
+    """`block` as an executor's loop runs it, or as it is only looked at: no trace is taken inside."""
+    if not isinstance(block, nnx.Module) or not hasattr(block, "__captures__"):
+        return block
+    block = nnx.view(block, raise_if_not_found=False)
+    for _, module in nnx.iter_modules(block):
+        if hasattr(module, "__captures__"):
+            del module.__captures__
+    return block
+
+
+def _likeness(decision: Decision) -> tuple:
+    """What tells decisions apart without a look at their values."""
+    return decision.granularity, decision.keep.shape, decision.unit_macs, decision.whole_macs

@@ -29,7 +29,7 @@ class Report:
     p95: float
     max: float
     full: float
-    """MACs of an example with everything kept."""
+    """MACs of an example with everything kept, a mean like `mean` where pictures differ in size."""
 
     def __str__(self) -> str:
         met = "met" if self.met else "NOT met"
@@ -60,7 +60,8 @@ def deploy(model: nnx.Module, budget: float | int, calibration: Iterable) -> Dep
     Args:
         model: a model with wrappers in it; it is not changed.
         budget: share of the full MACs that may be spent on average, in (0, 1].
-        calibration: batches of inputs like those to come, and not those to be tested on.
+        calibration: batches of inputs like those to come, and not those to be tested on. They may differ in size: the
+            budget is what all of them may spend together, of what all of them would with everything kept.
 
     Raises:
         ValueError: for a budget outside (0, 1], calibration that is no list of batches, or less than all of a model
@@ -87,6 +88,8 @@ class Solver:
                 raise ValueError(
                     f"a calibration batch is a {type(x).__name__}: each must be the model's input, an array"
                 )
+            if not x.size:
+                raise ValueError(f"a calibration batch has shape {x.shape}, so there is nothing in it: leave it out")
             self.batches.append(jnp.asarray(x))
         if not self.batches:
             raise ValueError("calibration is empty: give at least one batch of inputs")
@@ -94,37 +97,50 @@ class Solver:
             model, execution="masked", deterministic=True, use_running_average=True, raise_if_not_found=False
         )
         self.model = nnx.clone(still)
-        self.full = 0.0
-        self.decides = False
         graphdef, self._state = nnx.split(self.model)
 
         @jax.jit
-        def macs(state, threshold, x):
+        def run(state, threshold, x):
             model = nnx.merge(graphdef, state, copy=True)
             budgets.set_threshold(model, threshold)
             trace = traced(model)(x)[1]
-            self.full, self.decides = trace.full_macs, bool(trace.decisions)
-            return trace.macs()
+            return trace.macs(), trace
 
-        self._macs = macs
+        self._run = run
         self._spent: dict[float, np.ndarray] = {}
+        self._full: list[tuple[float, int]] = []
+        self._decides = False
 
     def spent(self, threshold: float) -> np.ndarray:
         """MACs of every calibration example under `threshold`."""
         if threshold not in self._spent:
-            self._spent[threshold] = np.concatenate(
-                [np.asarray(self._macs(self._state, threshold, x)) for x in self.batches]
-            )
+            found = [self._run(self._state, threshold, x) for x in self.batches]
+            # In float64, where sums of MACs do not depend on the order of the batches.
+            self._spent[threshold] = np.concatenate([np.asarray(macs, np.float64) for macs, _ in found])
+            self._full = [(trace.full_macs, trace.examples) for _, trace in found]
+            self._decides = any(trace.decisions for _, trace in found)
         return self._spent[threshold]
+
+    @property
+    def full(self) -> float:
+        """MACs of an example with everything kept; of batches of pictures of several sizes, the mean over examples."""
+        self.spent(budgets.LOWEST)
+        return sum(full * examples for full, examples in self._full) / sum(examples for _, examples in self._full)
+
+    @property
+    def decides(self) -> bool:
+        """Whether the model decides anything."""
+        self.spent(budgets.LOWEST)
+        return self._decides
 
     def deploy(self, budget: float | int) -> Deployed:
         """As the function `deploy`."""
-        self.spent(budgets.LOWEST)
-        threshold = budgets.solve_threshold(lambda t: float(self.spent(t).mean() / self.full), budget)
+        full = self.full
+        threshold = budgets.solve_threshold(lambda t: float(self.spent(t).mean() / full), budget)
         spent = self.spent(threshold)
         mean = float(spent.mean())
-        met = mean <= budget * self.full * (1 + 1e-6)
+        met = mean <= budget * full * (1 + 1e-6)
         p95, most = float(np.percentile(spent, 95)), float(spent.max())
         model = nnx.clone(compact(self.model))
         budgets.set_threshold(model, threshold)
-        return Deployed(model, Report(budget, threshold, met, mean, p95, most, self.full))
+        return Deployed(model, Report(budget, threshold, met, mean, p95, most, full))

@@ -38,10 +38,36 @@ BREAK_EVEN_TILES = 0.8
 def blend(keep: Float[Array, "..."], kept: Array, other: Array) -> Array:
     """`kept` where `keep` is 1 and `other` where it is 0; the gradient to `keep` is their difference.
 
-    `keep` has the leading axes of the others. Exact: a hard 0 or 1 leaves no rounding behind.
+    `keep` has the leading axes of the others. Chosen, not multiplied: what was not taken may be infinite or no number,
+    as it may when compact. Its gradient is 0, and where the difference is not finite, so is that of `keep`. What a
+    block makes of the gradient 0 is its own matter: one with an infinite derivative there gives its parameters NaN.
     """
-    keep = keep.reshape(keep.shape + (1,) * (kept.ndim - keep.ndim)).astype(kept.dtype)
-    return keep * kept + (1 - keep) * other
+    keep = keep.reshape(keep.shape + (1,) * (kept.ndim - keep.ndim))
+    dtype = jnp.result_type(kept, other)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.where(keep > 0.5, kept, other)
+    return _chosen(keep.astype(dtype), kept.astype(dtype), other.astype(dtype))
+
+
+@jax.custom_jvp
+def _chosen(keep, kept, other):
+    return jnp.where(keep > 0.5, kept, other)
+
+
+@_chosen.defjvp
+def _chosen_jvp(primals, tangents):
+    keep, kept, other = primals
+    to_keep, to_kept, to_other = tangents
+    difference = finite(kept - other)
+    return _chosen(*primals), jnp.where(keep > 0.5, to_kept, to_other) + to_keep * difference
+
+
+def finite(x: Array, unless: Array | bool = False) -> Array:
+    """`x` with 0 for what is not finite, but where `unless` is true: there it counts, and must be seen.
+
+    For what is multiplied by a weight that is 0 where it was not chosen, since 0 times infinity is no number.
+    """
+    return jnp.where(unless | jnp.isfinite(x), x, jnp.zeros((), x.dtype))
 
 
 def samples(

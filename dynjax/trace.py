@@ -15,7 +15,7 @@ from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
 from dynjax import cost
-from dynjax.decision import Decision, Decisions
+from dynjax.decision import INSIDE, Decision, Decisions, watched
 
 
 @jax.tree_util.register_dataclass
@@ -86,17 +86,23 @@ def _pixels(units: jax.Array, tile: tuple[float, float] | None, size: tuple[int,
     return units[:, rows[:, None], columns[None]] / pixels[None]
 
 
-def traced(fn: Callable) -> Callable:
+def traced(fn: Callable, *, examples: int | None = None) -> Callable:
     """`traced(model)(x)` gives `(model(x), trace)`; also for a method, or a function whose first argument is the model.
 
-    The batch size is the first axis of the first array among the other arguments. Works under `jit` and `grad`; gates
-    that train change the model, which must then be an argument of `nnx.jit`, or be merged inside of `jax.jit`.
+    Works under `jit` and `grad`; gates that train change the model, which must then be an argument of `nnx.jit`, or be
+    merged inside of `jax.jit`. Decisions inside functions that the model itself transforms (`lax.scan`, `vmap`, ...)
+    cannot be seen and are refused; `nnx.remat` and `nnx.jit` of a module that is their argument are seen into.
+
+    Args:
+        fn: what to call.
+        examples: their number. By default that of the decisions; of a model without any, the first axis of the other
+            arguments' arrays, if they agree.
 
     Raises:
-        ValueError: if there is no model, or no argument is an array.
+        ValueError: if there is no model, the number of examples is not clear, or a decision cannot be seen.
     """
     if isinstance(getattr(fn, "__self__", None), nnx.Module):
-        return functools.partial(traced(fn.__func__), fn.__self__)
+        return functools.partial(traced(fn.__func__, examples=examples), fn.__self__)
 
     def call(*args, **kwargs):
         is_module = isinstance(fn, nnx.Module)
@@ -116,31 +122,56 @@ def traced(fn: Callable) -> Callable:
             return model(*rest, **kwargs) if is_module else fn(model, *rest, **kwargs)
 
         try:
-            output, captured = nnx.capture(run, Decisions)(model, *rest, **kwargs)
+            with watched() as check:
+                output, captured = nnx.capture(run, Decisions)(model, *rest, **kwargs)
+            decisions = _by_path(captured)
+            check(decisions.values())
+        except (TypeError, ValueError) as error:
+            if "__captures__" in str(error):  # where a transformation of nnx wants what it is given back as it was
+                raise ValueError(f"traced: a module {INSIDE}") from error
+            raise
         except TraceContextError as error:
             raise TraceContextError(
                 "traced: this call changes the model (the noise of gates, BatchNorm statistics), and a function under "
                 "jax.jit (or grad, scan) closes over it: pass the model as an argument to nnx.jit, or nnx.merge it "
                 "inside, or use nnx.view(model, deterministic=True, use_running_average=True)"
             ) from error
-        examples = _examples(rest, kwargs)
-        decisions = _by_path(captured)
+        number = _examples(decisions, rest, kwargs, examples)
         still = nnx.view(
             model, execution="masked", deterministic=True, use_running_average=True, raise_if_not_found=False
         )
-        whole = cost.macs(*((still, *rest) if is_module else (fn, still, *rest)), **kwargs) / examples
+        whole = cost.macs(*((still, *rest) if is_module else (fn, still, *rest)), **kwargs) / number
         static = whole - sum(d.masked_macs for d in decisions.values())
         full = static + sum(d.full_macs for d in decisions.values())
-        return output, Trace(decisions, static, full, examples)
+        return output, Trace(decisions, static, full, number)
 
     return call
 
 
-def _examples(args, kwargs) -> int:
-    for leaf in jax.tree.leaves((args, kwargs)):
-        if getattr(leaf, "ndim", 0):
-            return leaf.shape[0]
-    raise ValueError("traced: no argument is an array, so the batch size is unknown; pass the input as an argument")
+def _examples(decisions: dict[str, Decision], args, kwargs, given: int | None) -> int:
+    """The number of examples, as those who decide about them have it: the first array may be anything."""
+    if decisions:
+        found = {path: decision.keep.shape[0] for path, decision in decisions.items()}
+        what = "decisions are about"
+    else:
+        leaves = [leaf for leaf in jax.tree.leaves((args, kwargs)) if getattr(leaf, "ndim", 0)]
+        found = {f"array {number} of {leaf.shape}": leaf.shape[0] for number, leaf in enumerate(leaves)}
+        what = "nothing decides, and the arguments have first axes of"
+        if not leaves and given is None:
+            raise ValueError(
+                "traced: no argument is an array, so the batch size is unknown; pass the input as an argument, or say "
+                "traced(fn, examples=B)"
+            )
+    numbers = sorted({*found.values()})
+    if given is not None and (not decisions or numbers == [given]):
+        return given
+    if len(numbers) > 1 or given is not None:
+        raise ValueError(
+            f"traced: the number of examples is not clear: {what} {', '.join(map(str, numbers))}"
+            f"{'' if given is None else f', and examples={given}'} ({found}); "
+            + ("decide about one batch in all of them" if decisions else "say traced(fn, examples=B)")
+        )
+    return numbers[0]
 
 
 def _by_path(captured: nnx.State) -> dict[str, Decision]:

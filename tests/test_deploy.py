@@ -119,3 +119,53 @@ def test_what_is_no_list_of_batches():
         dj.deploy(model, 0.5, x)
     with pytest.raises(ValueError, match="a calibration batch is a tuple"):
         dj.deploy(model, 0.5, [(x, x)])
+
+
+def test_batches_of_different_sizes_give_one_budget_whatever_their_order():
+    model = make(lambda rngs: nnx.Sequential(*(dj.Skip(blocks.Pointwise(rngs), gate(rngs)) for _ in range(2))))
+    scale = np.linspace(0.1, 3, 6, dtype=np.float32)[:, None, None, None]
+    small, large = image(6, 2, 2, CHANNELS) * scale, image(4, 8, 8, CHANNELS, seed=1) * scale[:4]
+    solvers = [Solver(model, batches) for batches in ([small, large], [large, small])]
+    reports = [solver.deploy(0.5).report for solver in solvers]
+    assert reports[0] == reports[1] and reports[0].met
+    of_gates = 2 * (CHANNELS * 16 + 16)
+    per_size = {side: 2 * side**2 * CHANNELS**2 + of_gates for side in (2, 8)}
+    assert reports[0].full == (6 * per_size[2] + 4 * per_size[8]) / 10
+    for batches in ([small], [large]):
+        assert Solver(model, batches).full == per_size[batches[0].shape[1]]
+    with pytest.raises(ValueError, match=r"a calibration batch has shape \(0, 2, 2, 4\), so there is nothing in it"):
+        dj.deploy(model, 0.5, [small, small[:0]])
+
+
+def gate(rngs):
+    return dj.SampleGate(CHANNELS, rngs=rngs)
+
+
+class Biased(nnx.Module):
+    """Its first argument is no batch."""
+
+    def __init__(self, rngs):
+        self.block = dj.Skip(blocks.Pointwise(rngs), gate(rngs))
+
+    def __call__(self, bias, x):
+        return self.block(x) + bias.sum()
+
+
+def test_the_number_of_examples_is_not_that_of_the_first_array():
+    model, x, bias = still(make(Biased)), image(2, 3, 3, CHANNELS), jnp.ones(7)
+    trace = dj.traced(model)(bias, x)[1]
+    assert trace.examples == 2 and trace.macs().shape == (2,)
+    assert trace.full_macs == 9 * CHANNELS**2 + CHANNELS * 16 + 16
+    static = make(blocks.Pointwise)
+    fn = lambda model, bias, x: model(x) + bias.sum()  # noqa: E731
+    with pytest.raises(ValueError, match=r"the number of examples is not clear: .* first axes of 2, 7.*examples=B"):
+        dj.traced(fn)(static, bias, x)
+    assert dj.traced(fn, examples=2)(static, bias, x)[1].full_macs == 9 * CHANNELS**2
+    with pytest.raises(ValueError, match=r"decisions are about 2, and examples=7"):
+        dj.traced(model, examples=7)(bias, x)
+
+    def patches(model, x):
+        return model.block(model.block(x).reshape(6, 1, 3, CHANNELS))
+
+    with pytest.raises(ValueError, match=r"decisions are about 2, 6 .*'block#1': 6.*one batch in all of them"):
+        dj.traced(patches)(model, x)

@@ -180,7 +180,7 @@ def test_errors():
     with pytest.raises(ValueError, match=hint):
         dj.MixtureOfDepths(block, dj.FixedGate(np.ones((1, 4))))(x)
     with pytest.raises(ValueError, match=r"gives shape \(2, 5, 2\) for \(2, 5, 4\); it must keep the shape"):
-        dj.MixtureOfDepths(lambda x, mask: x[..., :2], dj.FixedGate(np.ones((1, 5))))(x)
+        dj.MixtureOfDepths(lambda x, mask: x[..., :2], dj.FixedGate(np.ones((1, 5)), granularity="token"))(x)
     with pytest.raises(ValueError, match=r"capacity=0 must be in \(0, 1\]"):
         make(lambda rngs: dj.TokenGate(FEATURES, capacity=0, rngs=rngs))
     with pytest.raises(ValueError, match=r"features=4, but its input has shape \(2, 5, 3\): give it features=3"):

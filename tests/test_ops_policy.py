@@ -38,7 +38,7 @@ def model():
 @pytest.mark.parametrize("examples", [1, 5])
 def test_masked_equals_compact_and_the_chain_by_hand(examples, model):
     def wrap(x, keep):
-        gate, otherwise = dj.FixedGate(keep), {2: model.otherwise["2"]}
+        gate, otherwise = dj.FixedGate(keep, granularity="channel"), {2: model.otherwise["2"]}
         return PolicySkip(model.blocks, gate, skip=model.skip, otherwise=otherwise), x
 
     @jax.jit
@@ -169,7 +169,7 @@ def test_the_curriculum_frees_the_last_blocks_first(model):
 
 
 def test_errors():
-    plain, gate = make(blocks.Pointwise), dj.FixedGate(np.ones((1, 2)))
+    plain, gate = make(blocks.Pointwise), dj.FixedGate(np.ones((1, 2)), granularity="channel")
     for build, message in [
         (lambda: PolicySkip([plain, plain], gate, skip=()), "skip=.. must be rising numbers of the 2 blocks"),
         (lambda: PolicySkip([plain, plain], gate, skip=(1, 2)), "rising numbers of the 2 blocks"),

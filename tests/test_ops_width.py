@@ -138,7 +138,7 @@ def test_masked_equals_compact(kind, examples):
     model, groups = pair(kind), 4 if kind is linear else 2
     x = image(examples, *SHAPES[kind], CHANNELS)
     run = three_ways(
-        lambda x, keep: (dj.Channels(model.first, model.last, dj.FixedGate(keep)), x), x, jnp.zeros((examples, groups))
+        lambda x, keep: (dj.Channels(model.first, model.last, channels(keep)), x), x, jnp.zeros((examples, groups))
     )
     for keep in patterns(examples, groups):
         masked, *compact = run(x, keep)
@@ -147,6 +147,10 @@ def test_masked_equals_compact(kind, examples):
             hidden = np.maximum(model.first.layers[0](x), 0) * np.repeat(keep, HIDDEN // groups, 1)
             np.testing.assert_allclose(masked, model.last(jnp.asarray(hidden)), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(run(x, jnp.ones((examples, groups)))[0], still(model)(x), rtol=1e-5, atol=1e-5)
+
+
+def channels(keep):
+    return dj.FixedGate(keep, granularity="channel")
 
 
 def gated(rngs, kind=linear, groups=4):
@@ -194,7 +198,7 @@ def test_macs_of_channels():
 
 def test_a_residual_blocks_layers_are_shared():
     block, x = make(blocks.Residual), image(2, 5, 4, CHANNELS)
-    model = dj.Channels((block.conv1, block.norm1, nnx.relu), block.conv2, dj.FixedGate(np.ones((1, 2))))
+    model = dj.Channels((block.conv1, block.norm1, nnx.relu), block.conv2, channels(np.ones((1, 2))))
     assert model.first.layers[0].kernel is block.conv1.kernel and model.last.layers[0] is block.conv2
     norm = still(block.norm2)
     np.testing.assert_allclose(nnx.relu(x + norm(still(model)(x))), still(block)(x), rtol=1e-5, atol=1e-5)
@@ -219,15 +223,15 @@ def test_gradients_reach_gate_layers_and_input_in_masked_training():
 def test_errors_of_channels():
     parts, x = pair(normed), image(2, 3, CHANNELS)
     with pytest.raises(ValueError, match="3 groups do not divide the 8 hidden channels"):
-        dj.Channels(parts.first, parts.last, dj.FixedGate(np.ones((1, 3))))(x)
+        dj.Channels(parts.first, parts.last, channels(np.ones((1, 3))))(x)
     with pytest.raises(ValueError, match=r"Channels needs a decision per channel of shape \(2, 3\).*ChannelGate\(4"):
         dj.Channels(parts.first, parts.last, dj.FixedGate(np.ones((1, 2, 3)), size=1))(x)
     with pytest.raises(ValueError, match="Channels around a module that is dynamic already"):
         dj.Channels(dj.Skip(parts, dj.FixedGate([1])), parts.last, dj.FixedGate([[1]]))
     with pytest.raises(ValueError, match="compact execution cannot train: BatchNorm"):
-        nnx.view(dj.Channels(parts.first, parts.last, dj.FixedGate([[1]])), execution="compact")(x)
+        nnx.view(dj.Channels(parts.first, parts.last, channels([[1]])), execution="compact")(x)
     with pytest.raises(ValueError, match="strategy='fast'"):
-        still(dj.Channels(parts.first, parts.last, dj.FixedGate([[1]])), "compact", strategy="fast")(x)
+        still(dj.Channels(parts.first, parts.last, channels([[1]])), "compact", strategy="fast")(x)
 
 
 # Slimmable

@@ -12,6 +12,7 @@ from flax.errors import TraceContextError
 import dynjax as dj
 from dynjax import cost
 from dynjax.decision import Decision
+from dynjax.ops.kernels import CondConv
 
 LINEAR = CHANNELS**2
 KEEP_TILES = np.asarray([[[1, 0, 0], [0, 0, 1]], [[0, 0, 0], [0, 0, 0]]])
@@ -189,3 +190,95 @@ def test_expected_macs_follow_the_probability():
     trace = dj.Trace({"a": Decision(keep, probability, "sample", (8.0,), (8.0,))}, 2.0, 10.0, 2)
     np.testing.assert_array_equal(trace.macs(), [10, 2])
     np.testing.assert_array_equal(trace.expected_macs(), [4, 8])
+
+
+# Decisions that JAX's transformations would lose
+
+
+class Looped(nnx.Module):
+    """A skipped block, called by a function that transforms it."""
+
+    def __init__(self, call, mixed=False):
+        self.skip, self.call = make(lambda rngs: conv(rngs) if mixed else gated_block(rngs)), call
+
+    def __call__(self, x):
+        return self.call(self.skip, x)
+
+
+def gated_block(rngs):
+    return dj.Skip(blocks.Pointwise(rngs), dj.SampleGate(CHANNELS, rngs=rngs))
+
+
+def conv(rngs):
+    return CondConv(CHANNELS, CHANNELS, (1, 1), kernels=2, rngs=rngs)
+
+
+def once(module, x):
+    return module(x)
+
+
+@nnx.scan(in_axes=(nnx.Carry, None), out_axes=nnx.Carry, length=2)
+def _scanned(x, module):  # one function, which JAX need not trace again for a second call
+    return module(x)
+
+
+LOSE = {
+    "scan": lambda m, x: jax.lax.scan(lambda x, _: (m(x), None), x, None, length=2)[0],
+    "fori_loop": lambda m, x: jax.lax.fori_loop(0, 2, lambda _, x: m(x), x),
+    "while_loop": lambda m, x: jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, m(c[1])), (0, x))[1],
+    "map": lambda m, x: jax.lax.map(lambda x: m(x[None])[0], x),
+    "vmap": lambda m, x: jax.vmap(lambda x: m(x[None])[0])(x),
+    "cond": lambda m, x: jax.lax.cond(x.sum() > 0, m, lambda x: x, x),
+    "checkpoint": lambda m, x: jax.checkpoint(lambda x: m(x))(x),
+    "jit": lambda m, x: jax.jit(lambda x: m(x))(x),
+    "nnx.scan": lambda m, x: _scanned(x, m),
+    "nnx.fori_loop": lambda m, x: nnx.fori_loop(0, 2, lambda _, c: (c[0], c[0](c[1])), (m, x))[1],
+    "nnx.vmap": lambda m, x: nnx.vmap(lambda m, x: m(x[None])[0], in_axes=(None, 0))(m, x),
+    "nnx.cond": lambda m, x: nnx.cond(x.sum() > 0, once, lambda m, x: x, m, x),
+}
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["skip", "kernels"])
+@pytest.mark.parametrize("name", LOSE)
+def test_a_decision_that_would_be_lost_in_a_loop_of_the_users_is_refused_aloud(name, mixed):
+    model, x = still(Looped(LOSE[name], mixed)), image(2, 3, 3, CHANNELS)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"decides inside a function that JAX transforms.*nnx\.remat or nnx\.jit"):
+            dj.traced(model)(x)
+
+
+def test_deploy_refuses_what_it_cannot_see_and_a_call_without_a_trace_goes_on():
+    model, x = Looped(LOSE["fori_loop"]), image(2, 3, 3, CHANNELS)
+    with pytest.raises(ValueError, match="Skip decides inside a function that JAX transforms"):
+        dj.deploy(model, 0.5, [x])
+    masked, compact = (jax.jit(still(model, way))(x) for way in ("masked", "compact"))
+    np.testing.assert_allclose(masked, compact, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(masked, still(model).skip(still(model).skip(x)), rtol=1e-5, atol=1e-6)
+
+
+@nnx.jit
+def _jitted(module, x):
+    return module(x)
+
+
+@pytest.mark.parametrize("call", [lambda m, x: nnx.remat(once)(m, x), _jitted], ids=["remat", "jit"])
+def test_remat_and_jit_of_nnx_carry_decisions_out_with_their_gradients(call):
+    model, x = still(Looped(call)), image(3, 3, 3, CHANNELS)
+    plain = still(Looped(once))
+
+    @nnx.jit
+    def both(models, x):
+        def spent(model):
+            trace = dj.traced(model)(x)[1]
+            return trace.macs().sum() + dj.budget_loss(trace, 0.5), trace
+
+        train = [nnx.view(model, deterministic=False) for model in models]
+        return [spent(model) for model in models], [nnx.grad(spent, has_aux=True)(model)[0] for model in train]
+
+    ((a, trace), (b, expected)), grads = both([model, plain], x)
+    assert a == b and list(trace.decisions) == list(expected.decisions) == ["skip"]
+    assert (trace.static_macs, trace.full_macs) == (expected.static_macs, expected.full_macs)
+    for each in grads:
+        assert np.asarray(each["skip"]["gate"]["logits"]["bias"][...]).any()
+    found = dj.deploy(model, 1.0, [x])
+    assert found.report.full == expected.full_macs

@@ -116,7 +116,7 @@ class MixtureOfDepths(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         tokens = x.shape[1]
-        hint = f"use TokenGate({x.shape[-1]}, capacity=0.125, rngs=rngs), or FixedGate of shape (B, {tokens})"
+        hint = f"use TokenGate({x.shape[-1]}, capacity=0.125, rngs=rngs), or FixedGate(keep, granularity='token')"
         decision = wrapping.expect(self.gate(x), "token", x.shape[:2], "MixtureOfDepths", hint)
         if wrapping.tracing(self):
             seen = jax.ShapeDtypeStruct((1, tokens), bool)
@@ -138,9 +138,9 @@ def _mixed(block: Callable, x: jax.Array, keep: jax.Array, weight: jax.Array) ->
     y = block(x, kept)
     if y.shape != x.shape:
         raise ValueError(f"the block of MixtureOfDepths gives shape {y.shape} for {x.shape}; it must keep the shape")
-    changed = x + weight.astype(x.dtype)[..., None] * (y.astype(x.dtype) - x)
-    # Not a product with 0: a token left out that may look at no other can come out of attention as no number.
-    return jnp.where(kept[..., None], changed, x)
+    # A token left out that may look at no other can come out of attention as no number, also for the gradient of r.
+    change = execute.finite(y.astype(x.dtype) - x, unless=kept[..., None])
+    return jnp.where(kept[..., None], x + weight.astype(x.dtype)[..., None] * change, x)
 
 
 def _gathered(block: Callable, x: jax.Array, keep: jax.Array, weight: jax.Array, number: int) -> jax.Array:

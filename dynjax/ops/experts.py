@@ -98,7 +98,7 @@ class Router(nnx.Module):
             self.loss[...] = z_loss(logits)
             key = self.rngs.gate() if self.least < self.top else None
         keep = route(logits, self.top, self.least, self.threshold[...], key)
-        return Decision(keep, jax.nn.softmax(logits), "token branch" if x.ndim == 3 else "branch")
+        return Decision(keep, jax.nn.softmax(logits), _granularity(x, self.top))
 
 
 class RandomRouter(nnx.Module):
@@ -130,7 +130,14 @@ class RandomRouter(nnx.Module):
             uniform = jax.random.uniform(self.rngs.gate(), shape)
         noise = jax.scipy.special.logit(jnp.clip(uniform, 1e-6, 1 - 1e-6))
         keep = route(noise, self.top, self.least, self.threshold[...])
-        return Decision(keep, jnp.full(shape, 1 / self.experts), "token branch" if x.ndim == 3 else "branch")
+        return Decision(keep, jnp.full(shape, 1 / self.experts), _granularity(x, self.top))
+
+
+def _granularity(x: jax.Array, top: int) -> str:
+    """What a router's decision is about: tokens, or examples, of which only `top` = 1 is one of the experts."""
+    if x.ndim == 3:
+        return "token branch"
+    return "branch" if top == 1 else "branches"
 
 
 # Experts
@@ -199,7 +206,7 @@ class Experts(nnx.Module):
     def __call__(self, x: Float[Array, "B *T C"]) -> Float[Array, "B *T C"]:
         if x.ndim not in (2, 3) or x.shape[-1] != self.up.shape[1]:
             raise ValueError(f"Experts needs (B, T, {self.up.shape[1]}) or (B, {self.up.shape[1]}), not {x.shape}")
-        granularity = "branch" if x.ndim == 2 else "token branch"
+        granularity = ("branches", "branch") if x.ndim == 2 else "token branch"
         hint = f"use Router({x.shape[-1]}, {self.experts}, rngs=rngs)"
         decision = wrapping.expect(self.gate(x), granularity, (*x.shape[:-1], self.experts), "Experts", hint)
         if wrapping.tracing(self):
@@ -230,7 +237,8 @@ class Experts(nnx.Module):
     def _masked(self, x: Float[Array, "N C"], weight: Float[Array, "N E"]) -> Float[Array, "N C"]:
         hidden = self.activation(jnp.einsum("nc,ech->enh", x, self.up[...]) + self.up_bias[...][:, None])
         y = jnp.einsum("enh,ehc->enc", hidden, self.down[...]) + self.down_bias[...][:, None]
-        return (y * weight.T[..., None].astype(y.dtype)).sum(0)
+        weight = weight.T[..., None].astype(y.dtype)
+        return (execute.finite(y, unless=weight != 0) * weight).sum(0)
 
     def _compact(self, x, keep, weight):
         chosen, taken, place, sizes = places(keep, self.most)

@@ -174,14 +174,14 @@ class Halt(nnx.Module):
         self.deterministic = self.deterministic if deterministic is None else deterministic
 
     def __call__(self, x: execute.Tree) -> execute.Tree:
-        wrapping.ready(self.gate, self.execution)
+        gate = wrapping.ready(self.gate, self.execution)
         step, start = wrapping.ready(self.step, self.execution), self._start(x)
         if self.execution == "masked":
             # PonderNet is trained on all of its steps.
             states, keep, mass = self._masked(start, freeze=self.kind != "pondernet" or self.deterministic)
             out = states[-1][1]
         else:
-            (_, out, _, _), keep, mass = self._compact(step, start)
+            (_, out, _, _), keep, mass = self._compact(step, gate, start)
         self._account(x, keep, mass)
         return out
 
@@ -207,26 +207,27 @@ class Halt(nnx.Module):
         ones = jnp.ones((jax.tree.leaves(x)[0].shape[0], *grid), jnp.float32)
         return x, jax.tree.map(jnp.zeros_like, x), ones, ones
 
-    def _advance(self, step, carry, last, freeze):
+    def _advance(self, step, gate, carry, last, freeze):
         """One step: `step(state, run)` gives the next state where `run` is 1."""
         state, out, mass, active = carry
         run = active if freeze else jnp.ones_like(active)
         state = jax.tree.map(lambda new, old: new.astype(old.dtype), step(state, run), state)
         granularity = "sample" if self._size is None else "tile"
-        decision = wrapping.expect(self.gate(state), granularity, run.shape, "Halt", f"use {granularity.title()}Gate")
+        decision = wrapping.expect(gate(state), granularity, run.shape, "Halt", f"use {granularity.title()}Gate")
         halting = 1 - (decision.keep if self.kind == "hard" else decision.probability)
         rule = functools.partial(act_rule, epsilon=self.epsilon) if self.kind == "act" else pondernet_rule
         weight, stop = rule(halting.astype(jnp.float32), mass, last)
         # Not being trained, PonderNet gives the state of one step.
         counts = run * (stop if self.kind == "pondernet" and freeze else weight)
-        out = jax.tree.map(lambda o, s: o + self._over(counts, s) * s, out, state)
+        out = jax.tree.map(lambda o, s: o + self._weighted(counts, s), out, state)
         return state, out, mass - run * weight, active * (1 - stop)
 
-    def _over(self, weight, like):
-        """A weight of examples or tiles with the rank and type of what it multiplies."""
+    def _weighted(self, weight, x):
+        """`x` times a weight of examples or tiles; 0 where that is 0."""
         if self._size is not None:
-            weight = execute.tile_pixels(weight, self._size, like.shape[1:3])
-        return weight.reshape(weight.shape + (1,) * (like.ndim - weight.ndim)).astype(like.dtype)
+            weight = execute.tile_pixels(weight, self._size, x.shape[1:3])
+        weight = weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim)).astype(x.dtype)
+        return weight * execute.finite(x, unless=weight != 0)
 
     def _masked(self, carry, freeze):
         def step(state, run):
@@ -239,11 +240,11 @@ class Halt(nnx.Module):
             _, _, mass, active = carry
             keeps.append(active)
             masses.append(mass * active if freeze else mass)
-            carry = self._advance(step, carry, n == self.max_steps - 1, freeze)
+            carry = self._advance(step, self.gate, carry, n == self.max_steps - 1, freeze)
             states.append(carry[:2])
         return states, jnp.stack(keeps, -1), jnp.stack(masses, -1)
 
-    def _compact(self, step, start):
+    def _compact(self, step, gate, start):
         size, strategy = self._size, self.strategy
         radius = 0 if size is None else receptive_radius(step, start[0])
 
@@ -254,7 +255,7 @@ class Halt(nnx.Module):
 
         def advance(carry, last):
             way = run_tiles if size is not None else (lambda state, run: step(state))
-            return self._advance(way, carry, last, freeze=True)
+            return self._advance(way, gate, carry, last, freeze=True)
 
         # A CPU takes the examples one by one, and of each the tiles; others take the tiles of all examples at once.
         one_by_one = strategy == "loop" or (strategy == "auto" and jax.default_backend() == "cpu")

@@ -73,7 +73,7 @@ class PolicySkip(nnx.Module):
         self.execution, self.strategy = execution or self.execution, strategy or self.strategy
 
     def __call__(self, x: Float[Array, "B ..."]) -> Array:
-        hint = f"use ChannelGate(features, {len(self.skip)}, rngs=rngs)"
+        hint = f"use ChannelGate(features, {len(self.skip)}, rngs=rngs), or FixedGate(keep, granularity='channel')"
         shape = (x.shape[0], len(self.skip))
         decision = wrapping.expect(self.gate(x), "channel", shape, "PolicySkip", hint)
         decision = hold(decision, self.held[...])

@@ -199,7 +199,9 @@ def _along(path: Callable, h: jax.Array, opens: jax.Array, weight: jax.Array, ho
 
 
 def _scaled(weight: Float[Array, "B"], x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    return weight.astype(x.dtype)[:, None, None, None] * x
+    """`x` times a weight of each example; 0 where that is 0."""
+    weight = weight.astype(x.dtype)[:, None, None, None]
+    return weight * execute.finite(x, unless=weight != 0)
 
 
 def _same(x: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dynjax import execute
+from dynjax.decision import unseen
 from dynjax.ops import wrapping
 from dynjax.ops.slices import Pick, Role, layers_of, narrow, pick_groups, roles, run, span
 
@@ -61,7 +62,7 @@ class Channels(nnx.Module):
     def __call__(self, x: Float[Array, "B *axes C"]) -> Float[Array, "B *after D"]:
         decision = self.gate(x)
         groups = decision.keep.shape[-1]
-        hint = f"use ChannelGate({x.shape[-1]}, groups, rngs=rngs)"
+        hint = f"use ChannelGate({x.shape[-1]}, groups, rngs=rngs), or FixedGate(keep, granularity='channel')"
         decision = wrapping.expect(decision, "channel", (x.shape[0], groups), "Channels", hint)
         if self.hidden % groups:
             raise ValueError(f"Channels: {groups} groups do not divide the {self.hidden} hidden channels")
@@ -75,8 +76,9 @@ class Channels(nnx.Module):
             wrapping.ready(part, self.execution)
         if self.execution == "masked":
             hidden = run(layers[:takes], x)
-            mask = jnp.repeat(decision.keep, self.hidden // groups, axis=-1).astype(hidden.dtype)
-            y = layers[takes](hidden * mask.reshape(mask.shape[0], *(1,) * (hidden.ndim - 2), -1))
+            mask = jnp.repeat(decision.keep, self.hidden // groups, axis=-1)
+            mask = mask.reshape(mask.shape[0], *(1,) * (hidden.ndim - 2), -1)
+            y = layers[takes](execute.blend(mask, hidden, jnp.zeros_like(hidden)))
         else:
             y = self._compact(layers, x, decision.keep)
             if layers[takes].use_bias:
@@ -232,7 +234,9 @@ class Slimmable(nnx.Module):
             still = wrapping.still(self)
             costs = tuple(wrapping.macs_per_example(still.at(width), x) for width in self.widths)
             wrapping.account(self, decision, costs, costs)
-        blocks = [self.at(width) for width in self.widths]
+        # What comes after the pair may leave something in a trace, but not out of a loop.
+        view = unseen(self) if self.execution == "compact" else self
+        blocks = [view.at(width) for width in self.widths]
         return execute.branches(blocks, x, decision.keep, execution=self.execution, strategy=self.strategy)
 
 

@@ -2,23 +2,27 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
 
 from dynjax import cost, execute
-from dynjax.decision import Decision, record
+from dynjax.decision import Decision, record, unseen
 
 
 def still(block: Callable) -> Callable:
-    """`block` as it runs when deployed: no noise, running averages. A view: it shares the parameters."""
+    """`block` as it runs when deployed: no noise, running averages. A view: it shares the parameters.
+
+    It is only looked at, so no trace is taken inside.
+    """
     if not isinstance(block, nnx.Module):
         return block
-    return nnx.view(block, deterministic=True, use_running_average=True, raise_if_not_found=False)
+    return unseen(nnx.view(block, deterministic=True, use_running_average=True, raise_if_not_found=False))
 
 
 def ready(block: Callable, execution: str) -> Callable:
-    """`block` for this execution.
+    """`block` for this execution. Compact execution runs it in loops and branches, which no trace can see into.
 
     Raises:
         ValueError: for compact execution of a block that still trains: BatchNorm that updates its statistics, dropout.
@@ -34,6 +38,7 @@ def ready(block: Callable, execution: str) -> Callable:
                     f"compact execution cannot train: {type(module).__name__} at {_name(path)} still {training}; "
                     "use nnx.view(model, execution='compact', deterministic=True, use_running_average=True)"
                 )
+        return unseen(block)
     return block
 
 
@@ -58,14 +63,24 @@ def macs_per_example(block: Callable, x: execute.Tree) -> float:
     return cost.macs(still(block), one_example(x))
 
 
-def expect(decision: Decision, granularity: str, shape: tuple[int, ...], wrapper: str, hint: str) -> Decision:
-    """`decision` if it has this granularity and shape, else a ValueError that says which gate fits."""
-    if decision.keep.shape != shape:
+def expect(
+    decision: Decision | Any, granularity: str | tuple[str, ...], shape: tuple[int, ...], wrapper: str, hint: str
+) -> Decision:
+    """`decision` if it has this granularity (or one of these) and shape, else a ValueError that says which gate fits.
+
+    A fitting shape alone says nothing: groups of channels, of which any may be kept, are no one of K branches.
+    """
+    if not isinstance(decision, Decision):
+        raise ValueError(f"{wrapper}: its gate gave a {type(decision).__name__} and no Decision; {hint}")
+    fitting = (granularity,) if isinstance(granularity, str) else granularity
+    if decision.granularity not in fitting or decision.keep.shape != shape:
         raise ValueError(
-            f"{wrapper} needs a decision per {granularity} of shape {shape}, its gate gave {decision.keep.shape}; "
-            f"{hint}"
+            f"{wrapper} needs a decision per {fitting[0]} of shape {shape}, its gate gave {decision.keep.shape} per "
+            f"{decision.granularity}; {hint}"
         )
-    return dataclasses.replace(decision, granularity=granularity)
+    if decision.probability.shape != shape:
+        raise ValueError(f"{wrapper}: its gate gave keep {shape} and probability {decision.probability.shape}")
+    return decision
 
 
 def account(
