@@ -15,10 +15,11 @@ Letters: H W map, C channels, T tiles in a strip.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
@@ -36,6 +37,8 @@ _CALLS = frozenset(
 # The block is traced on a map of these sides: primes that no parameter has, so that a spatial axis is known by its
 # length.
 _HEIGHT, _WIDTH = 509, 521
+_OTHER = (3, 251, 257)
+"""Examples and sides for a second look at the block, which must be the same: it may not use these numbers."""
 
 
 class Unsupported(Exception):
@@ -58,9 +61,11 @@ class _Uniform:
     value: jax.Array
 
 
-def trace(block: Callable, shape: tuple[int, ...], dtype) -> jex.ClosedJaxpr:
+def trace(
+    block: Callable, shape: tuple[int, ...], dtype, pixels: tuple[int, int, int] = (1, _HEIGHT, _WIDTH)
+) -> jex.ClosedJaxpr:
     """The jaxpr of `block` on a map (1, H, W, C); `shape` (..., C) gives the channels."""
-    return jax.make_jaxpr(block)(jax.ShapeDtypeStruct((1, _HEIGHT, _WIDTH, shape[-1]), dtype))
+    return jax.make_jaxpr(block)(jax.ShapeDtypeStruct((*pixels, shape[-1]), dtype))
 
 
 def run_strip(closed: jex.ClosedJaxpr, strip: jax.Array, inside: jax.Array, *, size: int, radius: int) -> jax.Array:
@@ -127,6 +132,43 @@ def reach(closed: jex.ClosedJaxpr, limit: int = 64) -> int | None:
     return limit - min(margins)
 
 
+def reach_of(block: Callable, channels: int, dtype) -> int | None:
+    """Receptive radius of `block` as `reach` gives it; None also if the block uses the map's size or the batch's."""
+    closed = trace(block, (channels,), dtype)
+    found = reach(closed)
+    if found is None:
+        return None
+    other = trace(block, (channels,), dtype, _OTHER)
+    pairs = list(zip(closed.consts, other.consts, strict=False))
+    return found if _alike(closed.jaxpr, other.jaxpr, pairs) else None
+
+
+def _alike(a: jex.Jaxpr, b: jex.Jaxpr, consts: Sequence = ()) -> bool:
+    """Whether two jaxprs do the same with the same numbers, on values that may have other shapes."""
+    if [eqn.primitive for eqn in a.eqns] != [eqn.primitive for eqn in b.eqns]:
+        return False
+    pairs = list(consts)
+    for one, other in zip(a.eqns, b.eqns, strict=True):
+        atoms = zip(one.invars, other.invars, strict=True)
+        pairs += [[atom.val if isinstance(atom, jex.Literal) else None for atom in pair] for pair in atoms]
+        if one.primitive.name in _CALLS:
+            (inner, first), (other, second) = _inner(one), _inner(other)
+            if not _alike(inner, other, list(zip(first, second, strict=True))):
+                return False
+    # Only numbers: a table of the map's size is never run on a strip.
+    return all(p is q or not _number(p) or (_number(q) and np.array_equal(p, q, equal_nan=True)) for p, q in pairs)
+
+
+def _inner(eqn) -> tuple[jex.Jaxpr, Sequence]:
+    """The jaxpr that a call runs, and its constants."""
+    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr")))
+    return (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
+
+
+def _number(value) -> bool:
+    return value is not None and not np.ndim(value) and not isinstance(value, jax.core.Tracer)
+
+
 class _Walk:
     """One evaluation of a jaxpr over values that are plain, uniform or on the strip."""
 
@@ -147,8 +189,7 @@ class _Walk:
     def equation(self, eqn, args):
         name, params = eqn.primitive.name, eqn.params
         if name in _CALLS:
-            inner = params.get("jaxpr", params.get("call_jaxpr", params.get("fun_jaxpr")))
-            inner, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
+            inner, consts = _inner(eqn)
             return self(inner, consts, args)
         if not any(isinstance(a, _Strip | _Uniform) for a in args):
             if name == "broadcast_in_dim" and _is_map(params["shape"]) and not {1, 2} & _filled(eqn, args[0]):
@@ -254,22 +295,15 @@ class _Walk:
         return [_Strip(lax.concatenate(values, eqn.params["dimension"]), margin, all(a.clean for a in args))]
 
     def channels(self, eqn, args):
-        """`slice` and `split` along the channels."""
-        (x,), outs = args, eqn.outvars
-        axis, last = x.value.ndim - 1, eqn.invars[0].aval.shape[-1]
-        if not all(_is_map(o.aval.shape) for o in outs) or axis < 3:
+        """`slice` and `split` along the channels; the map's axes keep their length, so they are whole."""
+        (x,), outs, p = args, eqn.outvars, eqn.params
+        if not all(_is_map(o.aval.shape) for o in outs):
             raise Unsupported(eqn.primitive.name)
         if eqn.primitive.name == "slice":
-            steps = eqn.params["strides"] or (1,) * (axis + 1)
-            start, stop = eqn.params["start_indices"][-1], eqn.params["limit_indices"][-1]
-            return [dataclasses.replace(x, value=lax.slice_in_dim(x.value, start, stop, steps[-1], axis=axis))]
-        if eqn.params["axis"] != axis or sum(eqn.params["sizes"]) != last:
-            raise Unsupported("split")
-        starts = [sum(eqn.params["sizes"][:i]) for i in range(len(outs))]
-        return [
-            dataclasses.replace(x, value=lax.slice_in_dim(x.value, a, a + n, axis=axis))
-            for a, n in zip(starts, eqn.params["sizes"], strict=True)
-        ]
+            starts = (0, 0, 0, *p["start_indices"][3:])
+            stops = (*x.value.shape[:3], *p["limit_indices"][3:])
+            return [dataclasses.replace(x, value=lax.slice(x.value, starts, stops, p["strides"]))]
+        return [dataclasses.replace(x, value=part) for part in lax.split(x.value, p["sizes"], p["axis"])]
 
 
 def _bind(eqn, values):

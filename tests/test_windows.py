@@ -83,6 +83,13 @@ def test_what_mixes_pixels_in_other_ways_is_not_run_on_strips(name):
     assert not windows.supported(closed, size=SIZE, radius=2)
 
 
+@pytest.mark.parametrize("name", ["height", "examples", "first"])
+def test_what_uses_the_size_of_the_map_or_the_batch_is_not_read(name):
+    block = {"height": lambda x: x / x.shape[1], "examples": lambda x: x * len(x), "first": lambda x: x - x[:1]}[name]
+    assert windows.reach_of(block, CHANNELS, jnp.float32) is None
+    assert windows.reach_of(still(make(blocks.Residual)), CHANNELS, jnp.float32) == 2
+
+
 def test_cut_shifts_windows_at_the_border_back():
     x = jnp.arange(1.0, 37).reshape(1, 6, 6, 1)
     cut = functools.partial(windows.cut, x, jnp.int32(0), size=2, radius=1)

@@ -1,8 +1,8 @@
 """How far an output pixel of a block reaches, and whether tiles of the block can be computed on their own."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,97 +12,244 @@ from flax import nnx
 from dynjax import execute, windows
 from dynjax.ops import wrapping
 
-_PROBES = (33, 129)
-"""Sides of the maps on which a block is probed, smallest first."""
+_PROBES = (33, 73)
+"""Sides of the maps on which a block is probed, smallest first. What crosses the first is not looked at further."""
+_AROUND = 129
+"""Side of the map that the probed ones are cut from."""
+_INNER = 7
+"""Pixels of a probed window between its borders; odd, and no multiple of 3, for strides inside a block to show."""
+_CHANGES = (np.nan, 1e4, -1e4, 1.0)
+"""What is added to one pixel: NaN spreads through sums and huge values through comparisons, which swallow NaN."""
+_WIDE = (
+    "it mixes the whole map{}, or reaches more than 31 pixels: tiles cannot be computed on their own; wrap the layers "
+    "around it, or use Skip"
+)
+_ACROSS = (
+    "a change in one corner is seen far away (padding='CIRCULAR', jnp.roll, jnp.pad(mode='wrap'), or a comparison with "
+    "the whole map): tiles would be wrong; use padding='SAME' or 'REFLECT', or Skip"
+)
+_UNEVEN = (
+    "it treats pixels differently by their place, or reaches further for some contents than for others (a stride "
+    "inside, a pattern or noise over the map, offsets that follow the content, numbers taken from the map's size): "
+    "tiles would be wrong; wrap smaller parts of it"
+)
+_REMEMBERED = 256
+_answers: dict = {}
 
 
 def receptive_radius(block: Callable, x: jax.Array | jax.ShapeDtypeStruct) -> int:
     """Pixels that one output pixel of `block` reaches to each side, at least 0.
 
-    Blocks of convolutions and pointwise layers are read from their jaxpr. Others are probed: a NaN in one input pixel
-    shows which outputs depend on it. Parameters' values do not matter, so this works while `jit` traces.
+    Blocks of convolutions and pointwise layers are read from their jaxpr. Others are probed: single pixels of a random
+    map are changed, in its centre and in its corners, to see which outputs depend on them, and the block on windows cut
+    from the map must give what it gives on the whole map. Parameters' values do not matter, so this works while `jit`
+    traces.
 
     Raises:
-        ValueError: if the block has a stride, reaches over the whole map, or treats pixels differently by their place.
+        ValueError: if the block has a stride, reaches over the whole map or across its border, compares pixels with the
+            whole map, mixes examples, or treats pixels differently by their place.
     """
-    block, spec = wrapping.still(block), jax.ShapeDtypeStruct((1, 32, 32, x.shape[-1]), x.dtype)
+    block = wrapping.still(block)
     with _errors_named(block):
-        out = execute.shape_of(block, spec).shape
-        if out[:3] != (1, 32, 32):
-            raise ValueError(
-                f"it turns a map of 32x32 pixels into {'x'.join(map(str, out[1:3])) or 'no map'}: tiles need stride 1 "
-                "and SAME padding; wrap the layers around the stride instead"
-            )
-        reach = windows.reach(windows.trace(block, x.shape, x.dtype))
-    return probe(block, x.shape[-1], x.dtype) if reach is None else reach
+        return _remembered(_found, block, x.shape[-1], jnp.dtype(x.dtype))
 
 
 def probe(block: Callable, channels: int, dtype=jnp.float32) -> int:
-    """The receptive radius as a NaN in the input shows it; see `receptive_radius`."""
+    """The receptive radius as changed pixels and windows show it; see `receptive_radius`."""
     block = wrapping.still(block)
     with _errors_named(block):
-        for side in _PROBES:
-            reach = _reach_on(block, channels, jnp.dtype(dtype), side)
-            if reach is not None:
-                return reach
-        raise ValueError(
-            f"it mixes the whole map{_culprit(block)}: tiles cannot be computed on their own; wrap the layers around "
-            "it, or use Skip"
-        )
+        return _remembered(_probed, block, channels, jnp.dtype(dtype))
 
 
-def _reach_on(block: Callable, channels: int, dtype: np.dtype, side: int) -> int | None:
-    """The radius as a square map of `side` pixels shows it; None if it reaches the border."""
-    graphdef, state = nnx.split(block) if isinstance(block, nnx.Module) else (block, None)
-    leaves, tree = jax.tree.flatten(state)
-    key = (graphdef, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves), channels, dtype, side)
+def _remembered(ask: Callable, block: Callable, channels: int, dtype: np.dtype) -> int:
+    """`ask` of the arguments, once for blocks that differ in nothing but their parameters' values.
+
+    The blocks of a model are alike, and are asked for whenever it is traced.
+    """
+    definition, leaves, tree = _parts(block)
+    key = (ask, definition, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves), channels, dtype)
     try:
         hash(key)
     except TypeError:
-        ask = _responses.__wrapped__
-    else:
-        ask = _responses
-    constant, first, second = ask(*key)
-    centre, touched = side // 2, [np.isnan(y).any(-1) for y in (first, second)]
-    reach = max((abs(int(at) - centre) for place in np.nonzero(touched[0]) for at in place), default=0)
-    if reach >= centre:
-        return None
-    inner = constant[reach : side - reach, reach : side - reach]
-    # By rounding pixels may differ a little, by a pattern over the map they differ more.
-    same = np.allclose(inner, inner[:1, :1], rtol=1e-3 if dtype.itemsize > 2 else 0.05, equal_nan=True)
-    if not same or not np.array_equal(np.roll(touched[0], (1, 1), (0, 1)), touched[1]):
+        return ask(block, channels, dtype)
+    if key not in _answers:
+        answer = ask(block, channels, dtype)
+        while len(_answers) >= _REMEMBERED:
+            _answers.pop(next(iter(_answers)))
+        _answers[key] = answer
+    return _answers[key]
+
+
+def _parts(block: Callable) -> tuple:
+    """What makes the block, its arrays, and their tree; a function is its own definition."""
+    definition, state = nnx.split(block) if isinstance(block, nnx.Module) else (block, None)
+    return definition, *jax.tree.flatten(state)
+
+
+def _found(block: Callable, channels: int, dtype: np.dtype) -> int:
+    out = execute.shape_of(block, jax.ShapeDtypeStruct((1, 32, 32, channels), dtype)).shape
+    if out[:3] != (1, 32, 32):
         raise ValueError(
-            "it treats pixels differently by their place (a stride inside, or a pattern over the map): tiles would be "
-            "wrong; wrap smaller parts of it"
+            f"it turns a map of 32x32 pixels into {'x'.join(map(str, out[1:3])) or 'no map'}: tiles need stride 1 "
+            "and SAME padding; wrap the layers around the stride instead"
         )
-    return reach
+    reach = windows.reach_of(block, channels, dtype)
+    return _probed(block, channels, dtype) if reach is None else reach
 
 
-@functools.lru_cache(maxsize=256)
-def _responses(definition, tree, specs: tuple, channels: int, dtype: np.dtype, side: int) -> np.ndarray:
-    """Outputs (3, side, side, D) for a constant map, and for two with a NaN: in the centre, and diagonally after it.
+def _probed(block: Callable, channels: int, dtype: np.dtype) -> int:
+    for side in _PROBES:
+        maps = _maps(side, channels, dtype)
+        run, y = _run_with_stand_ins(block, maps.values)
+        reach, furthest = _spread(y, maps, _tolerance(dtype) / 100)
+        wide = 2 * reach + _INNER + 2 > side
+        if not wide and furthest <= reach:
+            problem = _window_problem(run, y, maps, reach, _tolerance(dtype))
+            if not problem:
+                return reach
+            break
+        problem = _WIDE.format(_culprit(block)) if wide else _ACROSS
+        if furthest >= _PROBES[0] - 1:
+            break
+    raise ValueError(_mixes_examples(run, maps, dtype) or problem)
 
-    From what can be hashed, since the blocks of a model are alike, and are asked for whenever it is traced.
+
+class _Maps(NamedTuple):
+    """Maps (N, side, side + 1, C): a random one, a loud one, and copies of the first with one pixel changed.
+
+    Loud, so that offsets and gates that follow the content show what they do far out. The random one is cut from
+    `around`, a larger map (1, H, W, C).
     """
-    x = np.full((3, side, side, channels), 0.25, dtype)
-    for number in (1, 2):
-        x[number, (at := side // 2 + number - 1), at] = np.nan
 
-    def run(x: jax.Array) -> jax.Array:
-        # The real parameters may be tracers. Their values do not matter: NaN times anything is NaN.
-        state = tree.unflatten([_stand_in(*spec) for spec in specs])
-        block = nnx.merge(definition, state) if isinstance(definition, nnx.GraphDef) else definition
-        return block(x)
-
-    with jax.ensure_compile_time_eval():
-        return np.asarray(jax.jit(run)(x), np.float32)
+    values: np.ndarray
+    changed: tuple[tuple[int, int], ...]
+    around: np.ndarray
 
 
-def _stand_in(shape: tuple[int, ...], dtype) -> jax.Array:
-    """An array in the place of a parameter, small enough that nothing overflows."""
+def _maps(side: int, channels: int, dtype: np.dtype) -> _Maps:
+    """One side is odd and the other even: the padding of strides inside a block depends on it."""
+    random, most = np.random.default_rng(0), _AROUND
+    around = random.normal(size=(1, most, most + 1, channels))
+    start = (most - side) // 2
+    base = around[0, start : start + side, start : start + side + 1]
+    places, values = [], [base, 30 * random.normal(size=base.shape)]
+    for place, changes in (
+        ((side // 2, side // 2), _CHANGES),
+        ((0, 0), _CHANGES[:2]),
+        ((side - 1, side), _CHANGES[:2]),
+    ):
+        for change in changes:
+            places.append(place)
+            values.append(base.copy())
+            values[-1][place] += change
+    values = np.stack(values)
+    values = values if jnp.issubdtype(dtype, jnp.floating) else np.nan_to_num(values)
+    return _Maps(values.astype(dtype), tuple(places), around.astype(dtype))
+
+
+def _spread(y: np.ndarray, maps: _Maps, tolerance: float) -> tuple[int, int]:
+    """How far a change in the centre is seen, and the furthest that any change is."""
+    distances = [_distance(place, _differ(y[0], y[2 + n], tolerance)) for n, place in enumerate(maps.changed)]
+    pairs = zip(maps.changed, distances, strict=True)
+    return max(distance for place, distance in pairs if place == maps.changed[0]), max(distances)
+
+
+def _window_problem(run: Callable, y: np.ndarray, maps: _Maps, reach: int, tolerance: float) -> str:
+    """Compare windows in the corners, at the borders and in the middle with the whole map, as tiles will need them."""
+    (side, width), size = y.shape[1:3], 2 * reach + _INNER
+    middle = max(at for at in (1, 5, 7) if at < side - size)
+    rows = [(0, size), (middle, middle + size), (side - size, side)]
+    columns = [(0, size + 1), (middle, middle + size + 1), (width - size - 1, width)]
+    places = [(number, row, column) for number in (0, 1) for row in rows for column in columns]
+    got = run(np.stack([maps.values[n, r[0] : r[1], c[0] : c[1]] for n, r, c in places]))
+    wrong = []
+    for window, (number, row, column) in zip(got, places, strict=True):
+        # A window is right up to the reach from its border, and up to the border itself where that is the map's.
+        (up, down), (left, right) = (
+            (first + reach * (first > 0), last - reach * (last < end))
+            for (first, last), end in ((row, side), (column, width))
+        )
+        part = window[up - row[0] : down - row[0], left - column[0] : right - column[0]]
+        wrong.append(_differ(part, y[number, up:down, left:right], tolerance).ravel())
+    # The map as a window of a larger one, for what reaches past it on all sides, as two taps far apart do.
+    start, inner = (_AROUND - side) // 2, slice(reach, side - reach)
+    whole = run(maps.around)[0, start : start + side, start : start + side]
+    wrong.append(_differ(y[0, :, :side][inner, inner], whole[inner, inner], tolerance).ravel())
+    # A step may fall to the other side by rounding, at a few places in a million.
+    if np.concatenate(wrong).mean() <= 1e-4:
+        return ""
+    return _UNEVEN
+
+
+def _mixes_examples(run: Callable, maps: _Maps, dtype: np.dtype) -> str:
+    """What to say of a block whose result for an example depends on the others; nothing of other blocks."""
+    together = run(maps.values[:2])
+    alone = np.concatenate([run(maps.values[:1]), run(maps.values[1:2])])
+    if not _differ(alone, together, _tolerance(dtype)).any():
+        return ""
+    return (
+        "it mixes the examples of a batch (statistics, an order or noise over the batch): what is computed for some of "
+        "them only would be wrong; leave it outside"
+    )
+
+
+def _tolerance(dtype: np.dtype) -> float:
+    """By which two computations of one value may differ by rounding, as a share of it."""
+    return 1e-3 if dtype.itemsize > 2 else 0.1
+
+
+def _differ(a: np.ndarray, b: np.ndarray, tolerance: float) -> np.ndarray:
+    """Where two outputs differ by more than rounding."""
+    sizes = np.abs(b[np.isfinite(b)])
+    return ~np.isclose(a, b, rtol=tolerance, atol=tolerance * np.median(sizes) if sizes.size else 0, equal_nan=True)
+
+
+def _distance(place: tuple[int, int], differs: np.ndarray) -> int:
+    """The largest distance in rows or columns from `place` of what differs, (H, W, D)."""
+    found = np.argwhere(differs.any(-1))
+    return int(np.abs(found - place).max()) if len(found) else 0
+
+
+def _run_with_stand_ins(block: Callable, maps: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
+    """`block`, compiled, with random numbers for its parameters, since the real ones may be tracers; and its output."""
+    definition, leaves, tree = _parts(block)
+
+    @jax.jit
+    def compiled(leaves, x):
+        own = nnx.merge(definition, tree.unflatten(leaves)) if isinstance(block, nnx.Module) else block
+        return own(x)
+
+    for positive in (False, True):
+
+        def run(x: np.ndarray, positive: bool = positive) -> np.ndarray:
+            with jax.ensure_compile_time_eval():
+                stand_ins = [_stand_in(n, leaf.shape, leaf.dtype, positive) for n, leaf in enumerate(leaves)]
+                y = np.asarray(compiled(stand_ins, x).astype(jnp.float32))
+            return y.reshape(*y.shape[:3], -1)
+
+        y = run(maps)
+        if np.isfinite(y[0]).mean() > 0.5:
+            return run, y
+    raise ValueError(
+        "it gives NaN or infinity for a random map and random parameters, so that its reach cannot be seen; wrap the "
+        "layers around what gives them"
+    )
+
+
+def _stand_in(number: int, shape: tuple[int, ...], dtype, positive: bool) -> np.ndarray | jax.Array:
+    """A random array in the place of a parameter, of a size that keeps what passes through at its size.
+
+    Vectors are positive always: among them are variances and scales.
+    """
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return jnp.broadcast_to(jax.random.key(0), shape)
-    return jnp.full(shape, 0.01 if jnp.issubdtype(dtype, jnp.floating) else 0, dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return np.zeros(shape, dtype)
+    random = np.random.default_rng(number)
+    if len(shape) < 2:
+        return random.uniform(0.5, 1.5, shape).astype(dtype)
+    values = random.normal(size=shape) * (2 / max(np.prod(shape[:-1]), 1)) ** 0.5
+    return (np.abs(values) if positive else values).astype(dtype)
 
 
 @contextlib.contextmanager
@@ -121,4 +268,4 @@ def _culprit(block: Callable) -> str:
         for path, module in nnx.iter_modules(block):
             if isinstance(module, nnx.GroupNorm | nnx.InstanceNorm | nnx.MultiHeadAttention):
                 return f" ({type(module).__name__} at {'/'.join(map(str, path))!r})"
-    return " (global pooling, attention, or a normalisation over the map)"
+    return " (global pooling, attention, noise, or a normalisation over the map)"

@@ -28,11 +28,13 @@ class Tiles(nnx.Module):
             `TileGate`.
         otherwise: a cheap module for the tiles not kept; run on the whole map, so its cost is static. Needed if C' is
             not C.
-        radius: receptive radius of the block in pixels; found by looking at the block where it is left out.
+        radius: pixels of border that are computed around a tile, at least the block's receptive radius, which is taken
+            where it is left out.
 
     Raises:
-        ValueError: for a block that tiles would make wrong: global pooling, attention or normalisation over the map, a
-            stride, a change of channels without `otherwise`, a dynamic module inside.
+        ValueError: for a block that tiles would make wrong: global pooling, attention, normalisation or comparison over
+            the map, padding from the opposite border, a stride, a change of channels without `otherwise`, a dynamic
+            module inside; for a radius that is too small.
     """
 
     def __init__(
@@ -65,7 +67,13 @@ class Tiles(nnx.Module):
         size = self.gate.size
         hint = f"tiles of {size} pixels on {x.shape[1]}x{x.shape[2]}"
         decision = wrapping.expect(self.gate(x), "tile", (x.shape[0], *wrapping.grid(x, size)), "Tiles", hint)
-        radius = receptive_radius(self.block, x) if self.radius is None else self.radius
+        reach = receptive_radius(self.block, x)
+        radius = reach if self.radius is None else self.radius
+        if radius < reach:
+            raise ValueError(
+                f"radius={radius} is too small: {type(self.block).__name__} reaches {reach} pixels; leave radius "
+                "out to have it found"
+            )
         if self.otherwise is None:
             out = execute.shape_of(wrapping.still(self.block), x).shape
             if out[-1] != x.shape[-1]:
