@@ -3,20 +3,24 @@
     config.json            the configuration and the names of the classes
     checkpoints/STEP/      orbax: every array of the training state; sidecar/: data position per process; checksums.json
     unreadable/            checkpoints that could not be read, moved aside
+    lock                   held by the run that trains here (lock.py)
 
 A checkpoint appears under its name only when its arrays are complete (orbax writes elsewhere and renames); checksums
-come last and tell one that was cut or changed later.
+come last and tell one that was cut or changed later. What else lies in checkpoints/ is left alone.
 """
 
+import contextlib
 import dataclasses
 import errno
+import gc
 import json
+import logging
 import os
 import shutil
 import sys
 import typing
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynjax import models
+from dynjax import mesh, models
 from dynjax.config import Config, UserError
 
 KEEP = 3
@@ -101,9 +105,14 @@ def check_workdir(workdir: str | Path, config: Config) -> None:
             raise UserError(f"workdir {workdir} was made with another configuration: {what}: give another --workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        for folder in (workdir / "checkpoints", workdir / "unreadable"):
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise UserError(f"{folder} is no folder: move it away")
         probe = workdir / f".probe_{jax.process_index()}"
-        probe.write_text("x" * 4096)
-        probe.unlink()
+        try:
+            probe.write_text("x" * 4096)
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write in workdir {workdir}: {error.strerror or error}") from None
 
@@ -118,6 +127,7 @@ def write_config(workdir: str | Path, config: Config, classes: tuple[str, ...]) 
         part.write_text(json.dumps({"config": config_to_dict(config), "classes": list(classes)}, indent=1) + "\n")
         os.replace(part, path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
@@ -189,9 +199,18 @@ class Sidecar:
 
 
 def steps(workdir: str | Path) -> list[int]:
-    """The steps that have a checkpoint, oldest first."""
+    """The steps that have a checkpoint, oldest first. Folders of other names and files are none."""
     folder = Path(workdir) / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+    return sorted(int(path.name) for path in _inside(folder) if _is_step(path.name) and path.is_dir())
+
+
+def _is_step(name: str) -> bool:
+    """Whether `save` gives this name: 12, but not 012 or ²."""
+    return name.isascii() and name.isdigit() and str(int(name)) == name
+
+
+def _inside(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def any_finished(workdir: str | Path) -> bool:
@@ -202,26 +221,78 @@ def any_finished(workdir: str | Path) -> bool:
 def save(workdir: str | Path, step: int, state: Any, position: Any) -> None:
     """Write every array of `state` and the JSON value `position` as checkpoint `step`; the oldest beyond KEEP go.
 
-    Raises UserError when the disk is full or the folder cannot be written.
+    Raises UserError when the disk is full, or the workdir cannot be written or is there no more.
     """
     from orbax.checkpoint import v1 as ocp
 
     folder = Path(workdir).resolve() / "checkpoints"
+    if not folder.parent.is_dir():
+        raise UserError(f"workdir {workdir} is there no more: it was moved or removed while training")
     arrays = named_arrays(state)
     shapes = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
     sidecar = Sidecar({"position": position, "arrays": shapes})
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _orbax():
+        folder.mkdir(exist_ok=True)
+        if jax.process_index() == 0 and os.path.lexists(folder / str(step)) and not _is_folder(folder / str(step)):
+            _move_aside(folder / str(step))
+        with _orbax(), _quiet():
             ocp.save_checkpointables(folder / str(step), {"state": arrays, "sidecar": sidecar}, overwrite=True)
         if jax.process_index() == 0:
             _seal(folder / str(step))
             for old in steps(workdir)[:-KEEP]:
-                shutil.rmtree(folder / str(old))
+                _remove(folder / str(old))
     except Exception as error:
         if (reason := _disk_trouble(error)) is None:
             raise
+        if jax.process_index() == 0:
+            _remove_unfinished(folder, step)
         raise UserError(f"cannot write checkpoint {step} in {folder}: {reason}; earlier ones are untouched") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax and asyncio log the traceback of what they raise anyway, some of it only when it is collected."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    except BaseException:
+        gc.collect()
+        raise
+    finally:
+        logging.disable(before)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or the link to one. What cannot be removed (another owner's) stays: no reason to stop."""
+    if path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_unfinished(folder: Path, step: int | None = None) -> None:
+    """Remove what orbax left half-written, and checkpoint `step` if it has no checksums."""
+    for path in _inside(folder):
+        if ".orbax-checkpoint-tmp" in path.name:
+            _remove(path)
+    if step is not None and _is_folder(folder / str(step)) and not (folder / str(step) / SEAL).exists():
+        _remove(folder / str(step))
+
+
+def _move_aside(path: Path) -> None:
+    """Move what cannot be read from checkpoints/ to unreadable/, in the place of an earlier one of this name."""
+    aside = path.parents[1] / "unreadable" / path.name
+    aside.parent.mkdir(exist_ok=True)
+    if os.path.lexists(aside) and not _is_folder(aside):
+        aside.unlink()
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
 
 
 def _orbax() -> Any:
@@ -266,19 +337,28 @@ def _check_seal(folder: Path) -> None:
 
 
 def read(workdir: str | Path, step: int, sharding: Any = None) -> tuple[dict[str, jax.Array], Any]:
-    """Arrays by name and position of checkpoint `step`. Raises ValueError when anything is missing or changed."""
-    from orbax.checkpoint import v1 as ocp
+    """Arrays by name and position of checkpoint `step`. Raises ValueError when anything is missing or changed.
 
+    The position is what this process saved, or process 0 where there were fewer.
+    """
     folder = Path(workdir).resolve() / "checkpoints" / str(step)
     _check_seal(folder)
+    return _read_sealed(folder, sharding)
+
+
+def _read_sealed(folder: Path, sharding: Any) -> tuple[dict[str, jax.Array], Any]:
+    from orbax.checkpoint import v1 as ocp
+
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
-        content = json.loads(Sidecar.file(folder / "sidecar").read_text())
+        mine = Sidecar.file(folder / "sidecar")
+        content = json.loads((mine if mine.exists() else mine.with_name("process_0.json")).read_text())
         wanted = {
             name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
             for name, (shape, dtype) in content["arrays"].items()
         }
-        return ocp.load_checkpointables(folder, {"state": wanted})["state"], content["position"]
+        with _quiet():
+            return ocp.load_checkpointables(folder, {"state": wanted})["state"], content["position"]
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(first[:200]) from error
@@ -289,19 +369,24 @@ def read_newest(
 ) -> tuple[int, dict[str, jax.Array], Any] | None:
     """Step, arrays and position of the newest checkpoint that can be read; None when there is none that was finished.
 
-    `say` is told (None: stderr) of every one that had to be passed over. Raises UserError when all of them are damaged.
+    `say` is told (None: stderr) of every one that had to be passed over. Several processes take the same one: process 0
+    looks. Raises UserError when all of them are damaged.
     """
     say = say or (lambda text: print(text, file=sys.stderr))
-    found, damaged = steps(workdir), []
+    first = jax.process_index() == 0
+    found, damaged = mesh.of_first(steps(workdir)), []
     for index, step in reversed(list(enumerate(found))):
-        finished = (Path(workdir) / "checkpoints" / str(step) / SEAL).exists()
-        try:
-            return step, *read(workdir, step, sharding)
-        except ValueError as error:
-            reason = str(error) if finished else "it was not finished"
-            before = f"falling back to checkpoint {found[index - 1]}" if index else "there is none before it"
-            say(f"checkpoint {step} of {workdir} cannot be read ({reason}): {before}")
-            damaged += [step] if finished else []
+        folder = Path(workdir).resolve() / "checkpoints" / str(step)
+        finished, reason = mesh.of_first([(folder / SEAL).exists(), _fault(folder)] if first else None)
+        if reason is None:
+            try:
+                return step, *_read_sealed(folder, sharding)
+            except ValueError as error:
+                reason = str(error)
+        reason = reason if finished else "it was not finished"
+        before = f"falling back to checkpoint {found[index - 1]}" if index else "there is none before it"
+        say(f"checkpoint {step} of {workdir} cannot be read ({reason}): {before}")
+        damaged += [step] if finished else []
     if damaged:
         raise UserError(
             f"no checkpoint of {workdir} can be read (steps {damaged}): "
@@ -310,19 +395,26 @@ def read_newest(
     return None
 
 
+def _fault(folder: Path) -> str | None:
+    try:
+        _check_seal(folder)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def tidy(workdir: str | Path, newest: int | None) -> None:
-    """Before training goes on from checkpoint `newest`: drop half-written ones, move unreadable later ones aside."""
+    """Before training goes on from checkpoint `newest`: drop what orbax left half-written, move later ones aside."""
     folder = Path(workdir) / "checkpoints"
-    if jax.process_index() != 0 or not folder.exists():
+    if jax.process_index() != 0:
         return
-    for path in folder.iterdir():
-        if not path.name.isdigit():
-            shutil.rmtree(path, ignore_errors=True)
-        elif newest is not None and int(path.name) > newest:
-            aside = Path(workdir) / "unreadable" / path.name
-            aside.parent.mkdir(exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+    _remove_unfinished(folder)
+    try:
+        for step in steps(workdir):
+            if newest is not None and step > newest:
+                _move_aside(folder / str(step))
+    except OSError as error:
+        raise UserError(f"cannot move {error.filename} to {folder.parent / 'unreadable'}: {error.strerror}") from None
 
 
 # Models

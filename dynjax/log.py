@@ -1,13 +1,16 @@
 """What a run says while it runs: one JSON line a step, TensorBoard, a progress bar. Only process 0 writes."""
 
+import contextlib
 import json
 import math
 import os
+import socket
+import struct
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 
@@ -33,6 +36,58 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def evaluated(workdir: str | Path, step: int) -> bool:
+    """Whether the log has scores of `step`."""
+    return any(r.get("step") == step and any(name.startswith("val/") for name in r) for r in read_metrics(workdir))
+
+
+def _append(file: IO[bytes], data: bytes) -> None:
+    """Write all of it to an unbuffered file: buffers keep what a full disk refused, and fail again at their end."""
+    while data:
+        data = data[file.write(data) :]
+
+
+class _Board:
+    """Scalars for TensorBoard, written here and now: tensorboardX' own writer is a thread that nobody hears fail, with
+    a queue that needs /dev/shm."""
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self.file = open(folder / name, "ab", buffering=0)
+        self.waiting, self.written = b"", time.monotonic()
+        self._add(Event(file_version="brain.Event:2"))
+        # TensorBoard drops what an earlier file has of later steps.
+        self._add(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+        try:
+            self.flush()
+        except OSError:
+            self.file.close()
+            raise
+
+    def add(self, name: str, value: float, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        self._add(Event(step=step, summary=scalar(name, value)))
+        if time.monotonic() > self.written + 30:
+            self.flush()
+
+    def _add(self, event: Any) -> None:
+        from tensorboardX.record_writer import masked_crc32c
+
+        event.wall_time = time.time()
+        data = event.SerializeToString()
+        size = struct.pack("<Q", len(data))
+        self.waiting += size + struct.pack("<I", masked_crc32c(size)) + data + struct.pack("<I", masked_crc32c(data))
+
+    def flush(self) -> None:
+        waiting, self.waiting, self.written = self.waiting, b"", time.monotonic()
+        _append(self.file, waiting)
 
 
 class Log:
@@ -64,13 +119,15 @@ class Log:
         try:
             kept = [record for record in read_metrics(workdir) if record["step"] <= start]
             part = workdir / "metrics.jsonl.part"
-            part.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            os.replace(part, workdir / "metrics.jsonl")
-            self.file = open(workdir / "metrics.jsonl", "a", buffering=1)
-            from tensorboardX import SummaryWriter
-
-            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1, flush_secs=30)
+            try:
+                part.write_text("".join(json.dumps(record) + "\n" for record in kept))
+                os.replace(part, workdir / "metrics.jsonl")
+            finally:
+                part.unlink(missing_ok=True)
+            self.file = open(workdir / "metrics.jsonl", "ab", buffering=0)
+            self.board = _Board(workdir / "tensorboard", start)
         except OSError as error:
+            self.close()
             raise UserError(f"cannot write the log in {workdir}: {error.strerror or error}") from None
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -118,17 +175,31 @@ class Log:
         if self.file is None:
             return
         try:
-            self.file.write(json.dumps(finite({"step": step, "time": round(time.time(), 3), **record})) + "\n")
+            if os.fstat(self.file.fileno()).st_nlink == 0:
+                raise UserError(f"{self.file.name} was removed while training")
+            line = json.dumps(finite({"step": step, "time": round(time.time(), 3), **record})) + "\n"
+            _append(self.file, line.encode())
             for name, value in record.items():
                 if isinstance(value, int | float) and math.isfinite(value):
-                    self.board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+                    self.board.add(name if "/" in name else f"train/{name}", value, step)
         except OSError as error:
             raise UserError(f"cannot write {self.file.name}: {error.strerror or error}") from None
 
+    def flush(self) -> None:
+        """Write what TensorBoard still waits for. Raises UserError."""
+        try:
+            if self.board is not None:
+                self.board.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.board.file.name}: {error.strerror or error}") from None
+
     def close(self) -> None:
+        """Without a word about what cannot be written: by then it was said, or `flush` says it."""
         if self.bar is not None:
             self.bar.close()
         if self.board is not None:
-            self.board.close()
+            with contextlib.suppress(OSError):
+                self.board.flush()
+            self.board.file.close()
         if self.file is not None:
             self.file.close()

@@ -3,9 +3,13 @@
 Several hosts: start the same command once per host with
     JAX_COORDINATOR_ADDRESS=HOST:PORT JAX_NUM_PROCESSES=N JAX_PROCESS_ID=I
 or, under Slurm, MPI, Kubernetes or on a TPU pod, with DYNJAX_DISTRIBUTED=1 and let JAX find these three by itself.
+A process that gave no sign of life for DYNJAX_WAIT seconds (30) is taken for dead, and the others end too.
 """
 
+import contextlib
+import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,8 +32,9 @@ def initialize() -> bool:
         return False
     if jax.distributed.is_initialized():
         return True
+    wait = {"heartbeat_timeout_seconds": seconds_to_wait()}
     if not given:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**wait)
         return True
     if missing := [name for name in names if name not in given]:
         there, all_of = " and ".join(given), ", ".join(names)
@@ -42,16 +47,27 @@ def initialize() -> bool:
         raise UserError(f"JAX_COORDINATOR_ADDRESS is {given['JAX_COORDINATOR_ADDRESS']!r}: it must be HOST:PORT")
     if not 0 <= index < count:
         raise UserError(f"JAX_PROCESS_ID is {index}: it must be from 0 to JAX_NUM_PROCESSES - 1, which is {count - 1}")
-    jax.distributed.initialize(given["JAX_COORDINATOR_ADDRESS"], count, index)
+    jax.distributed.initialize(given["JAX_COORDINATOR_ADDRESS"], count, index, **wait)
     return True
 
 
-def make_mesh(devices: int | None = None) -> Mesh:
-    """A mesh of the first `devices` devices (None: all, of every process) along `data`.
+def seconds_to_wait() -> int:
+    """After how long without a sign of life a process is taken for dead. Raises UserError."""
+    given = os.environ.get("DYNJAX_WAIT") or "30"
+    if not (given.isascii() and given.isdigit() and int(given) >= 2):
+        raise UserError(f"DYNJAX_WAIT is {given!r}: it must be a whole number of seconds, at least 2")
+    return int(given)
 
-    Axis type Auto on purpose: Explicit refuses x[idx], argsort, top_k, scatter and cumsum over a sharded batch.
+
+def make_mesh(devices: int | None = None) -> Mesh:
+    """A mesh of the first `devices` devices (None: all, of every process) along `data`, process by process.
+
+    In this order, and not the one that suits the network best, the parts that processes have of a batch lie one after
+    the other, and the examples keep their places, whatever the number of processes. Axis type Auto on purpose: Explicit
+    refuses x[idx], argsort, top_k, scatter and cumsum over a sharded batch.
     """
-    return jax.make_mesh((devices or jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+    in_order = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))[:devices]
+    return Mesh(np.array(in_order), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -96,3 +112,27 @@ def any_process(flag: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def of_first(value: Any) -> Any:
+    """The JSON value that process 0 gives, on all processes, which must ask together."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(text))))
+    same_size = np.resize(text, size)  # of the others only the size counts
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(same_size), np.uint8).tobytes())
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What one process refuses inside this (UserError) all refuse: none waits for one that has left."""
+    refused = None
+    try:
+        yield
+    except UserError as error:
+        refused = error
+    if any_process(refused is not None):
+        raise refused or UserError("another process of this run refused to go on; its own message says why")

@@ -11,9 +11,7 @@ and the only thing whose MACs count, and `counts(model, output, batch)` is summe
 import contextlib
 import dataclasses
 import math
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dynjax import budget, checkpoint, models
+from dynjax import budget, checkpoint, lock, log, models
 from dynjax import mesh as meshes
 from dynjax.config import Config, UserError
-from dynjax.log import Log
 from dynjax.step import TrainState, make_optimizer, make_step
+from dynjax.stop import Stop, Stopped
 
 
 class Interrupted(Exception):
@@ -82,48 +80,45 @@ def check(config: Config) -> None:
 # The loop
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set; a second one acts as usual, at once. Outside the main thread: never set."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def ask(number: int, frame: Any) -> None:
-        event.set()
-        restore()
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield event
-    finally:
-        restore()
+def _position(batches: Iterator, step: int) -> dict:
+    """Where in the data a run is that has had `step` batches, for how many processes."""
+    own = batches.get_state() if hasattr(batches, "get_state") else step
+    return {"processes": jax.process_count(), "loader": own}
 
 
-def _agree_to_stop(asked: bool, step: int, every: int = 10) -> bool:
-    """Whether to stop before `step`. Several processes stop together and ask each other only now and then: it waits."""
-    if jax.process_count() == 1:
-        return asked
-    return step % every == 0 and meshes.any_process(asked)
+def _go_to(batches: Iterator, position: Any, step: int) -> None:
+    """Set fresh `batches` to where they had given `step`. Raises UserError where that is known to other processes only.
 
-
-def _position(batches: Iterator, step: int) -> Any:
-    return batches.get_state() if hasattr(batches, "get_state") else step
-
-
-def _go_to(batches: Iterator, position: Any) -> None:
-    if hasattr(batches, "set_state"):
-        batches.set_state(position)
-    else:
-        for _ in range(position):
+    A state that is a whole number counts batches of all processes, and any number of processes can go on from there;
+    any other holds for as many processes as saved it.
+    """
+    if not hasattr(batches, "set_state"):
+        for _ in range(step):
             next(batches)
+    elif isinstance(batches.get_state(), int):
+        batches.set_state(step)
+    else:
+        then, now = position["processes"], jax.process_count()
+        if then != now:
+            what = f"step {step} was saved by {then} process(es), this run has {now}"
+            raise UserError(f"{what}, and the loader's position holds for {then} only: start as many")
+        batches.set_state(position["loader"])
+
+
+def _resume(
+    state: TrainState, batches: Iterator, config: Config, workdir: str | Path, sharding: Any
+) -> tuple[TrainState, int, bool]:
+    """State, step and whether its evaluation is still to be done (a run asked to stop saves first)."""
+    start, behind = 0, False
+    if newest := checkpoint.read_newest(workdir, sharding, _say):
+        start, arrays, position = newest
+        state = checkpoint.fill(state, arrays)
+        with meshes.together():
+            _go_to(batches, position, start)
+        behind = bool(start) and not meshes.of_first(log.evaluated(workdir, start))
+        _say(f"{workdir}: going on from step {start} of {config.steps}")
+    checkpoint.tidy(workdir, start)
+    return state, start, behind
 
 
 def fit(
@@ -136,57 +131,77 @@ def fit(
     *,
     gates: nnx.filterlib.Filter = budget.gate_filter,
     classes: tuple[str, ...] = (),
+    stop: Stop | None = None,
     quiet: bool = False,
 ) -> Fitted:
     """Train `model` (left as it is) on the batches of `loader` for `config.steps` steps in all, on all devices.
 
     `loader`: an iterable of dicts of NumPy arrays, this process' share of the batch; where its iterator has get_state
-    and set_state (grain), a run resumes at the exact batch through them, otherwise by reading past those it has had.
-    `evaluate(model) -> scores` is called with the averaged parameters. `gates` is the nnx filter of the parameters that
-    learn as gates. With a `workdir` the run is logged, saved and resumed there.
-    Raises UserError (bad configuration, workdir of another run, full disk, a loss or gradient that is not finite) and
-    Interrupted.
+    and set_state (grain), a run resumes at the exact batch through them, otherwise by reading past those it has had. A
+    state that is a whole number is that of batches of all processes, and holds for any number of them.
+    `evaluate(model) -> scores` is called with the averaged parameters; it may ask `stop` between batches and raise
+    stop.Stopped. `gates` is the nnx filter of the parameters that learn as gates. With a `workdir`, which it locks, the
+    run is logged, saved and resumed there.
+    Raises UserError (bad configuration, workdir of another run or in use, full disk, a loss or gradient that is not
+    finite) and, asked to stop when the first step is done, Interrupted; before that a signal acts as usual.
     """
     check(config)
-    if workdir is not None:
-        checkpoint.check_workdir(workdir, config)
-        checkpoint.write_config(workdir, config, classes)
+    with contextlib.ExitStack() as stack:
+        if workdir is not None:
+            with meshes.together():
+                checkpoint.check_workdir(workdir, config)
+                if jax.process_index() == 0:
+                    stack.enter_context(lock.hold(workdir))
+                checkpoint.write_config(workdir, config, classes)
+        return _fit(model, task, loader, config, workdir, evaluate, gates, stop or Stop(), quiet)
+
+
+def _fit(
+    model: nnx.Module,
+    task: Any,
+    loader: Iterable,
+    config: Config,
+    workdir: str | Path | None,
+    evaluate: Callable[[nnx.Module], dict] | None,
+    gates: nnx.filterlib.Filter,
+    stop: Stop,
+    quiet: bool,
+) -> Fitted:
+    """`fit` once the workdir is this run's."""
     mesh = meshes.make_mesh()
     everywhere = meshes.replicated(mesh)
-    with jax.set_mesh(mesh), _stop_signals() as stop:
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         optimizer = make_optimizer(config, params, gates)
         ema = params if config.optimizer.ema else None
         state = TrainState(jnp.int32(0), params, rest, optimizer.init(params), ema, jax.random.key(config.seed))
-        state, batches, start = meshes.replicate(mesh, state), iter(loader), 0
+        state, batches, start, behind = meshes.replicate(mesh, state), iter(loader), 0, False
         if workdir is not None:
-            if newest := checkpoint.read_newest(workdir, everywhere, _say):
-                start, arrays, position = newest
-                state = checkpoint.fill(state, arrays)
-                _go_to(batches, position)
-                _say(f"{workdir}: going on from step {start} of {config.steps}")
-            checkpoint.tidy(workdir, start)
+            state, start, behind = _resume(state, batches, config, workdir, everywhere)
         step_fn = jax.jit(make_step(graphdef, task, optimizer, config), donate_argnums=0, out_shardings=everywhere)
 
         def averaged() -> nnx.Module:
             params = state.params if state.ema is None else state.ema
             return checkpoint.evaluation_view(nnx.merge(graphdef, params, state.rest, copy=True))
 
-        log = Log(workdir, start=start, steps=config.steps, images_per_step=config.batch_size, quiet=quiet)
-        with contextlib.closing(log):
+        said = log.Log(workdir, start=start, steps=config.steps, images_per_step=config.batch_size, quiet=quiet)
+        with contextlib.closing(said):
             scores, pending = {}, None
             # The order is an invariant: evaluate, checkpoint, fetch, step, log the step before.
             for step in range(start, config.steps + 1):
-                last, stopping = step == config.steps, _agree_to_stop(stop.is_set(), step)
-                due = step > start and config.evaluate_every and step % config.evaluate_every == 0
-                if evaluate is not None and (last or due) and not (stopping and not last):
-                    pending = _report(log, pending, workdir)
-                    scores = evaluate(averaged())
-                    log.evaluation(step, scores)
+                last, stopping = step == config.steps, stop()
+                due = (step > start or behind) and config.evaluate_every and step % config.evaluate_every == 0
+                if evaluate is not None and (last or due) and not stopping:
+                    pending = _report(said, pending, workdir)
+                    try:
+                        scores = evaluate(averaged())
+                        said.evaluation(step, scores)
+                    except Stopped:
+                        stopping = True
                 if workdir is not None and step > start and (last or stopping or step % config.checkpoint_every == 0):
-                    pending = _report(log, pending, workdir)  # what is saved is known to be finite
+                    pending = _report(said, pending, workdir)  # what is saved is known to be finite
                     checkpoint.save(workdir, step, state, _position(batches, step))
-                    log.pause()
+                    said.pause()
                 if last or stopping:
                     break
                 if (batch := next(batches, None)) is None:
@@ -194,10 +209,14 @@ def fit(
                 batch = meshes.share(mesh, batch)
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
-                _report(log, pending, workdir)
+                if step == start:
+                    # Compiled by now, and from now on there is something to lose.
+                    stack.enter_context(stop.signals())
+                _report(said, pending, workdir)
                 pending = (step + 1, metrics)
-            _report(log, pending, workdir)
-        if not last:
+            _report(said, pending, workdir)
+            said.flush()
+        if not last or (stopping and evaluate is not None):
             how = "the same command goes on from there" if workdir else "nothing was saved: there is no workdir"
             raise Interrupted(f"{workdir or 'training'}: stopped after step {step} of {config.steps}; {how}")
         return Fitted(averaged(), scores, step)
@@ -208,7 +227,7 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _report(log: Log, pending: tuple[int, dict] | None, workdir: str | Path | None) -> None:
+def _report(said: log.Log, pending: tuple[int, dict] | None, workdir: str | Path | None) -> None:
     """Fetch and log the metrics of one step. Raises UserError when its loss or gradient is not finite."""
     if pending is None:
         return
@@ -220,7 +239,7 @@ def _report(log: Log, pending: tuple[int, dict] | None, workdir: str | Path | No
             last = f"the last good checkpoint is step {kept[-1]} of {workdir}" if kept else "there is no checkpoint yet"
             what = f"{name} is {metrics[name]} at step {step}: training stopped, {last}"
             raise UserError(f"{what}; a lower --optimizer.learning-rate may help")
-    log.train(step, metrics)
+    said.train(step, metrics)
 
 
 # A row
@@ -240,8 +259,11 @@ def _twin(config: Config, classes: int) -> nnx.State:
     return nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
 
 
-def validator(task: Any, source: Any, config: Config) -> Callable[[nnx.Module], dict]:
-    """`evaluate` for `fit`: scores of `task` on all of `source`, with the gates' thresholds of the target budget."""
+def validator(task: Any, source: Any, config: Config, stop: Stop | None = None) -> Callable[[nnx.Module], dict]:
+    """`evaluate` for `fit`: scores of `task` on all of `source`, with the gates' thresholds of the target budget.
+
+    Raises Stopped between two batches when `stop` says so.
+    """
     import dynjax as dj
     from dynjax.data import make_loader
 
@@ -269,6 +291,8 @@ def validator(task: Any, source: Any, config: Config) -> Callable[[nnx.Module], 
         total: dict[str, Any] = {}
         once = {"augment": None, "shuffle": False, "repeat": False}
         for batch in make_loader(source, config.batch_size, seed=0, **once, **meshes.processes()):
+            if stop is not None and stop():
+                raise Stopped
             found = jax.device_get(sums(graphdef, state, meshes.share(mesh, batch)))
             total = {name: total.get(name, 0) + np.asarray(value, np.float64) for name, value in found.items()}
         return task.scores(total["counts"]) | {"macs_fraction": float(total["macs_fraction"] / total["examples"])}
@@ -282,13 +306,18 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
     from dynjax.tasks import make_task
 
     check(config)
-    checkpoint.check_workdir(workdir, config)
+    with meshes.together():
+        checkpoint.check_workdir(workdir, config)
+        if jax.process_index() == 0:
+            with lock.hold(workdir):  # before minutes of reading data
+                pass
     if config.model.family == "codes" and not config.init_from:
         raise UserError(f"row {config.row} needs --init-from, the workdir of a trained VQ-VAE (rows *_vqvae)")
     from_twin = config.init_from and not checkpoint.any_finished(workdir)
     if from_twin:
         checkpoint.read_config(config.init_from)  # before minutes of reading data
-    source, val = make_source(config.data, "train"), make_source(config.data, "val")
+    with meshes.together():
+        source, val = make_source(config.data, "train"), make_source(config.data, "val")
     for part in (source, val):
         _say(part.describe()) if not quiet else None
     classes = tuple(source.classes)
@@ -297,4 +326,6 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
     model = checkpoint.build(config, len(classes), twin)
     augment = config.data.augment
     loader = make_loader(source, config.batch_size, seed=config.seed, augment=augment, **meshes.processes())
-    return fit(model, task, loader, config, workdir, validator(task, val, config), classes=classes, quiet=quiet).scores
+    stop = Stop()
+    evaluate = validator(task, val, config, stop)
+    return fit(model, task, loader, config, workdir, evaluate, classes=classes, stop=stop, quiet=quiet).scores

@@ -131,8 +131,7 @@ def test_processes_share_the_batches_of_one(repeat, kind):
     ]
     for batch, left, right in zip(whole, *halves, strict=True):
         for key in batch:
-            np.testing.assert_array_equal(batch[key][0::2], left[key])
-            np.testing.assert_array_equal(batch[key][1::2], right[key])
+            np.testing.assert_array_equal(batch[key], np.concatenate([left[key], right[key]]))
 
 
 def test_noise_differs_between_passes_and_digits_are_never_mirrored():
@@ -218,3 +217,24 @@ def test_bad_values(options, text):
     options = {"batch_size": 4, "seed": 0, "augment": None, **options}
     with pytest.raises(UserError, match=text):
         make_loader(Numbered(10), options.pop("batch_size"), **options)
+
+
+@pytest.mark.parametrize("kind", [Numbered, InMemory])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2), (2, 2)])
+def test_resumes_on_another_number_of_processes(kind, before, after):
+    """Three batches read by so many processes and three by so many others are the six of one, example by example."""
+
+    def read(processes, count, state=0):
+        options = {"seed": 3, "augment": AugmentConfig(pad=2, cutout=3), "process_count": processes}
+        parts = [iter(make_loader(kind(10), 8, **options, process_index=index)) for index in range(processes)]
+        for part in parts:
+            part.set_state(state)
+        batches = [[next(part) for part in parts] for _ in range(count)]
+        states = {part.get_state() for part in parts}
+        assert len(states) == 1
+        return [{k: np.concatenate([p[k] for p in parts]) for k in parts[0]} for parts in batches], states.pop()
+
+    first, state = read(before, 3)
+    second, state = read(after, 3, state)
+    assert state == 6
+    assert_same(first + second, read(1, 6)[0])

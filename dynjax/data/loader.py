@@ -1,9 +1,12 @@
 """Batches from a source, by grain: shuffled, augmented, shared between processes, resumable to the exact batch.
 
-B is the number of examples in this process's part of a batch; H, W are height and width in pixels.
+What is in a batch, and how each example of it is changed, follows from the seed and the example's place in the stream:
+neither from the number of processes nor from which of them reads it. B is the number of examples in this process's part
+of a batch; H, W are height and width in pixels.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -30,15 +33,15 @@ def make_loader(
     repeat: bool = True,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.IterDataset:
+) -> "Batches":
     """Elements {"image": uint8 (B, H, W, 3), "mask": int32 (B, H, W)}, or with "label": int32 (B,) for labels.
 
-    Every ignored pixel of a mask is -1. `batch_size` is that of all processes together: process p gets every
-    process_count-th of its examples, from p on, so batches are the same whatever the number of processes. With `repeat`
-    the stream never ends, passes follow each other without a gap, and each has its own order and noise. Without it the
-    last batch is filled up with blank examples (mask or label -1) and every element has "valid": bool (B,). The
-    iterator's get_state and set_state resume at the exact batch. Sources that are `handed`, such as digits, are never
-    mirrored. Raises UserError.
+    Every ignored pixel of a mask is -1. `batch_size` is that of all processes together, which get equal parts of each
+    batch, process 0 the first examples: one after the other these are the batch of a single process. With `repeat` the
+    stream never ends, passes follow each other without a gap, and each has its own order and noise. Without it the last
+    batch is filled up with blank examples (mask or label -1) and every element has "valid": bool (B,). The iterator's
+    get_state and set_state resume at the exact batch by its number, which holds for any number of processes. Sources
+    that are `handed`, such as digits, are never mirrored. Raises UserError.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: a batch has at least 1 example")
@@ -63,7 +66,8 @@ def make_loader(
         data = data.repeat()
     else:
         data = _fill_up(data, total)
-    part = slice(process_index, None, process_count)
+    share = batch_size // process_count
+    part = slice(process_index * share, (process_index + 1) * share)
     target = getattr(source, "target", "mask")
     if target == "label":
         # Examples one by one would cost more than all that is done to these pictures: batches of indices come first.
@@ -71,11 +75,45 @@ def make_loader(
         data = data.map(_FetchBatch(source, part, with_valid=not repeat))
         if augment is not None:
             data = data.random_map(AugmentBatch(augment, batch_size, part, fill))
-        return data.to_iter_dataset(_READ[target])
+        return Batches(data.to_iter_dataset(_READ[target]), 1)
     data = data.map(_Fetch(source, with_valid=not repeat))
     if augment is not None:
         data = data.random_map(Augment(augment, fill))
-    return data[part].to_iter_dataset(_READ[target]).batch(batch_size // process_count, drop_remainder=True)
+    mine = grain.MapDataset.source(_Part(data, batch_size, part)).to_iter_dataset(_READ[target])
+    return Batches(mine.batch(share, drop_remainder=True), share)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Iterates over `data`, of which a batch takes `per_batch` elements; `iter` starts at the first batch."""
+
+    data: grain.IterDataset
+    per_batch: int
+
+    def __iter__(self) -> "BatchIterator":
+        return BatchIterator(iter(self.data), self.per_batch)
+
+
+class BatchIterator:
+    """An iterator whose state is how many batches it has given: an int, the same on every process."""
+
+    def __init__(self, inner: Any, per_batch: int):
+        self._inner, self._per_batch, self._given = inner, per_batch, 0
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._inner)
+        self._given += 1
+        return batch
+
+    def get_state(self) -> int:
+        return self._given
+
+    def set_state(self, given: int) -> None:
+        self._inner.set_state({"next_index": given * self._per_batch})
+        self._given = given
 
 
 def calibration_batches(source: Any, batch_size: int, count: int) -> list[np.ndarray]:
@@ -95,6 +133,22 @@ def _fill_up(data: grain.MapDataset, total: int) -> grain.MapDataset:
     """Adds indices past the source's end, which `_Fetch` turns into blank examples, up to `total`."""
     count = len(data)
     return grain.MapDataset.concatenate([data, grain.MapDataset.range(count, total)]) if total > count else data
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """The examples of `data` that lie in `part` of their batch, as a source of grain's."""
+
+    data: grain.MapDataset
+    batch_size: int
+    part: slice
+
+    def __len__(self) -> int:
+        return len(self.data) // self.batch_size * (self.part.stop - self.part.start)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        batch, place = divmod(int(index), self.part.stop - self.part.start)
+        return self.data[batch * self.batch_size + self.part.start + place]
 
 
 @dataclasses.dataclass(frozen=True)
