@@ -44,7 +44,8 @@ def read_image(file: Path | io.BufferedIOBase, name: str = "") -> UInt8[np.ndarr
         with open_picture(file) as picture:
             if picture.mode.startswith(("I", "F")):
                 raise BadFile(f"pixels of mode {picture.mode}, convert to 8 bits a channel")
-            return np.asarray(_upright(picture).convert("RGB"))
+            upright = _upright(picture)
+            return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
     except Exception as error:
         raise BadFile(f"{name or file}: {_reason(error, IMAGE_FORMATS)}") from None
 
