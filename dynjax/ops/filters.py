@@ -82,8 +82,8 @@ class DDF(nnx.Module):
     are those of the pixel (i, j) times the strides. Deviations from the authors' code, which shifts neither: it scales
     S by a constant, and T by a learned number for each channel and tap that starts at random; its standard deviation
     divides by n - 1 for n taps, here by n, a constant factor that the scale takes up. Where `out_features` is not
-    `in_features`, a linear layer follows. MACs for each output pixel: C kh kw + 2 kh kw C; per example: C A + A kh kw C,
-    with A hidden units.
+    `in_features`, a linear layer follows. MACs for each output pixel: C kh kw + 2 kh kw C; per example: C A +
+    A kh kw C, with A hidden units.
 
     Args:
         squeeze: A as a share of C.
