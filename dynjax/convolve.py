@@ -106,8 +106,10 @@ def per_pixel(
     """Every output pixel from its neighbourhood under a kernel of its own, which the channels of a group share.
 
     y[b, i, j, c] = sum over taps u, v of kernels[b, i, j, u, v, c G // C] x[b, i + u, j + v, c], counted from the
-    centre, the whole with SAME padding; with `channel_kernels` each tap is multiplied by channel_kernels[b, u, v, c]
-    too. A sum of shifted products: the neighbourhoods, kh kw times the map, are never laid out in memory.
+    centre, and x is 0 outside of the map; with `channel_kernels` each tap is multiplied by channel_kernels[b, u, v, c]
+    too. With strides, kernels[b, i, j] is centred on the pixel (i, j) times the strides, whatever the map's size, as in
+    the code of Involution and DDF. A SAME convolution is centred one pixel further where the size is even. A sum of
+    shifted products: the neighbourhoods, kh kw times the map, are never laid out in memory.
 
     MACs: kh kw C for each output pixel, twice that with `channel_kernels`; taps on the padding count.
 
@@ -116,7 +118,9 @@ def per_pixel(
     """
     batch, height, width, *sides, groups = kernels.shape
     channels = x.shape[3]
-    geometry = _geometry(x.shape[1:3], sides, strides, "SAME", dilation, 1)
+    # The padding of stride 1: with SAME for the stride, XLA would move the centres, and kernels belong to pixels.
+    geometry = _geometry(x.shape[1:3], sides, 1, "SAME", dilation, 1)
+    geometry = dataclasses.replace(geometry, strides=_pair(strides, "strides"))
     if (batch, height, width) != (x.shape[0], *geometry.out_size(x.shape[1:3], sides)):
         raise ValueError(
             f"kernels of shape {kernels.shape} do not fit x of shape {x.shape} with strides={geometry.strides}: there "

@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dynjax import windows
+from dynjax.examples import shape_apart
 
 Execution = Literal["masked", "compact"]
 Tree = Any
@@ -84,12 +85,12 @@ def samples(
     `x`, and what `block` gives, are arrays or trees of arrays whose first axis is the examples.
 
     Raises:
-        ValueError: if `block` and `otherwise` give different shapes.
+        ValueError: if `block` and `otherwise` give different shapes, or `block`, compact, mixes the examples.
     """
     other = x if otherwise is None else otherwise(x)
     if execution == "masked":
         return jax.tree.map(functools.partial(blend, keep), _like(block(x), other), other)
-    block, other = _one_type(block, _like(shape_of(block, x), other), other)
+    block, other = _one_type(block, _like(shape_apart(block, x), other), other)
     return _samples_compact(block, x, keep, other, strategy)
 
 
@@ -148,7 +149,7 @@ def branches(
         weights = weights if size is None else [tile_pixels(w, size, x.shape[1:3]) for w in weights]
         zero = jnp.zeros_like(outs[0])
         return sum((blend(w, _like(y, zero), zero) for w, y in zip(weights, outs, strict=True)), zero)
-    specs = [shape_of(block, x) for block in blocks]
+    specs = [(shape_apart if size is None else shape_of)(block, x) for block in blocks]
     y = jnp.zeros(specs[0].shape, jnp.result_type(*(spec.dtype for spec in specs)))
     for k, (block, spec) in enumerate(zip(blocks, specs, strict=True)):
         block, y = _one_type(block, _like(spec, y), y)

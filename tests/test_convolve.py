@@ -133,9 +133,8 @@ def pixel_by_pixel(x, kernels, channel_kernels=None, strides=1, dilation=1):
     batch, height, width, kh, kw, groups = kernels.shape
     channels = x.shape[3]
     (sh, sw), (dh, dw) = np.broadcast_to(strides, 2), np.broadcast_to(dilation, 2)
-    # SAME: what is missing for the last output, the smaller half before.
-    top = max((height - 1) * sh + (kh - 1) * dh + 1 - x.shape[1], 0) // 2
-    left = max((width - 1) * sw + (kw - 1) * dw + 1 - x.shape[2], 0) // 2
+    # The kernel of output pixel (i, j) is centred on the pixel (i, j) times the strides.
+    top, left = (kh - 1) * dh // 2, (kw - 1) * dw // 2
     y = np.zeros((batch, height, width, channels))
     for b, i, j, u, v, c in np.ndindex(batch, height, width, kh, kw, channels):
         row, column = i * sh + u * dh - top, j * sw + v * dw - left
@@ -163,6 +162,18 @@ def test_per_pixel_is_its_definition(name, decoupled):
     options = options | (dict(channel_kernels=image(shape[0], *kernel[2:4], shape[3], seed=2)) if decoupled else {})
     y = jax.jit(lambda x, k, o=options: convolve.per_pixel(x, k, **o))(x, kernels)
     np.testing.assert_allclose(y, pixel_by_pixel(x, kernels, **options), atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [3, 5])
+def test_identity_taps_give_the_pixels_that_the_kernels_belong_to(side):
+    for size, stride, dilation in [(8, 2, 1), (9, 2, 1), (8, 3, 1), (9, 3, 1), (10, 3, 2), (8, (2, 3), 1)]:
+        x = jnp.arange(float(size * size)).reshape(1, size, size, 1)
+        down, across = np.broadcast_to(stride, 2)
+        pixels = x[:, ::down, ::across]
+        taps = jnp.zeros((side, side)).at[side // 2, side // 2].set(1)
+        kernels = jnp.broadcast_to(taps[..., None], (*pixels.shape[:3], side, side, 1))
+        y = convolve.per_pixel(x, kernels, strides=stride, dilation=dilation)
+        np.testing.assert_array_equal(y, pixels, err_msg=f"{size} pixels, stride {stride}, dilation {dilation}")
 
 
 def test_one_kernel_for_all_pixels_is_a_depthwise_convolution():

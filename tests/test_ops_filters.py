@@ -65,6 +65,17 @@ def test_ddf_is_its_definition(options):
     np.testing.assert_allclose(evaluated(model, jnp.asarray(x, jnp.float32)), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_strided_windows_are_centred_on_the_pixels_of_their_filters():
+    # On maps of even size, where SAME convolutions are centred one pixel further.
+    x = image(1, 8, 10, 4)
+    plain, strided = (make(lambda rngs, s=s: DDF(4, 4, (3, 3), s, rngs=rngs)) for s in (1, 2))
+    np.testing.assert_allclose(evaluated(strided, x), evaluated(plain, x)[:, ::2, ::2], rtol=1e-4, atol=1e-5)
+    involution = make(lambda rngs: Involution(4, 4, (3, 3), 2, rngs=rngs))
+    change = evaluated(involution, x.at[0, 3, 3, 0].add(1.0)) - evaluated(involution, x)
+    # Row and column 3 are neighbours of 2 and 4, which output pixels 1 and 2 are centred on.
+    np.testing.assert_array_equal(np.argwhere(np.abs(change[0]).max(-1) > 1e-6), [[1, 1], [1, 2], [2, 1], [2, 2]])
+
+
 @pytest.mark.parametrize("softmax", [False, True])
 def test_dynamic_filters_come_from_the_guide(softmax):
     model = make(lambda rngs: DynamicFilter(3, 3, (3, 5), guide=2, softmax=softmax, rngs=rngs))

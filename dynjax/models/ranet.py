@@ -4,7 +4,8 @@ Sub-networks of dense blocks work on base maps of rising resolution, the coarses
 blocks. A finer one is run for the pictures that no exit so far was sure about: its first blocks are fused with the
 blocks of the coarser one, and where that one ended it goes down to the next coarser resolution, so that every exit
 reads the coarsest. Deviations: it goes down by average pooling behind a block, not by a stride in its last layer; every
-sub-network has a resolution of its own.
+sub-network has a resolution of its own; coarse maps are resized so that pixels cover the same part of the picture,
+where the authors' code lays the centres of the corner pixels on each other (`align_corners`).
 
 The coarser of two sub-networks has twice the channels. Letters: B examples, H W pixels, C D channels, K classes.
 """

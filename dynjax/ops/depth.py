@@ -32,7 +32,7 @@ class Skip(nnx.Module):
         otherwise: a cheap module for the examples not kept; always run, so its cost is static.
 
     Raises:
-        ValueError: if shapes do not agree, or `block` is dynamic itself.
+        ValueError: if shapes do not agree, `block` is dynamic itself, or, compact, it mixes the examples of a batch.
     """
 
     def __init__(self, block: Callable, gate: Callable, *, otherwise: Callable | None = None):

@@ -21,9 +21,10 @@ class Involution(nnx.Module):
     """Every pixel generates its own kernel, which the channels of a group share (Li et al. 2021, arXiv:2103.06255).
 
     y[i, j, c] = sum over taps of H[i, j, tap, c G // C] x[(i, j) + tap, c], with H[i, j] = W_1 relu(norm(W_0 x[i, j]))
-    (section 3). With strides, x is averaged over each of them before it generates kernels, as in the authors' code.
-    Deviation: where `out_features` is not `in_features`, a linear layer follows. MACs for each output pixel:
-    C C / r + C / r kh kw G + kh kw C.
+    (section 3). With strides, output pixel (i, j) is centred on the pixel (i, j) times the strides, and x is averaged
+    over the strides from there on before it generates kernels, as in the authors' code. Deviations: where a stride does
+    not divide the map, its last pixels give a pixel too; where `out_features` is not `in_features`, a linear layer
+    follows. MACs for each output pixel: C C / r + C / r kh kw G + kh kw C.
 
     Args:
         group_channels: channels that share a kernel, C / G; fewer where there are not so many.
@@ -77,8 +78,11 @@ class DDF(nnx.Module):
 
     y[i, j, c] = sum over taps of S[i, j, tap] T[tap, c] x[(i, j) + tap, c]; S is linear in x[i, j], T squeezes and
     excites the mean over the map, and both are normalised over their taps (filter normalisation), then scaled and
-    shifted by learned numbers: one pair for S, one for each channel of T (section 3). Deviation: where `out_features`
-    is not `in_features`, a linear layer follows. MACs for each output pixel: C kh kw + 2 kh kw C; per example: C A +
+    shifted by learned numbers: one pair for S, one for each channel of T (section 3). With strides, S and the window
+    are those of the pixel (i, j) times the strides. Deviations from the authors' code, which shifts neither: it scales
+    S by a constant, and T by a learned number for each channel and tap that starts at random; its standard deviation
+    divides by n - 1 for n taps, here by n, a constant factor that the scale takes up. Where `out_features` is not
+    `in_features`, a linear layer follows. MACs for each output pixel: C kh kw + 2 kh kw C; per example: C A +
     A kh kw C, with A hidden units.
 
     Args:
@@ -137,8 +141,9 @@ class DynamicFilter(nnx.Module):
 
     y[i, j] = sum over taps of F[i, j, tap] x[(i, j) + tap], one filter for all channels; F comes from a 3x3 convolution
     of the guide, ReLU and a linear layer, and with `softmax` passes a softmax over its taps, as where the paper
-    predicts frames by moving pixels. Deviation: where `out_features` is not `in_features`, a linear layer follows. MACs
-    for each pixel: 9 V A + A kh kw + kh kw C, with A hidden units.
+    predicts frames by moving pixels. Deviations: that small network, where the paper has an encoder and decoder of many
+    layers; where `out_features` is not `in_features`, a linear layer follows. MACs for each pixel:
+    9 V A + A kh kw + kh kw C, with A hidden units.
 
     Args:
         guide: channels V of another map of the same size, given at call time, that the filters are made from; None

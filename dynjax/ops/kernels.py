@@ -79,7 +79,8 @@ class DynamicConv(nnx.Module):
     """A convolution with a mixture of K kernels under softmax attention (Chen et al. 2020, arXiv:1912.03458).
 
     y = (sum_k p_k W_k) * x + sum_k p_k b_k, p = softmax(excite(relu(squeeze(mean(x)))) / temperature)
-    (section 3). The temperature is 1 unless `set_temperature` says otherwise: train with `annealed_temperature`.
+    (section 3). The temperature is 1 unless `set_temperature` says otherwise: train with `annealed_temperature`, which
+    starts at the paper's 30.
     MACs: the static convolution, the K kernels and biases once per example, and the attention's C C / r + K C / r.
 
     Args:
@@ -127,9 +128,10 @@ class ODConv(nnx.Module):
 
     y = (sum_k p_k s W_k * (c x)) f + b: softmax attention p over kernels, sigmoid attention s over taps, c over input
     and f over output channels, from one hidden layer (section 3). c and f scale the input and output, which is
-    the same and cheaper. Deviations: s, c and f are one for all K kernels, as in the authors' code; no batch
-    normalisation in the attention, so that an example's kernel depends on no other. Softmax has the temperature of
-    `DynamicConv`.
+    the same and cheaper. s, c and f are one for all K kernels, as in the authors' code. Deviations from it: no batch
+    normalisation in the attention (its hidden layer has a bias instead), so that an example's kernel depends on no
+    other; the temperature of `DynamicConv` divides the logits of p alone, where the authors divide those of s, c and f
+    too; s is there for kernels of one tap and f for depthwise convolutions, where the authors leave them out; a bias.
     MACs: the static convolution, the K kernels once per example, and A (C + C + D + kh kw + K) of the attention.
 
     Args:

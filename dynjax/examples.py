@@ -1,0 +1,80 @@
+"""Whether a block treats each example of a batch on its own, as it must where only some of them are computed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+_EXAMPLES = 10007
+"""A prime that nothing else has for its length, so that an axis with examples is known by being a multiple of it."""
+_AXES = {
+    "sort": "dimension",
+    "cumsum": "axis",
+    "cumprod": "axis",
+    "cummax": "axis",
+    "cummin": "axis",
+    "rev": "dimensions",
+}
+
+
+def shape_apart(block: Callable[[Any], Any], x: Any) -> Any:
+    """Shapes and types of `block(x)`, trees of arrays whose first axis is the examples.
+
+    Raises:
+        ValueError: if `block` sums, sorts or compares over the examples, so that one depends on the others.
+    """
+
+    def specs(examples: int):
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct((examples, *a.shape[1:]), a.dtype), x)
+
+    (examples,) = {a.shape[0] for a in jax.tree.leaves(x)}
+    # A module handed to JAX itself is named by its repr, which prints every parameter: seconds for one block.
+    call = lambda x: block(x)  # noqa: E731
+    out = jax.eval_shape(call, specs(examples))
+    if examples == 1:
+        return out
+    try:
+        closed = jax.make_jaxpr(call)(specs(_EXAMPLES))
+    except (TypeError, ValueError):
+        return out  # for one number of examples only, as over several devices
+    mixing = _mixing(closed.jaxpr)
+    if mixing:
+        name = getattr(block, "__name__", type(block).__name__)
+        raise ValueError(
+            f"{name} mixes the examples of a batch ({mixing} over them): where only some are computed the others "
+            "would be missing in it; leave that outside of what is skipped, or keep running statistics"
+        )
+    return out
+
+
+def _mixing(jaxpr: jex.Jaxpr) -> str:
+    """The first operation on real numbers that goes over the examples."""
+    for eqn in jaxpr.eqns:
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if isinstance(inner, jex.Jaxpr) and (found := _mixing(inner)):
+                    return found
+        shapes = [getattr(v.aval, "shape", ()) for v in eqn.invars]
+        real = any(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.invars if hasattr(v.aval, "dtype"))
+        if real and any(n and n % _EXAMPLES == 0 for n in _lengths(eqn, shapes)):
+            return eqn.primitive.name
+    return ""
+
+
+def _lengths(eqn, shapes) -> list[int]:
+    """Lengths of the axes over which an operation puts numbers together."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (left, _), _ = params["dimension_numbers"]
+        return [shapes[0][axis] for axis in left]
+    if name in ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin"):
+        return [shapes[0][axis] for axis in params["axes"]]
+    if name in _AXES:
+        axes = params[_AXES[name]]
+        return [shapes[0][axis] for axis in (axes if isinstance(axes, tuple) else (axes,))]
+    if name == "slice":  # the first example, or a roll
+        return [n for n, m in zip(shapes[0], eqn.outvars[0].aval.shape, strict=True) if n != m]
+    return []
