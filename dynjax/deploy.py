@@ -4,6 +4,7 @@ Letters: B examples.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -40,22 +41,54 @@ class Report:
 
 
 class Deployed(nnx.Module):
-    """A model that skips for real; call it, or `jax.jit` it. `report` says what its budget came to."""
+    """A model that skips for real: call it, alone or under `jax.jit`. `report` says what its budget came to.
+
+    A call by itself is compiled, once for each shape of its arrays and each value of its other arguments.
+    """
 
     def __init__(self, model: nnx.Module, report: Report):
         self.model, self.report = model, report
 
     def __call__(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        arrays = [leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else None for leaf in leaves]
+        # With their types: 1 equals True and 1.0.
+        others = [None if array is not None else (type(leaf), leaf) for leaf, array in zip(leaves, arrays, strict=True)]
+        graphdef, state = nnx.split(self.model)
+        fixed = graphdef, tree, tuple(others)
+        try:
+            hash(fixed)
+        except TypeError:  # nothing that is compiled could be found again
+            return self.model(*args, **kwargs)
+        output, changed = _compiled(fixed, state, arrays)
+        nnx.update(self.model, changed)
+        return output
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(fixed, state, arrays):
+    """The output, and the variables that the call changed: decisions, while a trace is taken."""
+    graphdef, tree, others = fixed
+    before = {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    model = nnx.merge(graphdef, state, copy=True)
+    leaves = [array if other is None else other[1] for array, other in zip(arrays, others, strict=True)]
+    args, kwargs = tree.unflatten(leaves)
+    output = model(*args, **kwargs)
+    after = nnx.to_flat_state(nnx.state(model))
+    changed = [(path, variable) for path, variable in after if variable.get_value() is not before[path]]
+    return output, nnx.from_flat_state(changed)
 
 
 def compact(model: nnx.Module) -> nnx.Module:
-    """A view of `model` that skips for real: compact, no noise, running averages. It shares the variables."""
+    """A view of `model` that skips for real: compact, no noise, running averages. It shares the variables.
+
+    Call it under `jax.jit`, as all that is compact: its loops are compiled anew in every call that is not.
+    """
     return nnx.view(model, execution="compact", deterministic=True, use_running_average=True, raise_if_not_found=False)
 
 
 def deploy(model: nnx.Module, budget: float | int, calibration: Iterable) -> Deployed:
-    """A copy of `model` whose mean MACs over `calibration` meet `budget`, ready for `jax.jit`.
+    """A copy of `model` whose mean MACs over `calibration` meet `budget`: call it, it is compiled.
 
     Args:
         model: a model with wrappers in it; it is not changed.

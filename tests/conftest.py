@@ -15,7 +15,17 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # Not through XLA_FLAGS: commands that tests start should see the machine as it is.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def optimised():
+    """Whatever is compiled in the test is compiled as users have it; other tests do without XLA's optimizations."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -169,3 +169,62 @@ def test_the_number_of_examples_is_not_that_of_the_first_array():
 
     with pytest.raises(ValueError, match=r"decisions are about 2, 6 .*'block#1': 6.*one batch in all of them"):
         dj.traced(patches)(model, x)
+
+
+RUNS = []
+
+
+class Counted(nnx.Module):
+    """Counts how often Python runs through it, and takes arguments that are no arrays."""
+
+    def __init__(self, rngs):
+        self.block = dj.Skip(blocks.Pointwise(rngs), gate(rngs))
+
+    def __call__(self, x, scale=1, *, double=False, names=(), more=None):
+        RUNS.append((type(scale), double))
+        y = self.block(x) * scale
+        y = y + more["bias"] if more else y
+        return {"y": 2 * y if double else y, "x": x.mean()}
+
+
+def test_a_call_without_jit_is_compiled_once_and_goes_where_it_went():
+    model, x = make(Counted), image(3, 2, 2, CHANNELS)
+    fast = dj.deploy(model, 1.0, [x])
+    RUNS.clear()
+    y = fast(x)["y"]
+    for _ in range(3):
+        np.testing.assert_array_equal(fast(x)["y"], y)
+        np.testing.assert_array_equal(fast(np.asarray(x))["y"], y)
+    assert len(RUNS) == 1
+    # A change of the variables counts without another compilation, and nothing is changed by a call.
+    fast.model.block.block.linear.bias[...] += 1.0
+    assert (fast(x)["y"] != y).any() and len(RUNS) == 1
+    fast.model.block.block.linear.bias[...] -= 1.0
+    # Values that are no arrays are constants, told apart by their type.
+    for scale, double in ((2, False), (2.0, False), (True, True), (1, True), (2, False)):
+        expected = scale * y * (2 if double else 1)
+        np.testing.assert_allclose(fast(x, scale, double=double, names=("a",))["y"], expected, rtol=1e-6)
+    assert len(RUNS) == 5 and {each for each, _ in RUNS} == {int, float, bool}
+    np.testing.assert_allclose(fast(x, more={"bias": jnp.ones((1, 1, 1, CHANNELS))})["y"], y + 1, rtol=1e-6)
+    np.testing.assert_allclose(fast(x, names=Unhashable())["y"], y, rtol=1e-6)
+
+
+class Unhashable:
+    __hash__ = None
+
+
+def test_a_deployed_model_composes():
+    model, x = make(Counted), image(3, 2, 2, CHANNELS)
+    fast = dj.deploy(model, 1.0, [x])
+    y = fast(x)["y"]
+    masked = nnx.view(fast, execution="masked")
+    for other in (jax.jit(fast), nnx.jit(lambda x: fast(x)), masked, jax.vmap(lambda x: masked(x[None]))):
+        np.testing.assert_allclose(other(x)["y"].reshape(y.shape), y, rtol=1e-6)
+    assert jax.grad(lambda x: masked(x)["y"].sum())(x).any()
+    # Traced without jit it is compiled as well, and its decisions come out.
+    RUNS.clear()
+    for _ in range(2):
+        again, trace = dj.traced(fast)(x)
+        np.testing.assert_array_equal(again["y"], y)
+        assert list(trace.decisions) == ["model/block"] and trace.full_macs == fast.report.full
+    assert len(RUNS) == 1
