@@ -55,4 +55,4 @@ results: venv
 	$(BIN)/python -m experiments.results render
 
 clean:
-	rm -rf $(DEMO) $(DEMO)_static .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(DEMO) $(DEMO)_static .pytest_cache .ruff_cache .import_linter_cache .mypy_cache

@@ -6,6 +6,7 @@ Letters: B batch, E exits, N pictures, K classes.
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,13 @@ from jaxtyping import Bool, Float
 from dynjax.budget import solve_threshold
 from dynjax.ops import Exits
 from dynjax.trace import traced
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A model that can say what each of its exits predicts."""
+
+    def predictions(self, x: jax.Array, /) -> list[jax.Array]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,20 +60,27 @@ class ExitPoint:
 def find_exits(model: nnx.Module) -> Exits | None:
     """The exits of a model that has a method `predictions` and stops at one of them; None for another model."""
     found = [module for _, module in nnx.iter_modules(model) if isinstance(module, Exits)]
-    fits = len(found) == 1 and hasattr(model, "predictions")
+    fits = len(found) == 1 and isinstance(model, Predicts)
     return found[0] if fits and found[0].confidence != "patience" and found[0].size is None else None
 
 
 def read_exits(model: nnx.Module, batches: Iterable[dict]) -> ExitOutputs:
-    """Run all exits of `model`, in its evaluation view, on batches of image, label and `valid`."""
+    """Run all exits of `model`, in its evaluation view, on batches of image, label and `valid`.
+
+    Raises:
+        ValueError: for a model of which `find_exits` finds none.
+    """
+    if find_exits(model) is None or not isinstance(model, Predicts):
+        raise ValueError(f"{type(model).__name__} has no method `predictions`, or does not stop at one of its exits")
     graphdef, state = nnx.split(model)
-    costs = []
+    costs: list[np.ndarray] = []
 
     @jax.jit
     def run(state: nnx.State, image: jax.Array) -> tuple:
         model = nnx.merge(graphdef, state)
         outputs = model.predictions(image)
         exits = find_exits(model)
+        assert exits is not None
         return jnp.stack([x.argmax(-1) for x in outputs]), jnp.stack([exits.doubt(x) for x in outputs])
 
     correct, doubt = [], []

@@ -173,11 +173,11 @@ class RandomGate(nnx.Module):
             bounds = jnp.cumsum(probability)[:-1].reshape((1,) * noise.ndim + (-1,))
             chosen = (jax.nn.sigmoid(noise)[..., None] > bounds).sum(-1)
             keep = jax.nn.one_hot(chosen, self.branches)
-            granularity = "branch" if self.size is None else "tile branch"
-            return Decision(keep, jnp.broadcast_to(probability, keep.shape), granularity)
+            probability = jnp.broadcast_to(probability, keep.shape)
+            return Decision(keep, probability, "branch" if self.size is None else "tile branch")
         keep = gates.threshold(logit + noise)
         probability = jnp.broadcast_to(jax.nn.sigmoid(logit), keep.shape)
-        granularity = "sample" if self.size is None else "tile"
+        granularity: Granularity = "sample" if self.size is None else "tile"
         return Decision(keep, probability, granularity if self.units is None else "channel")
 
 

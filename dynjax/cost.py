@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -60,8 +61,9 @@ def count(
 
 def trace_abstractly(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The closed jaxpr of `fn(*args, **kwargs)` from shapes alone, on copies of the modules among them."""
-    if isinstance(getattr(fn, "__self__", None), nnx.Module):  # a method: its module has to be copied as well
-        fn, args = fn.__func__, (fn.__self__, *args)
+    if isinstance(fn, types.MethodType) and isinstance(fn.__self__, nnx.Module):  # its module has to be copied as well
+        args = (fn.__self__, *args)
+        fn = fn.__func__
 
     leaves, tree = jax.tree.flatten((fn, args, kwargs), is_leaf=lambda leaf: isinstance(leaf, nnx.Module))
     modules = [leaf for leaf in leaves if isinstance(leaf, nnx.Module)]
@@ -71,12 +73,13 @@ def trace_abstractly(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     shapes = {i: _abstract(value) for i, value in enumerate(values) if _is_array(value)}
 
     def call(arrays: dict[int, jax.Array]) -> list[jax.Array]:
-        state, others = value_tree.unflatten([arrays.get(i, value) for i, value in enumerate(values)])
-        copies = iter(nnx.merge(graphdef, state, copy=True))
+        state, others = jax.tree.unflatten(value_tree, [arrays.get(i, value) for i, value in enumerate(values)])
+        merged = nnx.merge(graphdef, state, copy=True)
+        copies = iter(merged)
         filled = [
             next(copies) if isinstance(leaf, nnx.Module) else other for leaf, other in zip(leaves, others, strict=True)
         ]
-        fn, args, kwargs = tree.unflatten(filled)
+        fn, args, kwargs = jax.tree.unflatten(tree, filled)
         return [leaf for leaf in jax.tree.leaves(fn(*args, **kwargs)) if _is_array(leaf)]
 
     return jax.make_jaxpr(call)(shapes)
@@ -170,8 +173,8 @@ def _conv_macs(eqn: Any, padding: bool) -> float:
     image, kernel = (var.aval.shape for var in eqn.invars)
     output = eqn.outvars[0].aval.shape
     taps = math.prod(
-        _taps(image[i], kernel[k], output[o], *geometry, padding)
-        for i, k, o, *geometry in zip(
+        _taps(image[i], kernel[k], output[o], stride, low, holes, dilation, padding)
+        for i, k, o, stride, low, holes, dilation in zip(
             numbers.lhs_spec[2:],
             numbers.rhs_spec[2:],
             numbers.out_spec[2:],

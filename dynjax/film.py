@@ -77,7 +77,7 @@ def plot_histogram(path: str | os.PathLike, calls: dict[str, Integer[np.ndarray,
     style(axes)
     top = max(int(each.max()) for each in calls.values())
     bins = np.linspace(0, top + 1, min(40, top + 2))
-    axes.hist(list(calls.values()), bins=bins, label=list(calls))
+    axes.hist(list(calls.values()), bins=bins.tolist(), label=list(calls))
     axes.set_xlabel("calls of a picture")
     axes.set_ylabel("pictures")
     axes.legend(frameon=False, fontsize=9)

@@ -14,7 +14,7 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
-from dynjax.decision import Decision
+from dynjax.decision import Decision, Granularity
 
 OPEN = 2.0
 """Logit that gates start from: about 0.88 of the units are kept."""
@@ -143,7 +143,7 @@ class _Logits(nnx.Module):
         hidden = jax.nn.relu(pooled @ self.hidden[...] + _row(self.hidden_bias, pooled))
         return hidden @ self.out[...] + _row(self.bias, pooled)
 
-    def binary(self, logits: jax.Array, granularity: str) -> Decision:
+    def binary(self, logits: jax.Array, granularity: Granularity) -> Decision:
         logits = logits - self.threshold[...]
         if self.deterministic:
             keep = threshold(logits)
@@ -151,7 +151,7 @@ class _Logits(nnx.Module):
             keep = gumbel_sigmoid(logits, next_key(self.rngs), self.temperature)
         return Decision(keep, jax.nn.sigmoid(logits), granularity)
 
-    def categorical(self, logits: jax.Array, granularity: str) -> Decision:
+    def categorical(self, logits: jax.Array, granularity: Granularity) -> Decision:
         # Branches are ordered from the cheapest: a higher threshold makes every dearer branch less likely.
         logits = logits - self.threshold[...] * jax.lax.broadcasted_iota(logits.dtype, logits.shape, logits.ndim - 1)
         if self.deterministic:
@@ -200,7 +200,7 @@ class TileGate(nnx.Module):
         self.size = positive(size, "size")
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Decision:
-        return self.logits.binary(self.logits(_tile_features(x, self))[..., 0], "tile")
+        return self.logits.binary(self.logits(_tile_features(x, self, self.size))[..., 0], "tile")
 
 
 class BranchGate(nnx.Module):
@@ -231,7 +231,7 @@ class BranchGate(nnx.Module):
         if self.size is None:
             _check_features(x, self.logits.features, "BranchGate")
             return self.logits.categorical(self.logits(_mean(x)), "branch")
-        return self.logits.categorical(self.logits(_tile_features(x, self)), "tile branch")
+        return self.logits.categorical(self.logits(_tile_features(x, self, self.size)), "tile branch")
 
 
 class ChannelGate(nnx.Module):
@@ -300,12 +300,12 @@ class PathGate(nnx.Module):
         return Decision(straight_through((weight > 0).astype(weight.dtype), jax.nn.sigmoid(logits)), weight, "path")
 
 
-def _tile_features(x: jax.Array, gate: TileGate | BranchGate) -> jax.Array:
+def _tile_features(x: jax.Array, gate: TileGate | BranchGate, size: int) -> jax.Array:
     """A tile's mean and maximum beside the map's mean: what is here, what thin thing is here, and where here is."""
     _check_features(x, gate.logits.features // 3, type(gate).__name__)
-    here = pool_tiles(x, gate.size)
+    here = pool_tiles(x, size)
     # The block is not trained through the maxima: their gradient is slow on a CPU.
-    most = max_tiles(jax.lax.stop_gradient(x), gate.size)
+    most = max_tiles(jax.lax.stop_gradient(x), size)
     return jnp.concatenate([here, most, jnp.broadcast_to(here.mean((1, 2), keepdims=True), here.shape)], -1)
 
 

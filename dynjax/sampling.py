@@ -10,17 +10,65 @@ S pixels of a unit, R units of a window.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from dynjax import execute
 
 Noise = Any
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """A likelihood: draws pixels from their parameters and noise."""
+
+    def noise(self, key: PRNGKeyArray, pixels: tuple[int, ...], /) -> Noise: ...
+
+    def draw(self, params: Array, noise: Noise, /) -> Array: ...
+
+
+@runtime_checkable
+class Autoregressive(Protocol):
+    """A model of every pixel given those before it, for pictures of one shape (H, W, C)."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def likelihood(self) -> Draws: ...
+
+    def __call__(self, x: Array, label: Array | None = None, /) -> Array: ...
+
+
+@runtime_checkable
+class InUnits(Autoregressive, Protocol):
+    """One that advances by units, of which a cache holds what those before have left (see `PixelCNN`)."""
+
+    window_size: int
+
+    @property
+    def units(self) -> tuple[int, int]: ...
+
+    def start(self, examples: int, window: int = 1, /) -> Any: ...
+
+    def window(self, x: Array, cache: Any, first: Array, label: Array | None, /) -> tuple[Array, Any]: ...
+
+    def advance(self, cache: Any, trail: Any, count: Array, /) -> Any: ...
+
+    def draw_unit(
+        self, cache: Any, first: Array, label: Array | None, draw: Callable[[Array, Any], Array], /
+    ) -> tuple[Array, Any]: ...
+
+
+@runtime_checkable
+class InScales(Protocol):
+    """One that draws scale after scale (see `NextScale`)."""
+
+    def draw(self, noise: Noise, label: Array | None, known: "Known | None", /) -> tuple[Array, Array, Array, Any]: ...
 
 
 class Sampled(NamedTuple):
@@ -40,7 +88,7 @@ class Known(NamedTuple):
     where: Bool[Array, "B H W"]
 
 
-def make_noise(model: nnx.Module, key: PRNGKeyArray, examples: int, first: Int[Array, ""] | int = 0) -> Noise:
+def make_noise(model: Autoregressive, key: PRNGKeyArray, examples: int, first: Int[Array, ""] | int = 0) -> Noise:
     """All that chance has to say of `examples` pictures from number `first` on, whatever batch they are drawn in."""
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(first + jnp.arange(examples))
     return jax.vmap(lambda key: model.likelihood.noise(key, model.shape[:2]))(keys)
@@ -65,13 +113,13 @@ def _keep_known(drawn: Array, known: Known | None) -> Array:
     return drawn if known is None else jnp.where(known.where[..., None], known.image, drawn)
 
 
-def _blank(model: nnx.Module, noise: Noise, known: Known | None) -> Array:
+def _blank(model: Autoregressive, noise: Noise, known: Known | None) -> Array:
     examples = jax.tree.leaves(noise)[0].shape[0]
     return _keep_known(jnp.zeros((examples, *model.shape), jnp.int32), known)
 
 
 def pixel_by_pixel(
-    model: nnx.Module, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
+    model: Autoregressive, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
 ) -> Sampled:
     """The whole model for every pixel, of which that pixel alone is used: H W calls. What the others are held to."""
     height, width, _ = model.shape
@@ -89,14 +137,14 @@ def pixel_by_pixel(
     return Sampled(x, calls, jnp.full(x.shape[:3], height * width))
 
 
-def _in_units(model: nnx.Module, tree: Any) -> Any:
+def _in_units(model: InUnits, tree: Any) -> Any:
     """(B, H, W, ...) to (B, U, S, ...)."""
     units, size = model.units
     return jax.tree.map(lambda a: a.reshape(a.shape[0], units, size, *a.shape[3:]), tree)
 
 
 def cached(
-    model: nnx.Module, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
+    model: InUnits, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
 ) -> Sampled:
     """One pixel of every layer at a time; all that the pixels before it gave is kept. H W calls of a pixel each."""
     units, _ = model.units
@@ -122,7 +170,7 @@ def cached(
 
 
 def plain_fixed_point(
-    model: nnx.Module, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
+    model: Autoregressive, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
 ) -> Sampled:
     """Every pixel of every picture anew until none of any picture changes: what `fixed_point` is compared with."""
     blank = _blank(model, noise, known)
@@ -138,7 +186,7 @@ def plain_fixed_point(
 
 
 def fixed_point(
-    model: nnx.Module,
+    model: InUnits,
     noise: Noise,
     *,
     window: int | None = None,
@@ -215,7 +263,7 @@ def fixed_point(
 
 
 def coarse_to_fine(
-    model: nnx.Module, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
+    model: InScales, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
 ) -> Sampled:
     """Of a family that draws scale after scale: coarse where plain, fine where complex, as far as the budget allows.
 

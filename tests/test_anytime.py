@@ -55,3 +55,5 @@ def test_one_pass_says_what_the_model_does():
 def test_models_without_exits():
     model = make(lambda rngs: models.build(ResNetConfig(widths=(4,), blocks=(1,), dynamics="skip"), 3, rngs=rngs))
     assert find_exits(model) is None
+    with pytest.raises(ValueError, match="ResNet has no method `predictions`"):
+        read_exits(model, [])

@@ -4,19 +4,23 @@ Letters: B examples, H W pixels, h w places of the grid of codes, V codes, P par
 """
 
 import dataclasses
+from typing import TypeVar
 
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from dynjax.config import CodesConfig
 from dynjax.models import pixelcnn, pixeltransformer, vqvae
+from dynjax.models.likelihoods import Likelihood
+
+Model = TypeVar("Model", bound=nnx.Module)
 
 
 class Frozen(nnx.Variable):
     """What was a parameter and is not trained any more."""
 
 
-def freeze(model: nnx.Module) -> nnx.Module:
+def freeze(model: Model) -> Model:
     """`model` itself, its parameters being none any more."""
     for _, module in list(nnx.iter_modules(model)):
         for name, value in list(vars(module).items()):
@@ -28,7 +32,7 @@ def freeze(model: nnx.Module) -> nnx.Module:
 class Codes(nnx.Module):
     """Parameters of every code's distribution given those before it. Samplers draw codes from `prior`."""
 
-    def __init__(self, prior: nnx.Module, coder: vqvae.VQVAE):
+    def __init__(self, prior: pixelcnn.PixelCNN | pixeltransformer.PixelTransformer, coder: vqvae.VQVAE):
         self.prior, self.coder = prior, coder
 
     @property
@@ -41,7 +45,7 @@ class Codes(nnx.Module):
         return self.prior.classes
 
     @property
-    def likelihood(self):
+    def likelihood(self) -> Likelihood:
         return self.prior.likelihood
 
     def __call__(self, x: Int[Array, "B h w 1"], label: Int[Array, "B"] | None = None) -> Float[Array, "B h w P"]:
@@ -66,7 +70,9 @@ class Codes(nnx.Module):
 def build(config: CodesConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> Codes:
     """The model of `config`, with the weights of a trained VQ-VAE if these are given (`twin_params`)."""
     coder = vqvae.build(config.vqvae, num_classes, rngs=rngs, twin_params=twin_params)
-    shape = dict(shape=(*coder.grid, 1), values=config.vqvae.codes, likelihood="categorical", embed=True)
-    prior = dataclasses.replace(config.prior, **shape)
+    shape = (*coder.grid, 1)
+    prior = dataclasses.replace(
+        config.prior, shape=shape, values=config.vqvae.codes, likelihood="categorical", embed=True
+    )
     family = {"pixelcnn": pixelcnn, "pixeltransformer": pixeltransformer}[prior.family]
     return Codes(family.build(prior, num_classes, rngs=rngs), freeze(coder))

@@ -1,14 +1,17 @@
 """Classifiers that stop early: what the families with exits share. Letters: B examples, H W pixels, K classes."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from dynjax.execute import Tree
 from dynjax.models.blocks import ConvNorm, pixels
 from dynjax.ops import Exits
 
-CONFIDENCE = {"learned": "max_prob", "random": "random"}
+CONFIDENCE: dict[str, Literal["max_prob", "random"]] = {"learned": "max_prob", "random": "random"}
 """What a configuration's `gate` means for exits."""
 
 
@@ -34,7 +37,7 @@ class StaticExitNet(nnx.Module):
         self.stages, self.head = nnx.List(stages), head
 
     def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B K"]:
-        x = pixels(image, self.head.linear.kernel.dtype)
+        x: Tree = pixels(image, self.head.linear.kernel.dtype)
         for stage in self.stages:
             x = stage(x)
         return self.head(x)

@@ -136,7 +136,8 @@ class Logistic:
         """A component by its Gumbel noise, then channel after channel its mean and scaled logistic noise, rounded."""
         logits, means, log_scales, mix = self._split(params)
         chosen = jax.nn.one_hot((logits + noise["component"]).argmax(-1), self.components)
-        drawn, scaled = [], []
+        drawn: list[Array] = []
+        scaled: list[Array] = []
         for channel in range(self.channels):
             before = jnp.stack(scaled, -1) if scaled else jnp.zeros((*chosen.shape[:-1], 0))
             mean = (self._mean(means, mix, before, channel) * chosen).sum(-1)

@@ -6,6 +6,8 @@ picture goes.
 Letters: B examples, H W pixels, T tokens, C features, K classes.
 """
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -19,7 +21,7 @@ from dynjax.ops import Experts, RandomRouter, Router
 class Block(nnx.Module):
     """Attention and an MLP, each behind a layer normalisation and around a shortcut (Dosovitskiy et al. 2021)."""
 
-    def __init__(self, features: int, heads: int, mlp: nnx.Module, *, rngs: nnx.Rngs):
+    def __init__(self, features: int, heads: int, mlp: nnx.Sequential | Experts, *, rngs: nnx.Rngs):
         self.norm1 = nnx.LayerNorm(features, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(heads, features, decode=False, rngs=rngs)
         self.norm2 = nnx.LayerNorm(features, rngs=rngs)
@@ -59,14 +61,14 @@ class PatchClassifier(nnx.Module):
         return self.head(self.norm(x).mean(1)).astype(jnp.float32)
 
 
-def mlp(config: MoEConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+def mlp(config: MoEConfig, *, rngs: nnx.Rngs) -> nnx.Sequential | Experts:
     """The MLP of a block: experts, or for the static twin one network that does the work of `top` experts."""
     if config.dynamics == "static":
         hidden = config.top * config.hidden
         up, down = nnx.Linear(config.width, hidden, rngs=rngs), nnx.Linear(hidden, config.width, rngs=rngs)
         return nnx.Sequential(up, nnx.gelu, down)
     if config.gate == "random":
-        router = RandomRouter(config.experts, top=config.top, least=config.least, rngs=rngs)
+        router: RandomRouter | Router = RandomRouter(config.experts, top=config.top, least=config.least, rngs=rngs)
     else:
         router = Router(config.width, config.experts, top=config.top, least=config.least, rngs=rngs)
     return Experts(config.width, config.hidden, config.experts, gate=router, rngs=rngs)
@@ -110,11 +112,14 @@ def build(config: MoEConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: n
     shared, mlps = nnx.split_state(twin_params, lambda path, _: "mlp" not in path, ...)
     nnx.update(model, shared)
     for number, block in enumerate(model.blocks):
-        up, _, down = (mlps["blocks"][number]["mlp"]["layers"].get(layer) for layer in range(3))
+        experts = block.mlp
+        assert isinstance(experts, Experts)
+        layers: Mapping[int, Mapping[str, nnx.Variable]] = mlps["blocks"][number]["mlp"]["layers"]
+        up, down = layers[0], layers[2]
         part = jnp.arange(config.experts) % config.top
         parts = (config.top, config.hidden)
-        block.mlp.up[...] = jnp.moveaxis(up["kernel"][...].reshape(-1, *parts), 1, 0)[part]
-        block.mlp.up_bias[...] = up["bias"][...].reshape(parts)[part]
-        block.mlp.down[...] = config.top * down["kernel"][...].reshape(*parts, -1)[part]
-        block.mlp.down_bias[...] = jnp.broadcast_to(down["bias"][...][None], block.mlp.down_bias.shape)
+        experts.up[...] = jnp.moveaxis(up["kernel"][...].reshape(-1, *parts), 1, 0)[part]
+        experts.up_bias[...] = up["bias"][...].reshape(parts)[part]
+        experts.down[...] = config.top * down["kernel"][...].reshape(*parts, -1)[part]
+        experts.down_bias[...] = jnp.broadcast_to(down["bias"][...][None], experts.down_bias.shape)
     return model

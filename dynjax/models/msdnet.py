@@ -63,7 +63,9 @@ def _stages(config: MSDNetConfig, rngs: nnx.Rngs) -> Iterator[tuple[nnx.Sequenti
     interval = math.ceil(total / config.scales)
     channels, number = config.channels, 0
     for block in range(config.blocks):
-        layers = [Pyramid([config.channels * 2**s for s in range(config.scales)], rngs=rngs)] if block == 0 else []
+        layers: list[nnx.Module] = (
+            [Pyramid([config.channels * 2**s for s in range(config.scales)], rngs=rngs)] if block == 0 else []
+        )
         for _ in range(config.base if block == 0 else config.step):
             before, first = max(0, number - 1) // interval, number // interval
             layers.append(Layer(channels, before, first, config, rngs=rngs))

@@ -68,16 +68,22 @@ class Refine(nnx.Module):
 
     def __init__(self, rich: Rich, plain: Plain | None, gate: Callable | None, likelihood: Likelihood):
         self.rich, self.plain, self.gate, self.likelihood = rich, plain, gate, likelihood
-        self.execution, self.strategy = "masked", "auto"
+        self.execution: execute.Execution = "masked"
+        self.strategy: execute.Strategy = "auto"
 
     def set_view(self, execution: str | None = None, strategy: str | None = None) -> None:
-        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        wrapping.set_ways(self, execution, strategy)
+
+    @property
+    def tile(self) -> int:
+        """Side in pixels of the tiles that the gate decides about; 1 without a gate."""
+        return getattr(self.gate, "size", 1)
 
     def __call__(self, x: Float[Array, "B h w K"]) -> tuple[Float[Array, "B h w P"], Float[Array, "B h w"]]:
         """Parameters, and 1 where the rich network gave them."""
-        if self.gate is None:
+        if self.gate is None or self.plain is None:
             return self.rich(x), jnp.ones(x.shape[:3])
-        plain, size = self.plain(x), self.gate.size
+        plain, size = self.plain(x), self.tile
         most = np.log(self.likelihood.values) * self.likelihood.channels
         # Which pixels are uncertain is no matter of the loss.
         entropy = jax.lax.stop_gradient(self.likelihood.entropy(plain)) / most
@@ -220,10 +226,17 @@ class NextScale(nnx.Module):
         self, x: Int[Array, "B H W C"], label: Int[Array, "B"] | None = None
     ) -> list[Float[Array, "B H W P"]]:
         """What the plain networks give of every pixel, and what the rich ones give: both are trained, on all pixels."""
-        rich = lambda refine, seen: refine.rich(seen)  # noqa: E731
+
+        def rich(refine: Refine, seen: Array) -> Array:
+            return refine.rich(seen)
+
+        def plain(refine: Refine, seen: Array) -> Array:
+            assert refine.plain is not None
+            return refine.plain(seen)
+
         if self.finer[0][0].plain is None:
             return self._predict(x, label, [rich])
-        return self._predict(x, label, [lambda refine, seen: refine.plain(seen), rich])
+        return self._predict(x, label, [plain, rich])
 
     def draw(
         self, noise: Any, label: Int[Array, "B"] | None = None, known: sampling.Known | None = None
@@ -249,8 +262,7 @@ class NextScale(nnx.Module):
                     there = _place(fixed, place)
                     drawn = jnp.where(there.where[..., None], there.image, drawn)
                 seen[place], visited[place] = drawn, (1 + rich).astype(jnp.int32)
-                size = 1 if refine.gate is None else refine.gate.size
-                refined += rich[:, ::size, ::size].sum((1, 2)).astype(jnp.int32)
+                refined += rich[:, :: refine.tile, :: refine.tile].sum((1, 2)).astype(jnp.int32)
                 # Where a pixel is not drawn yet, the one of the coarser picture is shown.
                 moments.append(self._enlarge(interleave(dict.fromkeys(STEPS, x) | seen, height, width), stride))
             x, visits = interleave(seen, height, width), interleave(visited, height, width)

@@ -180,8 +180,8 @@ class PixelCNN(nnx.Module):
         condition = self._conditions(label)
         flat = None if condition is None else condition[:, 0, 0]
         before = cache["input"][:, None]
-        start, seen, gives = self._vertical(before, cache, jnp.full(before.shape[0], first), condition)
-        start, gives = start[:, 0], jnp.stack([given[:, 0] for given in gives], 1)
+        starts, seen, given_by = self._vertical(before, cache, jnp.full(before.shape[0], first), condition)
+        start, gives = starts[:, 0], jnp.stack([given[:, 0] for given in given_by], 1)
         examples, width = start.shape[:2]
 
         def body(column: Array, carry: tuple) -> tuple:

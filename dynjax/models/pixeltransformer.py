@@ -80,10 +80,11 @@ class PixelExits(nnx.Module):
             raise ValueError(f"layers={blocks}: exits need at least 2")
         self.gates = nnx.List([EntropyGate(1) for _ in range(blocks - 1)])
         self.likelihood, self.random = likelihood, random
-        self.execution, self.strategy = "masked", "auto"
+        self.execution: execute.Execution = "masked"
+        self.strategy: execute.Strategy = "auto"
 
     def set_view(self, execution: str | None = None, strategy: str | None = None) -> None:
-        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        wrapping.set_ways(self, execution, strategy)
 
     def __call__(self, level: int, params: Float[Array, "B R P"]) -> Decision:
         """Which pixels (B, R, 1) are not sure of what they predict after block `level`."""
@@ -93,6 +94,22 @@ class PixelExits(nnx.Module):
         else:
             doubt = self.likelihood.entropy(params) / (np.log(self.likelihood.values) * self.likelihood.channels)
         return self.gates[level](doubt[..., None, None])
+
+
+def _go_on(
+    exits: PixelExits, block: CausalBlock, tree: tuple[Array, ...], going: Float[Array, "B R"]
+) -> Float[Array, "B R F"]:
+    """Features after the block where `going`, elsewhere as they were."""
+    if tree[0].shape[1] > 1:  # pixels of a window are computed at once, whoever of them has left
+        return execute.blend(going, block.look(*tree), tree[0])
+    return execute.samples(
+        lambda tree: block.look(*tree),
+        tree,
+        going[:, 0],
+        otherwise=lambda tree: tree[0],
+        execution=exits.execution,
+        strategy=exits.strategy,
+    )
 
 
 class PixelTransformer(nnx.Module):
@@ -164,6 +181,7 @@ class PixelTransformer(nnx.Module):
     def _enter(self, x: Array) -> Array:
         if self.embed is not None:
             return self.embed(x[..., 0])
+        assert self.enter is not None
         return self.enter(2 * x.astype(self.head.kernel.dtype) / (self.likelihood.values - 1) - 1)
 
     def _begin(self, x: Array, cache: Cache, first: Array, label: Array | None) -> tuple[Array, Array]:
@@ -180,51 +198,41 @@ class PixelTransformer(nnx.Module):
     def _params(self, h: Float[Array, "B R F"]) -> Float[Array, "B R P"]:
         return self.head(self.norm(h))
 
-    def _go_on(self, block: CausalBlock, tree: tuple[Array, ...], going: Float[Array, "B R"]) -> Float[Array, "B R F"]:
-        """Features after the block where `going`, elsewhere as they were."""
-        if tree[0].shape[1] > 1:  # pixels of a window are computed at once, whoever of them has left
-            return execute.blend(going, block.look(*tree), tree[0])
-        return execute.samples(
-            lambda tree: block.look(*tree),
-            tree,
-            going[:, 0],
-            otherwise=lambda tree: tree[0],
-            execution=self.exits.execution,
-            strategy=self.exits.strategy,
-        )
-
     def window(
         self, x: Int[Array, "B R 1 C"], cache: Cache, first: Int[Array, "B"], label: Int[Array, "B"] | None = None
     ) -> tuple[Float[Array, "B R 1 P"], Cache]:
         """Parameters of R pixels from number `first` on, and what these would leave in a cache."""
         h, entered = self._begin(x, cache, first, label)
-        keys, values, decisions, keeps = [], [], [], [jnp.ones(h.shape[:2])]
+        exits, keys, values, keeps = self.exits, [], [], [jnp.ones(h.shape[:2])]
+        decisions: list[Decision] = []
         for level, block in enumerate(self.blocks):
             # Who has left is remembered as they were, for those who come after them.
             k, v = block.remember(h, cache["keys"][:, level], cache["values"][:, level], first)
             keys.append(k)
             values.append(v)
-            if self.exits is None or level == 0:
+            if exits is None or level == 0:
                 h = block.look(h, k, v, first)
                 continue
-            decisions.append(self.exits(level - 1, self._params(h)))
+            decisions.append(exits(level - 1, self._params(h)))
             keeps.append(keeps[-1] * decisions[-1].keep[..., 0])
-            h = self._go_on(block, (h, k, v, first), keeps[-1])
-        if decisions and wrapping.tracing(self.exits) and x.shape[1] == self.units[0]:
-            self._account(decisions, keeps, (h, keys[0], values[0], first))
+            h = _go_on(exits, block, (h, k, v, first), keeps[-1])
+        if exits is not None and wrapping.tracing(exits) and x.shape[1] == self.units[0]:
+            self._account(exits, decisions, keeps, (h, keys[0], values[0], first))
         trail = {"before": entered, "keys": jnp.stack(keys, 1), "values": jnp.stack(values, 1)}
         return self._params(h)[:, :, None], trail
 
-    def _account(self, decisions: list[Decision], keeps: list[Array], tree: tuple[Array, ...]) -> None:
+    def _account(
+        self, exits: PixelExits, decisions: list[Decision], keeps: list[Array], tree: tuple[Array, ...]
+    ) -> None:
         """Record which blocks every pixel of a whole picture took."""
         probabilities = [keeps[0]]
         for decision in decisions:
             probabilities.append(probabilities[-1] * decision.probability[..., 0])
-        maps = [jnp.stack(a, -1).reshape(-1, *self.shape[:2], len(keeps)) for a in (keeps, probabilities)]
+        keep, probability = (jnp.stack(a, -1).reshape(-1, *self.shape[:2], len(keeps)) for a in (keeps, probabilities))
         whole = tuple(cost.macs(block.look, *wrapping.one_example(tree)) for block in self.blocks)
         unit = tuple(macs / self.units[0] for macs in whole)
         tile = (1 / self.shape[0], 1 / self.shape[1])
-        wrapping.account(self.exits, Decision(*maps, "tile exit"), unit, whole, tile)
+        wrapping.account(exits, Decision(keep, probability, "tile exit"), unit, whole, tile)
 
     def advance(self, cache: Cache, trail: Cache, count: Int[Array, "B"]) -> Cache:
         """`cache` after the first `count` pixels of a window, which left `trail`."""

@@ -51,10 +51,12 @@ class Block(nnx.Module):
 class FusedBlock(nnx.Module):
     """A dense block whose layers also see what the layers of a coarser block saw (section 3.2, fusion block)."""
 
-    def __init__(self, before: int, growth: int, coarse: nnx.Module, narrow: int, *, rngs: nnx.Rngs):
+    def __init__(self, before: int, growth: int, coarse: "Block | FusedBlock", narrow: int, *, rngs: nnx.Rngs):
         layers, up = len(coarse.layers), int(growth * COARSE)
         self.widths = tuple(before + i * growth for i in range(layers + 1))
-        self.layers = nnx.List([conv3(w, growth - up, 1, narrow, rngs=rngs) for w in self.widths[:-1]])
+        self.layers: nnx.List[nnx.Sequential] = nnx.List(
+            [conv3(w, growth - up, 1, narrow, rngs=rngs) for w in self.widths[:-1]]
+        )
         self.coarse = nnx.List([conv3(w, up, 1, 2 * narrow, rngs=rngs) for w in coarse.widths[:-1]])
         last = int(self.widths[-1] * COARSE)
         self.last = ConvNorm(coarse.widths[-1], last, 1, rngs=rngs)
@@ -97,7 +99,7 @@ class Stage(nnx.Module):
         starts: whether this is the first stage of its sub-network.
     """
 
-    def __init__(self, blocks: Sequence[nnx.Module], finer: int, starts: bool):
+    def __init__(self, blocks: Sequence[Block | FusedBlock | Down], finer: int, starts: bool):
         self.blocks, self.finer, self.starts = nnx.List(blocks), finer, starts
 
     def __call__(self, maps: list[jax.Array]) -> list[jax.Array]:
@@ -117,13 +119,16 @@ class Stage(nnx.Module):
 def stages(config: RANetConfig, rngs: nnx.Rngs) -> list[tuple[nnx.Module, int]]:
     """The stages of all sub-networks, and how many channels the exit behind each reads."""
     factors = [2**i for i in reversed(range(config.scales))]
-    found, coarse, ends = [], [], []
+    found: list[tuple[nnx.Module, int]] = []
+    coarse: list[Block | FusedBlock] = []
+    ends: list[int] = []
     for scale, factor in enumerate(factors):
         width, growth = config.channels * factor, config.growth * factor
-        blocks, own = [], []
+        blocks: list[Block | FusedBlock | Down] = []
+        own: list[Block | FusedBlock] = []
         for number in range(config.blocks + config.step * scale):
             if number < len(coarse):
-                block = FusedBlock(width, growth, coarse[number], factor, rngs=rngs)
+                block: Block | FusedBlock = FusedBlock(width, growth, coarse[number], factor, rngs=rngs)
             else:
                 block = Block(width, growth, config.layers, factor, rngs=rngs)
             width = block.after

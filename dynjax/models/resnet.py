@@ -49,7 +49,7 @@ class Down(nnx.Module):
 class Stage(nnx.Module):
     """A change of resolution (or the stem) and residual blocks."""
 
-    def __init__(self, entry: nnx.Module, channels: int, blocks: int, *, rngs: nnx.Rngs):
+    def __init__(self, entry: Stem | Down, channels: int, blocks: int, *, rngs: nnx.Rngs):
         self.entry = entry
         self.blocks = nnx.List([Block(channels, rngs=rngs) for _ in range(blocks)])
 
@@ -84,7 +84,7 @@ class ResNet(nnx.Module):
     ):
         if len(widths) != len(blocks) or not widths:
             raise ValueError(f"widths={tuple(widths)} and blocks={tuple(blocks)} must have one entry for each stage")
-        entries = [Stem(widths[0], stem_stride, rngs=rngs)]
+        entries: list[Stem | Down] = [Stem(widths[0], stem_stride, rngs=rngs)]
         entries += [Down(before, after, rngs=rngs) for before, after in itertools.pairwise(widths)]
         self.stages = nnx.List(
             [Stage(entry, w, n, rngs=rngs) for entry, w, n in zip(entries, widths, blocks, strict=True)]
@@ -112,12 +112,14 @@ class PolicyNet(nnx.Module):
     """A ResNet whose residual blocks one small network decides about, from the picture (BlockDrop)."""
 
     def __init__(self, model: ResNet, random: bool, *, straight_through: bool, rngs: nnx.Rngs):
-        chain = [module for stage in model.stages for module in (stage.entry, *stage.blocks)]
+        chain: list[Stem | Down | Block] = [module for stage in model.stages for module in (stage.entry, *stage.blocks)]
         skip = [number for number, module in enumerate(chain) if isinstance(module, Block)]
         if random:
-            gate = RandomGate(0.5, units=len(skip), rngs=rngs)
+            gate: RandomGate | nnx.Sequential = RandomGate(0.5, units=len(skip), rngs=rngs)
         else:
-            width = 2 * model.stages[0].entry.conv.out_features
+            stem = model.stages[0].entry
+            assert isinstance(stem, Stem)
+            width = 2 * stem.conv.out_features
             look = [Stem(width // 2, 2, rngs=rngs), Down(width // 2, width, rngs=rngs)]
             gate = nnx.Sequential(*look, ChannelGate(width, len(skip), rngs=rngs))
         self.chain = PolicySkip(chain, gate, skip=skip, straight_through=straight_through)

@@ -136,7 +136,7 @@ class Routed(nnx.Module):
         self.stem_norm = _norm(channels[0], rngs)
         self.supernet = Supernet([_layer(number, config, channels, rngs) for number in range(config.layers)])
         if config.task == "classification":
-            self.head = LabelHead(channels, classes, rngs=rngs)
+            self.head: LabelHead | MaskHead = LabelHead(channels, classes, rngs=rngs)
         else:
             self.head = MaskHead(channels, classes, stride, rngs=rngs)
 

@@ -75,7 +75,7 @@ class Attention(nnx.Module):
             raise ValueError(f"attention was made for {self.features} features and is given {features.shape[1]}")
         features = features.astype(jnp.float32)
         splits = [sum(size for size, _ in self.heads[:n]) for n in range(1, len(self.heads))]
-        if self.random:
+        if self.out is None:
             drawn = jnp.split(self._uniform(features), splits, axis=1)
             return [_on_simplex(u) if kind == "softmax" else u for u, (_, kind) in zip(drawn, self.heads, strict=True)]
         if self.hidden is not None:
@@ -84,13 +84,13 @@ class Attention(nnx.Module):
         return [self._activate(part, kind) for part, (_, kind) in zip(logits, self.heads, strict=True)]
 
     def _activate(self, logits: jax.Array, kind: Activation) -> jax.Array:
-        if kind == "softmax":
+        if self.temperature is not None and kind == "softmax":
             return jax.nn.softmax(logits / self.temperature[...])
         return jax.nn.sigmoid(logits) if kind == "sigmoid" else nnx.relu(logits)
 
     def _uniform(self, features: jax.Array) -> jax.Array:
         units = sum(size for size, _ in self.heads)
-        if not self.deterministic:
+        if self.rngs is not None and not self.deterministic:
             return jax.random.uniform(self.rngs.gate(), (features.shape[0], units))
         # A continuous function of the content, as in controls.RandomGate: rounding must not draw everything anew.
         return jnp.mod(jax.random.uniform(jax.random.key(0), (1, units)) + 97 * features.mean(1, keepdims=True), 1)

@@ -186,7 +186,8 @@ class Experts(nnx.Module):
         self.down_bias = nnx.Param(jnp.zeros((experts, features)))
         self.gate = Router(features, experts, top=top, rngs=rngs) if gate is None else gate
         self.experts, self.activation = experts, activation
-        self.execution, self.strategy = "masked", "auto"
+        self.execution: execute.Execution = "masked"
+        self.strategy: execute.Strategy = "auto"
 
     def set_view(
         self,
@@ -196,7 +197,7 @@ class Experts(nnx.Module):
         use_running_average: bool | None = None,
     ) -> None:
         # The last two are for gates and other layers; named here, since nnx.view refuses names that no module has.
-        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        wrapping.set_ways(self, execution, strategy)
 
     @property
     def most(self) -> int:
@@ -215,8 +216,6 @@ class Experts(nnx.Module):
             tokens = 1 if x.ndim == 2 else x.shape[1]
             units, wholes = (unit,) * self.experts, (unit * tokens,) * self.experts
             wrapping.account(self, decision, units, wholes, most=self.most)
-        if self.execution not in ("masked", "compact"):
-            raise ValueError(f"execution={self.execution!r} must be 'masked' or 'compact'")
         weight = decision.keep * decision.probability
         if self.most > 1:
             total = weight.sum(-1, keepdims=True)

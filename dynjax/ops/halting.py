@@ -155,13 +155,16 @@ class Halt(nnx.Module):
             raise ValueError(f"max_steps={max_steps} must be at least 1")
         if not 0 < epsilon < 1:
             raise ValueError(f"epsilon={epsilon} must be in (0, 1)")
-        if kind == "pondernet" and getattr(gate, "size", None) is not None:
+        size = getattr(gate, "size", None)
+        if kind == "pondernet" and size is not None:
             raise ValueError(
-                f"kind='pondernet' halts whole examples, and the gate has tiles of size={gate.size}: in training no "
+                f"kind='pondernet' halts whole examples, and the gate has tiles of size={size}: in training no "
                 "tile would stay as it is for its neighbours; use kind='act', or a SampleGate"
             )
         self.step, self.gate, self.max_steps, self.kind, self.epsilon = step, gate, max_steps, kind, epsilon
-        self.execution, self.strategy, self.deterministic = "masked", "auto", False
+        self.execution: execute.Execution = "masked"
+        self.strategy: execute.Strategy = "auto"
+        self.deterministic = False
 
     def set_view(
         self,
@@ -170,7 +173,7 @@ class Halt(nnx.Module):
         deterministic: bool | None = None,
         use_running_average: bool | None = None,
     ) -> None:
-        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        wrapping.set_ways(self, execution, strategy)
         self.deterministic = self.deterministic if deterministic is None else deterministic
 
     def __call__(self, x: execute.Tree) -> execute.Tree:
@@ -248,14 +251,13 @@ class Halt(nnx.Module):
         size, strategy = self._size, self.strategy
         radius = 0 if size is None else receptive_radius(step, start[0])
 
-        def run_tiles(state, run):
-            return execute.tiles(
-                step, state, run, size=size, radius=radius, execution="compact", strategy=self.strategy
-            )
+        def run_step(state, run):
+            if size is None:
+                return step(state)
+            return execute.tiles(step, state, run, size=size, radius=radius, execution="compact", strategy=strategy)
 
         def advance(carry, last):
-            way = run_tiles if size is not None else (lambda state, run: step(state))
-            return self._advance(way, gate, carry, last, freeze=True)
+            return self._advance(run_step, gate, carry, last, freeze=True)
 
         # A CPU takes the examples one by one, and of each the tiles; others take the tiles of all examples at once.
         one_by_one = strategy == "loop" or (strategy == "auto" and jax.default_backend() == "cpu")

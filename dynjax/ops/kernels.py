@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from dynjax import convolve
 from dynjax.decision import Decision, record
-from dynjax.ops.attention import Attention, annealed_temperature, set_temperature
+from dynjax.ops.attention import Activation, Attention, annealed_temperature, set_temperature
 from dynjax.ops.dynamize import dynamize
 
 __all__ = [
@@ -65,7 +65,8 @@ class CondConv(nnx.Module):
         self.layout = _layout(
             in_features, out_features, kernel_size, strides, padding, kernel_dilation, feature_group_count
         )
-        self.in_features, self.out_features, self.strategy = in_features, out_features, "auto"
+        self.in_features, self.out_features = in_features, out_features
+        self.strategy: convolve.Strategy = "auto"
         self.kernel = _kernels(self.layout, kernels, rngs)
         self.bias = nnx.Param(jnp.zeros((kernels, out_features))) if use_bias else None
         self.attention = Attention(in_features, [(kernels, "sigmoid")], random=random, rngs=rngs)
@@ -112,7 +113,8 @@ class DynamicConv(nnx.Module):
         self.layout = _layout(
             in_features, out_features, kernel_size, strides, padding, kernel_dilation, feature_group_count
         )
-        self.in_features, self.out_features, self.strategy = in_features, out_features, "auto"
+        self.in_features, self.out_features = in_features, out_features
+        self.strategy: convolve.Strategy = "auto"
         self.kernel = _kernels(self.layout, kernels, rngs)
         self.bias = nnx.Param(jnp.zeros((kernels, out_features))) if use_bias else None
         hidden = max(in_features // reduction, 1)
@@ -163,11 +165,17 @@ class ODConv(nnx.Module):
         self.layout = _layout(
             in_features, out_features, kernel_size, strides, padding, kernel_dilation, feature_group_count
         )
-        self.in_features, self.out_features, self.strategy = in_features, out_features, "auto"
+        self.in_features, self.out_features = in_features, out_features
+        self.strategy: convolve.Strategy = "auto"
         self.kernel = _kernels(self.layout, kernels, rngs)
         self.bias = nnx.Param(jnp.zeros((out_features,))) if use_bias else None
         taps = self.layout.kernel_size[0] * self.layout.kernel_size[1]
-        heads = [(in_features, "sigmoid"), (out_features, "sigmoid"), (taps, "sigmoid"), (kernels, "softmax")]
+        heads: list[tuple[int, Activation]] = [
+            (in_features, "sigmoid"),
+            (out_features, "sigmoid"),
+            (taps, "sigmoid"),
+            (kernels, "softmax"),
+        ]
         self.attention = Attention(
             in_features, heads, hidden=max(in_features // reduction, 16), random=random, rngs=rngs
         )
@@ -225,7 +233,8 @@ class HyperConv(nnx.Module):
         self.layout = _layout(
             in_features, out_features, kernel_size, strides, padding, kernel_dilation, feature_group_count
         )
-        self.in_features, self.out_features, self.strategy = in_features, out_features, "auto"
+        self.in_features, self.out_features = in_features, out_features
+        self.strategy: convolve.Strategy = "auto"
         self.condition, self.from_input, self.rank = condition, from_input, rank
         *sides, inputs, _ = self.layout.kernel_shape
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), self.layout.kernel_shape))
@@ -245,7 +254,7 @@ class HyperConv(nnx.Module):
             raise ValueError(f"HyperConv was made with condition={self.condition} and {given}")
         if condition is not None and condition.shape != (x.shape[0], self.condition):
             raise ValueError(f"condition has shape {condition.shape}; it must be {(x.shape[0], self.condition)}")
-        parts = [_mean(x)] * self.from_input + [condition] * (condition is not None)
+        parts = [_mean(x)] * self.from_input + ([] if condition is None else [condition])
         (code,) = self.attention(jnp.concatenate([part.astype(jnp.float32) for part in parts], 1))
         kernel = self.kernel[...]
         code = code.astype(kernel.dtype)
@@ -253,12 +262,12 @@ class HyperConv(nnx.Module):
         return _with_bias(self.layout.convolve(x, factors, kernel, _low_rank, self.strategy), self.bias)
 
 
-_KINDS: dict[str, Callable[..., nnx.Module]] = {
+_MIXTURES: dict[str, type[CondConv] | type[DynamicConv] | type[ODConv]] = {
     "condconv": CondConv,
     "dyconv": DynamicConv,
     "odconv": ODConv,
-    "hyper": HyperConv,
 }
+_KINDS = (*_MIXTURES, "hyper")
 
 
 def with_kernels(
@@ -303,7 +312,7 @@ def _from_static(conv, kind, kernels, noise, random, rngs) -> nnx.Module:
         raise ValueError(f"{type(conv).__name__} cannot be given kernels of the example: give paths of 2-D nnx.Conv")
     if conv.mask is not None or conv.input_dilation not in (None, 1, (1, 1)):
         raise ValueError("an nnx.Conv with a mask or input dilation cannot be given kernels of the example")
-    options = dict(
+    options: dict[str, Any] = dict(
         padding=conv.padding,
         kernel_dilation=conv.kernel_dilation or 1,
         feature_group_count=conv.feature_group_count,
@@ -313,20 +322,21 @@ def _from_static(conv, kind, kernels, noise, random, rngs) -> nnx.Module:
     )
     shape = (conv.in_features, conv.out_features, conv.kernel_size, conv.strides or 1)
     static, bias = conv.kernel[...], None if conv.bias is None else conv.bias[...]
+    new: CondConv | DynamicConv | ODConv | HyperConv
     if kind == "hyper":
         new = HyperConv(*shape, **options)
         new.kernel[...] = static
     else:
-        new = _KINDS[kind](*shape, kernels=kernels, **options)
+        new = _MIXTURES[kind](*shape, kernels=kernels, **options)
         spread = jax.random.normal(rngs.params(), new.kernel.shape, static.dtype) * static.std()
         # Even attention is 1/2 for each sigmoid, and 1 / K for each kernel of a softmax.
         gain = {"condconv": 2 / kernels, "dyconv": 1.0, "odconv": 8.0}[kind]
         new.kernel[...] = gain * (static[None] + noise * (spread - spread.mean(0, keepdims=True)))
-        if not random:
+        if new.attention.out is not None:
             new.attention.out.kernel[...] = jnp.zeros_like(new.attention.out.kernel[...])
-        if bias is not None and kind != "odconv":
+        if bias is not None and new.bias is not None and kind != "odconv":
             bias = jnp.broadcast_to(gain * bias, new.bias.shape)
-    if bias is not None:
+    if bias is not None and new.bias is not None:
         new.bias[...] = bias
     return new
 

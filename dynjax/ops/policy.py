@@ -60,7 +60,8 @@ class PolicySkip(nnx.Module):
         self.otherwise = nnx.Dict({str(number): module for number, module in otherwise.items()})
         self.straight_through = straight_through
         self.held = Held(jnp.zeros((len(skip),), bool))
-        self.execution, self.strategy = "masked", "auto"
+        self.execution: execute.Execution = "masked"
+        self.strategy: execute.Strategy = "auto"
 
     def set_view(
         self,
@@ -70,7 +71,7 @@ class PolicySkip(nnx.Module):
         use_running_average: bool | None = None,
     ) -> None:
         # The last two are for gates and blocks; named here, since nnx.view refuses names that no module has.
-        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        wrapping.set_ways(self, execution, strategy)
 
     def __call__(self, x: Float[Array, "B ..."]) -> Array:
         hint = f"use ChannelGate(features, {len(self.skip)}, rngs=rngs), or FixedGate(keep, granularity='channel')"

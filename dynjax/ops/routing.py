@@ -4,6 +4,7 @@ Letters: B examples, H W pixels, C D channels, h w tiles, K branches, P paths.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -40,7 +41,8 @@ class Select(nnx.Module):
         for block in blocks:
             wrapping.refuse_nested("Select", block)
         self.blocks, self.gate = nnx.List(blocks), gate
-        self.execution, self.strategy = "masked", "auto"
+        self.execution: execute.Execution = "masked"
+        self.strategy: execute.Strategy = "auto"
 
     def set_view(
         self,
@@ -50,7 +52,7 @@ class Select(nnx.Module):
         use_running_average: bool | None = None,
     ) -> None:
         # The last two are for gates and blocks; named here, since nnx.view refuses names that no module has.
-        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        wrapping.set_ways(self, execution, strategy)
 
     def __call__(self, x: Float[Array, "B ..."]) -> Array:
         size = getattr(self.gate, "size", None)
@@ -114,7 +116,8 @@ class Cell(nnx.Module):
             if part is not None:
                 wrapping.refuse_nested("Cell", part)
         self.operation, self.gate, self.up, self.down = operation, gate, up, down
-        self.execution, self.strategy = "masked", "auto"
+        self.execution: execute.Execution = "masked"
+        self.strategy: execute.Strategy = "auto"
 
     def set_view(
         self,
@@ -124,18 +127,21 @@ class Cell(nnx.Module):
         use_running_average: bool | None = None,
     ) -> None:
         # The last two are for gates and blocks; named here, since nnx.view refuses names that no module has.
-        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        wrapping.set_ways(self, execution, strategy)
 
     @property
     def paths(self) -> tuple[str, ...]:
         """The paths that there are, in the order of the gate's decisions."""
-        there = {"up": self.up is not None, "keep": True, "down": self.down is not None}
-        return tuple(path for path in there if there[path])
+        return tuple(self._ways())
+
+    def _ways(self) -> dict[str, Callable]:
+        ways = {"up": self.up, "keep": _same, "down": self.down}
+        return {path: way for path, way in ways.items() if way is not None}
 
     def __call__(self, *inputs: Flow | Float[Array, "B H W C"]) -> dict[str, Flow]:
         """What goes out along each path; the inputs, of one shape, are summed."""
         x, arrived = _sum(inputs)
-        ways = {"up": self.up, "keep": _same, "down": self.down}
+        ways = self._ways()
         if self.gate is None:
             h = self.operation(x)
             return {path: Flow(ways[path](h), arrived) for path in self.paths}
@@ -154,15 +160,15 @@ class Cell(nnx.Module):
         keep = jax.lax.stop_gradient(decision.keep)
         runs, opens = keep[:, 0], dict(zip(self.paths, keep[:, 1:].T, strict=True))
         weights = dict(zip(self.paths, decision.probability[:, 1:].T, strict=True))
-        how = dict(execution=self.execution, strategy=self.strategy)
-        h = execute.samples(wrapping.ready(self.operation, self.execution), x, runs, **how)
+        samples = functools.partial(execute.samples, execution=self.execution, strategy=self.strategy)
+        h = samples(wrapping.ready(self.operation, self.execution), x, runs)
         out = {}
         for path in self.paths:
             if path == "keep":  # h is x where the cell is dropped
                 weight = opens[path] * weights[path] + (1 - runs)
                 out[path] = Flow(_scaled(weight, h), arrived * jnp.maximum(opens[path], 1 - runs))
             else:
-                y = _along(wrapping.ready(ways[path], self.execution), h, opens[path], weights[path], how)
+                y = _along(wrapping.ready(ways[path], self.execution), h, opens[path], weights[path], samples)
                 out[path] = Flow(y, opens[path])
         return out
 
@@ -188,14 +194,14 @@ def _of_cell(decision: Decision, arrived: jax.Array) -> Decision:
     return dataclasses.replace(decision, keep=keep, probability=weight)
 
 
-def _along(path: Callable, h: jax.Array, opens: jax.Array, weight: jax.Array, how: dict[str, str]) -> jax.Array:
+def _along(path: Callable, h: jax.Array, opens: jax.Array, weight: jax.Array, samples: Callable) -> jax.Array:
     spec = execute.shape_of(wrapping.still(path), h)
 
     def weighted(args):
         h, weight = args
         return _scaled(weight, path(h))
 
-    return execute.samples(weighted, (h, weight), opens, otherwise=lambda _: jnp.zeros(spec.shape, spec.dtype), **how)
+    return samples(weighted, (h, weight), opens, otherwise=lambda _: jnp.zeros(spec.shape, spec.dtype))
 
 
 def _scaled(weight: Float[Array, "B"], x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:

@@ -7,7 +7,7 @@ Letters: M hidden channels, n groups of them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,14 @@ Role = Literal["makes", "each", "takes", "after"]
 """What a layer has to do with the hidden channels: makes them, acts on each alone, takes them all in, comes after."""
 
 WEIGHTS = nnx.Conv | nnx.Linear
+Layer = TypeVar("Layer", bound=nnx.Module)
 
 
 def layers_of(part: Callable | Sequence[Callable]) -> list[Callable]:
     """The layers of an `nnx.Sequential` or a sequence; a single layer is one."""
     if isinstance(part, nnx.Sequential):
         return list(part.layers)
-    return list(part) if isinstance(part, list | tuple | nnx.List) else [part]
+    return list(part) if isinstance(part, Sequence) else [part]
 
 
 def roles(first: Sequence[Callable], last: Sequence[Callable]) -> tuple[list[Role], int]:
@@ -46,12 +47,15 @@ def roles(first: Sequence[Callable], last: Sequence[Callable]) -> tuple[list[Rol
     between = [*first[1:], *last[: takes[0]]]
     for layer in between:
         _check_each(layer, hidden, rank)
-    for layer in (first[0], last[takes[0]]):
+    taker = weights_of(last[takes[0]])
+    for layer in (first[0], taker):
         if getattr(layer, "mask", None) is not None:
             raise ValueError("a convolution with a mask cannot be sliced")
-    if last[takes[0]].in_features != hidden:
-        raise ValueError(f"first makes {hidden} channels and last takes {last[takes[0]].in_features}")
-    return ["makes", *["each"] * len(between), "takes", *["after"] * (len(last) - takes[0] - 1)], hidden
+    if taker.in_features != hidden:
+        raise ValueError(f"first makes {hidden} channels and last takes {taker.in_features}")
+    each: list[Role] = ["each"] * len(between)
+    after: list[Role] = ["after"] * (len(last) - takes[0] - 1)
+    return ["makes", *each, "takes", *after], hidden
 
 
 def narrow(layer: Callable, role: Role, pick: Pick, channels: int, *, bias: bool = True) -> Callable:
@@ -61,27 +65,43 @@ def narrow(layer: Callable, role: Role, pick: Pick, channels: int, *, bias: bool
     """
     if role == "after" or not isinstance(layer, WEIGHTS | nnx.BatchNorm):
         return layer
-    axes = {"kernel": -2} if role == "takes" else dict.fromkeys(("kernel", "bias", "scale", "mean", "var"), -1)
-
-    def sliced(path, variable):
-        return variable.replace(pick(variable[...], axes[path[-1]])) if path[-1] in axes else variable
-
-    graphdef, state = nnx.split(layer)
-    copy = nnx.merge(graphdef, nnx.map_state(sliced, state))
-    if isinstance(copy, nnx.BatchNorm):
-        copy.num_features = channels
-        return copy
+    if isinstance(layer, nnx.BatchNorm):
+        return narrow_norm(layer, pick, channels)
+    copy = _sliced(layer, pick, {"kernel": -2} if role == "takes" else {"kernel": -1, "bias": -1})
     if role == "makes":
         copy.out_features = channels
     elif role == "takes":
         copy.in_features = channels
         if not bias:
             copy.bias, copy.use_bias = nnx.data(None), False
-    else:
+    elif isinstance(copy, nnx.Conv):  # depthwise
         copy.in_features = copy.out_features = copy.feature_group_count = channels
     if isinstance(copy, nnx.Conv):
         copy.kernel_shape = copy.kernel.shape
     return copy
+
+
+def narrow_norm(norm: nnx.BatchNorm, pick: Pick, channels: int) -> nnx.BatchNorm:
+    """A copy of `norm` for the `channels` channels that `pick` takes."""
+    copy = _sliced(norm, pick, dict.fromkeys(("scale", "bias", "mean", "var"), -1))
+    copy.num_features = channels
+    return copy
+
+
+def _sliced(layer: Layer, pick: Pick, axes: dict[str, int]) -> Layer:
+    """A copy of `layer` with what `pick` takes of these variables, along these axes."""
+
+    def sliced(path, variable):
+        return variable.replace(pick(variable[...], axes[path[-1]])) if path[-1] in axes else variable
+
+    graphdef, state = nnx.split(layer)
+    return nnx.merge(graphdef, nnx.map_state(sliced, state))
+
+
+def weights_of(layer: Callable) -> nnx.Conv | nnx.Linear:
+    """`layer`, which is known to be one of these from its role."""
+    assert isinstance(layer, WEIGHTS)
+    return layer
 
 
 def span(start: int, size: int) -> Pick:

@@ -5,6 +5,7 @@ Letters: B examples, H W pixels, C channels of the finest scale.
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -32,7 +33,7 @@ class Supernet(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W C"]) -> list[Array]:
         """Features of every scale, the finest first; zeros for examples that did not reach it."""
-        inputs = [[x]]
+        inputs = [[Flow(x, jnp.ones(x.shape[:1], jnp.float32))]]
         for cells in self.layers:
             outputs = [cell(*flows) for cell, flows in zip(cells, inputs, strict=True)]
             inputs = [[] for _ in range(len(cells) + 1)]

@@ -7,7 +7,7 @@ Letters: B examples, C channels, M hidden channels, K groups or widths.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from dynjax import execute
 from dynjax.decision import unseen
 from dynjax.ops import wrapping
-from dynjax.ops.slices import Pick, Role, layers_of, narrow, pick_groups, roles, run, span
+from dynjax.ops.slices import Pick, Role, layers_of, narrow, narrow_norm, pick_groups, roles, run, span, weights_of
 
 # Groups of channels per example
 
@@ -47,7 +47,8 @@ class Channels(nnx.Module):
         self.first, self.last = _pair("Channels", first, last)
         self.gate = gate
         self.roles, self.hidden = _named("Channels", self.first, self.last)
-        self.execution, self.strategy = "masked", "auto"
+        self.execution: execute.Execution = "masked"
+        self.strategy: execute.Strategy = "auto"
 
     def set_view(
         self,
@@ -57,7 +58,7 @@ class Channels(nnx.Module):
         use_running_average: bool | None = None,
     ) -> None:
         # The last two are for gates and layers; named here, since nnx.view refuses names that no module has.
-        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        wrapping.set_ways(self, execution, strategy)
 
     def __call__(self, x: Float[Array, "B *axes C"]) -> Float[Array, "B *after D"]:
         decision = self.gate(x)
@@ -81,8 +82,9 @@ class Channels(nnx.Module):
             y = layers[takes](execute.blend(mask, hidden, jnp.zeros_like(hidden)))
         else:
             y = self._compact(layers, x, decision.keep)
-            if layers[takes].use_bias:
-                y = y + layers[takes].bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+            bias = weights_of(layers[takes]).bias
+            if bias is not None:
+                y = y + bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return run(layers[takes + 1 :], y)
 
     def _slice(self, layers: list[Callable], pick: Pick, groups: int, kept: int) -> Callable:
@@ -119,8 +121,12 @@ class Channels(nnx.Module):
             y, size = zeros, self.hidden // groups
             for group in range(groups):
                 part = self._slice(layers, span(group * size, size), groups, 1)
+
+                def add(pair, part=part):
+                    return part(pair[0]) + pair[1]
+
                 y = execute.samples(
-                    lambda pair, part=part: part(pair[0]) + pair[1],
+                    add,
                     (x, y),
                     keep[:, group],
                     otherwise=lambda pair: pair[1],
@@ -179,7 +185,8 @@ class Slimmable(nnx.Module):
             [nnx.List([_own(la, ro, self.channels(w)) for la, ro in found]) for w in widths[:-1] if self.switched]
         )
         self.width: float | int | None = None
-        self.execution, self.strategy = "masked", "auto"
+        self.execution: execute.Execution = "masked"
+        self.strategy: execute.Strategy = "auto"
 
     def set_view(
         self,
@@ -189,7 +196,7 @@ class Slimmable(nnx.Module):
         deterministic: bool | None = None,
         use_running_average: bool | None = None,
     ) -> None:
-        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        wrapping.set_ways(self, execution, strategy)
         if width is not None:
             self._check_width(width)
             self.width = width
@@ -207,10 +214,11 @@ class Slimmable(nnx.Module):
     def at(self, width: float | int) -> Callable[[Array], Array]:
         """The block at one width, in (0, 1]; it shares the parameters."""
         self._check_width(width)
-        own = iter(())
+        own: Iterator[nnx.BatchNorm] = iter(())
         if self.switched and width != 1:
             own = iter(self.norms[self.widths.index(width)])
-        channels, layers = self.channels(width), []
+        channels = self.channels(width)
+        layers: list[Callable] = []
         for layer, role in zip([*self.first.layers, *self.last.layers], self.roles, strict=True):
             if width == 1:
                 layers.append(layer)
@@ -258,12 +266,12 @@ def _named(wrapper: str, first: nnx.Sequential, last: nnx.Sequential) -> tuple[t
 def _own(norm: nnx.BatchNorm, role: Role, channels: int) -> nnx.BatchNorm:
     """A BatchNorm for some of the channels (all that come `after`), which starts as a copy and shares nothing."""
     channels = channels if role == "each" else norm.num_features
-    return narrow(norm, "each", lambda array, axis: jnp.array(span(0, channels)(array, axis)), channels)
+    return narrow_norm(norm, lambda array, axis: jnp.array(span(0, channels)(array, axis)), channels)
 
 
 def _shared_norm(norm: nnx.BatchNorm, channels: int, x: Array) -> Array:
     """The first channels of `norm`, whose statistics it updates if it trains."""
-    part = narrow(norm, "each", span(0, channels), channels)
+    part = narrow_norm(norm, span(0, channels), channels)
     y = part(x)
     if not norm.use_running_average:
         for ours, new in ((norm.mean, part.mean), (norm.var, part.var)):
@@ -318,11 +326,11 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any], **view: Any) -> nnx.M
     for _, module in nnx.iter_modules(training):
         if isinstance(module, nnx.BatchNorm):
             module.momentum = 0.0
-    graphdef, stats, rest = nnx.split(training, nnx.BatchStat, ...)
+    graphdef, stats, *rest = nnx.split(training, nnx.BatchStat, ...)
 
     @jax.jit
     def of_batch(stats, rest, x):
-        model = nnx.merge(graphdef, stats, rest, copy=True)
+        model = nnx.merge(graphdef, stats, *rest, copy=True)
         model(x)
         return nnx.state(model, nnx.BatchStat)
 

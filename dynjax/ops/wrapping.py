@@ -2,16 +2,22 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar, get_args, runtime_checkable
 
 import jax
 from flax import nnx
 
 from dynjax import cost, execute
 from dynjax.decision import Decision, record, unseen
+from dynjax.execute import Execution, Strategy
+
+Block = TypeVar("Block", bound=Callable)
+
+EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
-def still(block: Callable) -> Callable:
+def still(block: Block) -> Block:
     """`block` as it runs when deployed: no noise, running averages. A view: it shares the parameters.
 
     It is only looked at, so no trace is taken inside.
@@ -40,6 +46,30 @@ def ready(block: Callable, execution: str) -> Callable:
                 )
         return unseen(block)
     return block
+
+
+@runtime_checkable
+class Dynamic(Protocol):
+    """A module that carries decisions out."""
+
+    execution: Execution
+    strategy: Strategy
+
+
+def set_ways(wrapper: Dynamic, execution: str | None, strategy: str | None) -> None:
+    """Set how `wrapper` carries decisions out, as far as a view says so.
+
+    Raises:
+        ValueError: for a way that there is none of.
+    """
+    if execution is not None:
+        if execution not in EXECUTIONS:
+            raise ValueError(f"execution={execution!r} must be 'masked' or 'compact'")
+        wrapper.execution = execution
+    if strategy is not None:
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy={strategy!r} must be 'auto', 'loop' or 'buckets'")
+        wrapper.strategy = strategy
 
 
 def refuse_nested(wrapper: str, block: Callable) -> None:
