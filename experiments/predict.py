@@ -116,7 +116,7 @@ def main(raw: list[str]) -> int:
     from tqdm.auto import tqdm
 
     from dynjax import checkpoint, models, report
-    from dynjax.data.pairs import BadFile, read_image
+    from dynjax.data.pictures import BadFile, read_image
     from dynjax.trace import traced
 
     out = cli.make_folder(arguments.out, "out")

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from dynjax.config import UserError
-from dynjax.data import pairs
+from dynjax.data import pairs, pictures
 
 
 def save(array, file, **options):
@@ -33,8 +33,8 @@ def test_masks_of_every_kind_give_class_ids(tmp_path):
     save(ids.astype(np.uint16), tmp_path / "deep.png")
     Image.fromarray(ids > 5).save(tmp_path / "bits.png")
     for name in ("palette", "grey", "deep"):
-        np.testing.assert_array_equal(pairs.read_mask(tmp_path / f"{name}.png"), ids)
-    np.testing.assert_array_equal(pairs.read_mask(tmp_path / "bits.png"), (ids > 5).astype(int))
+        np.testing.assert_array_equal(pictures.read_mask(tmp_path / f"{name}.png"), ids)
+    np.testing.assert_array_equal(pictures.read_mask(tmp_path / "bits.png"), (ids > 5).astype(int))
 
 
 def test_images_of_every_kind_become_rgb(tmp_path):
@@ -43,7 +43,7 @@ def test_images_of_every_kind_become_rgb(tmp_path):
     save(np.dstack([grey] * 4), tmp_path / "rgba.png")
     save(np.dstack([grey] * 3), tmp_path / "photo.jpg")
     for name in ("grey.png", "rgba.png", "photo.jpg"):
-        image = pairs.read_image(tmp_path / name)
+        image = pictures.read_image(tmp_path / name)
         assert image.shape == (4, 6, 3) and image.dtype == np.uint8
         assert np.abs(image.astype(int) - 77).max() <= 1
 
@@ -64,13 +64,13 @@ def test_what_cannot_be_read_is_named(tmp_path):
         (tmp_path / "gone.png", "no such file"),
         (deep, "convert to 8 bits"),
     ]:
-        with pytest.raises(pairs.BadFile, match=rf"{file.name}: .*{reason}"):
-            pairs.read_image(file)
-    with pytest.raises(pairs.BadFile, match=r"whole\.jpg: a mask must be lossless"):
-        pairs.read_mask(whole)
+        with pytest.raises(pictures.BadFile, match=rf"{file.name}: .*{reason}"):
+            pictures.read_image(file)
+    with pytest.raises(pictures.BadFile, match=r"whole\.jpg: a mask must be lossless"):
+        pictures.read_mask(whole)
     colour = save(np.zeros((4, 4, 3), np.uint8), tmp_path / "colour.png")
-    with pytest.raises(pairs.BadFile, match=r"colour\.png: .*one channel"):
-        pairs.read_mask(colour)
+    with pytest.raises(pictures.BadFile, match=r"colour\.png: .*one channel"):
+        pictures.read_mask(colour)
 
 
 def test_resizing_keeps_classes_and_averages_colours():
@@ -91,7 +91,7 @@ def test_one_error_names_all_that_is_wrong():
     def read(index):
         image, mask = constant(shapes)(index)
         if index in (1, 2):
-            raise pairs.BadFile(f"file{index}.png: broken")
+            raise pictures.BadFile(f"file{index}.png: broken")
         if index == 3:
             image = image[:3]
         if index == 4:
@@ -160,7 +160,7 @@ def test_fewer_examples_come_from_all_over_the_set():
 def test_labels_instead_of_masks():
     def read(index):
         if index == 1:
-            raise pairs.BadFile("file1.png: broken")
+            raise pictures.BadFile("file1.png: broken")
         return np.full((4, 6, 3), index, np.uint8), np.int64((0, 1, 2, -1, 3)[index])
 
     options = {"target": "label", "ignore_label": None}

@@ -18,7 +18,8 @@ from PIL import Image
 
 from dynjax.config import UserError
 from dynjax.data.camvid import CLASSES, VOID, find_pairs
-from dynjax.data.pairs import IGNORE_255, BadFile, read_image, read_mask
+from dynjax.data.pairs import IGNORE_255
+from dynjax.data.pictures import BadFile, read_image, read_mask
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):

@@ -18,7 +18,8 @@ from PIL import Image
 
 from dynjax.config import UserError
 from dynjax.data.labelled import make_labelled, part_of
-from dynjax.data.pairs import Pair, PairSource, check_pairs, read_image
+from dynjax.data.pairs import Pair, PairSource, check_pairs
+from dynjax.data.pictures import open_picture, read_image
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
@@ -226,7 +227,7 @@ def _quality(header: bytes) -> int | None:
     """The quality at which a JPEG with this header was saved, by its quantisation tables; None where none fits."""
 
     def tables(content: bytes) -> dict[int, list[int]]:
-        with Image.open(io.BytesIO(content)) as picture:
+        with open_picture(io.BytesIO(content), ("JPEG",)) as picture:
             return {key: list(table) for key, table in getattr(picture, "quantization", {}).items()}
 
     def saved(quality: int) -> bytes:
@@ -236,6 +237,6 @@ def _quality(header: bytes) -> int | None:
 
     try:
         wanted = tables(header)
-    except OSError:  # no picture: said when the first one is read
+    except Exception:  # no picture: said when the first one is read
         return None
     return next((quality for quality in range(100, 0, -1) if tables(saved(quality)) == wanted), None)

@@ -6,7 +6,8 @@ from typing import Literal
 import numpy as np
 
 from dynjax.config import UserError
-from dynjax.data.pairs import IMAGE_SUFFIXES, Pair, PairSource, check_pairs, read_image
+from dynjax.data.pairs import Pair, PairSource, check_pairs
+from dynjax.data.pictures import IMAGE_SUFFIXES, read_image
 
 
 def make_class_folder(

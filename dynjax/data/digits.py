@@ -15,6 +15,7 @@ from jaxtyping import Float, Int32, Integer, UInt8
 from PIL import Image, ImageDraw
 
 from dynjax.config import UserError
+from dynjax.data.pictures import BadFile, read_image
 
 CLASSES = (*"0123456789", "background")
 BACKGROUND = 10
@@ -47,8 +48,8 @@ def _photos() -> tuple[Image.Image, ...]:
         file = importlib.resources.files(package) / path
         try:
             with file.open("rb") as stream:
-                photos.append(Image.open(stream).convert("RGB"))
-        except OSError as error:
+                photos.append(Image.fromarray(read_image(stream)))
+        except (OSError, BadFile) as error:
             raise UserError(
                 f"digits needs the photograph {path} of the installed package {package}: {error}; "
                 "reinstall scikit-learn and scikit-image"

@@ -7,17 +7,15 @@ from typing import Literal
 from dynjax.config import UserError
 from dynjax.data.pairs import (
     IGNORE_255,
-    MASK_SUFFIXES,
-    BadFile,
     PairSource,
     check_pairs,
     class_names,
     files_reader,
     largest_label,
     match_stems,
-    read_mask,
     workers,
 )
+from dynjax.data.pictures import MASK_SUFFIXES, BadFile, read_mask
 
 
 def make_folder(

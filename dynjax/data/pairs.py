@@ -5,7 +5,6 @@ H, W are a picture's height and width in pixels.
 
 import collections
 import dataclasses
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +16,8 @@ from jaxtyping import Shaped, UInt8
 from PIL import Image
 
 from dynjax.config import UserError
+from dynjax.data.pictures import IMAGE_SUFFIXES, BadFile, read_image, read_mask
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # lossless only: a JPEG blurs class ids
 IGNORE_255 = 255  # what marks ignored pixels in folders and TFDS sets
 KEEP_BYTES = 2 << 30  # a split that needs no more than this, resized, stays in memory
 SHOWN = 5  # broken files that an error names; of the rest it gives the number
@@ -28,10 +26,6 @@ TURN = 8  # examples that a thread decodes at a time
 
 Target = Literal["mask", "label"]
 Pair = tuple[np.ndarray, np.ndarray | np.integer]
-
-
-class BadFile(Exception):
-    """One picture, mask or label that cannot be used. The text names the file and what is wrong with it."""
 
 
 def workers() -> int:
@@ -54,44 +48,6 @@ def largest_label(mask: Shaped[np.ndarray, "H W"]) -> int:
     """The largest class id in a mask that marks ignored pixels with 255; -1 where all are."""
     ids = mask[mask != IGNORE_255]
     return int(ids.max()) if ids.size else -1
-
-
-def read_image(file: Path | io.BytesIO, name: str = "") -> UInt8[np.ndarray, "H W 3"]:
-    """A picture as RGB. Raises BadFile, which calls an open file by `name`."""
-    return _decode(file, name or str(file), _rgb)
-
-
-def read_mask(file: Path | io.BytesIO, name: str = "") -> Shaped[np.ndarray, "H W"]:
-    """A picture of class ids: grey or palette. Raises BadFile, which calls an open file by `name`."""
-    if isinstance(file, Path) and file.suffix.lower() not in MASK_SUFFIXES:
-        raise BadFile(f"{file}: a mask must be lossless, one of {' '.join(MASK_SUFFIXES)}")
-    return _decode(file, name or str(file), _class_ids)
-
-
-def _decode(file: Path | io.BytesIO, name: str, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-    try:
-        with Image.open(file) as picture:
-            return convert(picture)
-    except FileNotFoundError:
-        reason = "there is no such file"
-    except Image.UnidentifiedImageError:
-        reason = "not a picture that can be read"
-    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error and more; BadFile too
-        reason = str(error) or type(error).__name__
-    raise BadFile(f"{name}: {reason}")
-
-
-def _rgb(picture: Image.Image) -> np.ndarray:
-    if picture.mode.startswith(("I", "F")):
-        raise BadFile(f"pixels of mode {picture.mode}, convert to 8 bits a channel")
-    return np.asarray(picture.convert("RGB"))
-
-
-def _class_ids(picture: Image.Image) -> np.ndarray:
-    if picture.mode not in ("1", "L", "P", "I", "I;16"):
-        raise BadFile(f"mask has pixels of mode {picture.mode}, class ids need one channel (grey or palette)")
-    ids = np.asarray(picture)
-    return ids.astype(np.uint8) if ids.dtype == bool else ids
 
 
 def resize_image(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:

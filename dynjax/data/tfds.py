@@ -18,17 +18,15 @@ import numpy as np
 from dynjax.config import UserError
 from dynjax.data.pairs import (
     IGNORE_255,
-    BadFile,
     Pair,
     PairSource,
     Target,
     check_pairs,
     class_names,
     largest_label,
-    read_image,
-    read_mask,
     workers,
 )
+from dynjax.data.pictures import BadFile, read_image, read_mask
 
 IMAGE_KEYS = ("image", "image_left")  # tried in this order, then the only feature that fits
 MASK_KEYS = ("segmentation_mask", "segmentation_label", "mask", "annotation", "annotations", "label")

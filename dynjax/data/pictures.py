@@ -1,0 +1,141 @@
+"""Pictures and masks from files that may be anybody's: only a few formats, a bounded number of pixels, ids as stored.
+
+H, W are a picture's height and width in pixels.
+"""
+
+import io
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped, UInt8
+from PIL import ExifTags, Image
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # lossless only: a JPEG blurs class ids
+# What these suffixes promise. Left to itself Pillow goes by the content, and hands PostScript to Ghostscript.
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+MASK_FORMATS = ("PNG", "BMP", "TIFF")
+MOST_PIXELS = 2**27  # 134 megapixels, 400 MB as RGB; cameras reach 108
+
+_LOSSY = ("jpeg", "tiff_jpeg", "webp")  # compressions of a TIFF, by Pillow's names
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PILLOW_LIMIT = threading.Lock()
+
+
+class BadFile(Exception):
+    """One picture, mask or label that cannot be used. The text names the file and what is wrong with it."""
+
+
+def read_image(file: Path | io.BufferedIOBase, name: str = "") -> UInt8[np.ndarray, "H W 3"]:
+    """A picture as RGB, upright. Raises BadFile, which calls an open file by `name`."""
+    try:
+        with open_picture(file) as picture:
+            if picture.mode.startswith(("I", "F")):
+                raise BadFile(f"pixels of mode {picture.mode}, convert to 8 bits a channel")
+            return np.asarray(_upright(picture).convert("RGB"))
+    except Exception as error:
+        raise BadFile(f"{name or file}: {_reason(error, IMAGE_FORMATS)}") from None
+
+
+def read_mask(file: Path | io.BufferedIOBase, name: str = "") -> Shaped[np.ndarray, "H W"]:
+    """Class ids as they are stored, grey or palette, upright. Raises BadFile, which calls an open file by `name`."""
+    if isinstance(file, Path) and file.suffix.lower() not in MASK_SUFFIXES:
+        raise BadFile(f"{file}: a mask must be lossless, one of {' '.join(MASK_SUFFIXES)}")
+    try:
+        with open_picture(file, MASK_FORMATS) as picture:
+            return _class_ids(picture)
+    except Exception as error:
+        raise BadFile(f"{name or file}: {_reason(error, MASK_FORMATS)}") from None
+
+
+def open_picture(file: Path | io.BufferedIOBase, formats: Sequence[str] = IMAGE_FORMATS) -> Image.Image:
+    """A picture of which only the header is read: one of `formats`, not too large, and alone in its file.
+
+    Raises BadFile, without the file's name, and whatever Pillow raises.
+    """
+    if isinstance(file, Path) and file.exists() and not file.is_file():
+        raise BadFile("no regular file")
+    with _PILLOW_LIMIT:  # Pillow's own limit is half of this one's, warns on stderr and speaks of attacks
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            picture = Image.open(file, formats=formats)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    width, height = picture.size
+    if width * height > MOST_PIXELS:
+        picture.close()
+        raise BadFile(
+            f"{width}x{height} are {width * height / 1e6:.0f} megapixels, more than the {MOST_PIXELS / 1e6:.0f} that "
+            "are read; make it smaller"
+        )
+    # The further pictures of an MPO, which cameras write as .jpg, are thumbnails or depths of the first.
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":
+        picture.close()
+        raise BadFile(f"a {picture.format} of several pictures (animated, or of many pages); save one of them alone")
+    return picture
+
+
+def _reason(error: Exception, formats: Sequence[str]) -> str:
+    """Decoders raise OSError, ValueError, SyntaxError, struct.error and more."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"not a picture that can be read as {', '.join(formats[:-1])} or {formats[-1]}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as the EXIF data say."""
+    picture.load()  # a TIFF turns itself here, and drops the tag
+    try:
+        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF data say nothing; the pixels are whole
+        return picture
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _class_ids(picture: Image.Image) -> np.ndarray:
+    if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+        raise BadFile(f"mask has pixels of mode {picture.mode}, class ids need one channel (grey or palette)")
+    if picture.info.get("compression") in _LOSSY:
+        raise BadFile(f"a mask must be lossless, this one is compressed by {picture.info['compression']}")
+    scale, inverted = _stored_as(picture)
+    ids = np.asarray(_upright(picture))
+    if ids.dtype == bool:
+        ids = ids.astype(np.uint8)
+        return 1 - ids if inverted else ids
+    return (255 - ids if inverted else ids) // scale if scale > 1 or inverted else ids
+
+
+def _stored_as(picture: Image.Image) -> tuple[int, bool]:
+    """By how much Pillow multiplies grey values while it reads, and whether it inverts them first.
+
+    Grey of 2 and 4 bits is spread over 0 to 255, and in a TIFF 0 may stand for white: right for pictures, not for ids.
+    """
+    arguments = picture.tile[0].args if picture.tile else ""
+    raw = arguments if isinstance(arguments, str) else arguments[0]
+    known = re.fullmatch(r"(1|L|P)(?:;([124])?(I?)R?)?|I(?:;\d+[A-Z]*)?", str(raw))
+    if not known or (picture.format == "BMP" and not _bmp_bits_fit(picture, raw)):
+        raise BadFile(f"a {picture.format} mask stored as {raw}: save it with 8 bits a pixel")
+    mode, bits, inverted = known.groups()
+    return {"2": 85, "4": 17}.get(bits, 1) if mode == "L" else 1, inverted == "I"
+
+
+def _bmp_bits_fit(picture: Image.Image, raw: str) -> bool:
+    """Whether a BMP has the bits a pixel that Pillow takes it to have: by a grey palette it may be misled."""
+    place = picture.fp.tell()
+    picture.fp.seek(28)
+    bits = int.from_bytes(picture.fp.read(2), "little")
+    picture.fp.seek(place)
+    return bits == {"1": 1, "P;1": 1, "P;4": 4}.get(raw, 8)
