@@ -110,3 +110,12 @@ def test_a_large_set_is_read_again_instead_of_kept(tmp_path, monkeypatch):
     for key in ("image", "label"):
         np.testing.assert_array_equal(batches[0][key], batches[1][key])
         assert batches[0][key].dtype == batches[1][key].dtype
+
+
+def test_the_classes_of_a_run_count_where_folders_lack_one(tmp_path):
+    make_set(tmp_path, {"test": {"cat": 2}})  # no train folder beside it
+    config = DataConfig(name="class_folder", path=str(tmp_path))
+    source = make_source(config, "test", classes=("dog", "cat", "ant"))  # in the run's order
+    assert source.classes == ("dog", "cat", "ant") and int(source[0]["label"]) == 1
+    with pytest.raises(UserError, match=r"test: cat are no classes of the run \(dog, ant\)"):
+        make_source(config, "test", classes=("dog", "ant"))

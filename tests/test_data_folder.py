@@ -66,3 +66,12 @@ def test_nothing_but_ignored_pixels_and_missing_folders(tmp_path):
     (tmp_path / "half" / "train" / "images").mkdir(parents=True)
     with pytest.raises(UserError, match=r"no folder .*masks"):
         make_source(folder_config(tmp_path / "half"), "train")
+
+
+def test_the_classes_of_a_run_count_where_a_split_lacks_one(tmp_path):
+    trained = tuple(f"class {i}" for i in range(6))
+    make_set(tmp_path, {"test": (0, 1)})  # neither train nor val, and no mask with the last class
+    source = make_source(folder_config(tmp_path), "test", classes=trained)
+    assert source.classes == trained and len(source) == 2
+    with pytest.raises(UserError, match=r"label 1 in the mask, allowed are 0 to 0|at least 2"):
+        make_source(folder_config(tmp_path), "test", classes=trained[:1])

@@ -1,6 +1,7 @@
 """Pictures with masks or with labels: sources by name, and batches from them."""
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,16 @@ SPLITS = ("train", "val", "test")
 SCENES = 2000  # of digits, where data.examples says nothing
 
 
-def make_source(config: DataConfig, split: str, seed: int = 0) -> Any:
+def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Sequence[str] | None = None) -> Any:
     """The source that `config.name` says, checked: `source[i]` is {"image": uint8 (H, W, 3)} and, under the key
     `source.target`, "mask": int32 (H, W) or "label": int32 ().
 
     Every source has `len`, `classes`, `ignore_label` (what ignored pixels carry in its masks, or None), `size` (H, W),
     `name`, `split`, `target`, `handed` (no picture may be mirrored) and `describe()`. `seed` is for digits alone.
-    Raises UserError, one for all that is wrong with the files.
+    `classes` are the names of the classes that a model was trained for: where names or their number are otherwise found
+    in the files (folder, class_folder, tfds:NAME of masks), these count, and a split need not have all of them.
+    Elsewhere they change nothing; whoever loads a model compares `source.classes`. Raises UserError, one for all that
+    is wrong with the files.
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r}: there are {', '.join(SPLITS)}")
@@ -35,6 +39,7 @@ def make_source(config: DataConfig, split: str, seed: int = 0) -> Any:
         from dynjax.data.digits8 import make_digits8
 
         return make_digits8(split, size=size, limit=limit)
+    count = len(classes) if classes else config.classes
     files = {"size": size, "limit": limit, "on_error": config.on_error}
     if name == "camvid":
         from dynjax.data.camvid import make_camvid
@@ -43,7 +48,7 @@ def make_source(config: DataConfig, split: str, seed: int = 0) -> Any:
     if name == "folder":
         from dynjax.data.folder import make_folder
 
-        return make_folder(path, split, classes=config.classes, **files)
+        return make_folder(path, split, classes=count, **files)
     if name in ("mnist", "fashion_mnist"):
         from dynjax.data.mnist import make_mnist
 
@@ -55,11 +60,11 @@ def make_source(config: DataConfig, split: str, seed: int = 0) -> Any:
     if name == "class_folder":
         from dynjax.data.class_folder import make_class_folder
 
-        return make_class_folder(path, split, classes=config.classes, **files)
+        return make_class_folder(path, split, names=classes, classes=config.classes, **files)
     if name.startswith("tfds:"):
         from dynjax.data.tfds import make_tfds
 
-        return make_tfds(name.removeprefix("tfds:"), path, split, classes=config.classes, **files)
+        return make_tfds(name.removeprefix("tfds:"), path, split, classes=count, **files)
     near = difflib.get_close_matches(name, NAMES, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"data.name={name!r} is not known: {', '.join(NAMES)}{hint}")

@@ -1,5 +1,6 @@
 """`class_folder`: your own pictures in a folder per class, PATH/{train,val,test}/CLASS/NAME.png, .jpg, ..."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,36 +15,32 @@ def make_class_folder(
     path: str,
     split: str,
     *,
+    names: Sequence[str] | None = None,
     classes: int = 0,
     size: tuple[int, int] | None = None,
     limit: int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> PairSource:
-    """Pictures by class; the classes are the folders of train, sorted. Raises UserError.
+    """Pictures by class; the classes are `names` or, without them, the folders of train, sorted. Raises UserError.
 
-    `classes` other than 0 must be their number. A picture that cannot be read is named, or left out and counted; a
-    folder of another name or without a picture is always an error.
+    `classes` other than 0 must be the number of train's folders. A picture that cannot be read is named, or left out
+    and counted; a folder of another name or without a picture is always an error.
     """
     if not path:
         raise UserError("data.name=class_folder needs a folder: give --data.path PATH")
     root = Path(path).expanduser()
-    for folder in (root, root / "train", root / split):
+    for folder in (root, root / split) if names else (root, root / "train", root / split):
         if not folder.is_dir():
             raise UserError(
                 f"data.path={path}: no folder {folder}; a class_folder set is laid out as "
                 "PATH/{train,val,test}/CLASS/NAME.*"
             )
-    names = _folders(root / "train")
-    if not names:
-        raise UserError(f"data.path={path}: no class, {root / 'train'} has no folders")
-    if set(names) <= {"images", "masks"}:
-        raise UserError(
-            f"data.path={path}: pictures with masks are data.name=folder; class_folder has a folder a class"
-        )
-    if classes not in (0, len(names)):
-        raise UserError(f"data.classes={classes}: {root / 'train'} has {len(names)} folders, one a class")
+    if names:
+        names, whose = tuple(names), "the run"
+    else:
+        names, whose = _train_classes(path, root / "train", classes), str(root / "train")
     if others := sorted(set(_folders(root / split)) - set(names)):
-        raise UserError(f"{root / split}: {', '.join(others[:5])} are no classes of {root / 'train'}")
+        raise UserError(f"{root / split}: {', '.join(others[:5])} are no classes of {whose} ({', '.join(names[:5])})")
     files, problems = _pictures(root / split, names)
 
     def read(index: int) -> Pair:
@@ -63,6 +60,19 @@ def make_class_folder(
         broken=problems,
         called=lambda index: str(files[index][0]),
     )
+
+
+def _train_classes(path: str, train: Path, classes: int) -> tuple[str, ...]:
+    names = _folders(train)
+    if not names:
+        raise UserError(f"data.path={path}: no class, {train} has no folders")
+    if set(names) <= {"images", "masks"}:
+        raise UserError(
+            f"data.path={path}: pictures with masks are data.name=folder; class_folder has a folder a class"
+        )
+    if classes not in (0, len(names)):
+        raise UserError(f"data.classes={classes}: {train} has {len(names)} folders, one a class")
+    return names
 
 
 def _folders(folder: Path) -> tuple[str, ...]:
