@@ -1,6 +1,6 @@
 """Workdirs: what a run leaves on disk, and how the same command finds its way back.
 
-    config.json            the configuration and the names of the classes
+    config.json            the configuration, the names of the classes and the number of training examples
     checkpoints/STEP/      orbax: every array of the training state; sidecar/: data position per process; checksums.json
     unreadable/            checkpoints that could not be read, moved aside
 
@@ -8,13 +8,14 @@ A checkpoint appears under its name only when its arrays are complete (orbax wri
 come last and tell one that was cut or changed later.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
+import math
 import os
 import shutil
 import sys
-import typing
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynjax import models
+from dynjax import checks, files, models
 from dynjax.config import Config, UserError
 
 KEEP = 3
@@ -32,8 +33,15 @@ KEEP = 3
 
 SEAL = "checksums.json"
 
-FREE_TO_CHANGE = ("checkpoint_every", "evaluate_every")
-"""Fields that a resumed run may change: they say when to look at the numbers and never what they are."""
+SMALL = 512
+"""A model whose options are no larger is not looked at for its memory: that takes seconds."""
+
+LARGEST_ARRAY = 1 << 40
+"""Elements that an array of a checkpoint may have."""
+
+FREE_TO_CHANGE = ("checkpoint_every", "evaluate_every", "data.path", "init_from")
+"""Fields that a resumed run may change: they say when to look at the numbers, or where things are now, and never what
+the numbers are."""
 
 
 # Configuration on disk
@@ -44,26 +52,15 @@ def config_to_dict(config: Config) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def config_from_dict(values: dict, kind: type = Config) -> Any:
-    """The inverse of `config_to_dict`; fields that are missing take their default, unknown ones raise UserError."""
-    hints = typing.get_type_hints(kind)
-    if unknown := sorted(set(values) - set(hints)):
-        raise UserError(f"unknown field {unknown[0]!r} of {kind.__name__}: written by another version of dynjax?")
-    return kind(**{name: _from_json(value, hints[name]) for name, value in values.items()})
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What config.json says of a run."""
 
-
-def _from_json(value: Any, hint: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return config_from_dict(value, hint)
-    if kinds := {kind.family: kind for kind in typing.get_args(hint) if hasattr(kind, "family")}:
-        if (family := value.get("family", "unet")) not in kinds:
-            raise UserError(f"unknown model.family {family!r}: written by another version of dynjax?")
-        return config_from_dict(value, kinds[family])
-    return _tuples(value)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+    config: Config
+    classes: tuple[str, ...]
+    """Names, in the order of the model's outputs."""
+    examples: int | None = None
+    """Of the training data; None where nobody said."""
 
 
 def flat(values: dict, prefix: str = "") -> dict[str, Any]:
@@ -74,49 +71,75 @@ def flat(values: dict, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def read_config(workdir: str | Path) -> tuple[Config, tuple[str, ...]]:
-    """The configuration that made `workdir` and the names of its classes. Raises UserError when there is none."""
+def read_run(workdir: str | Path) -> Run:
+    """What made `workdir`; fields that are missing take their default. Raises UserError when there is none, or it makes
+    no sense."""
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} is no workdir of a training run: it has no config.json")
     try:
-        stored = json.loads(path.read_text())
-        return config_from_dict(stored["config"]), tuple(stored["classes"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+        run = files.typed(files.read_json(path), Run)
+        checks.check_config(run.config)
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return run
 
 
-def check_workdir(workdir: str | Path, config: Config) -> None:
-    """Make the folder if need be. Raises UserError when another configuration made it or it cannot be written."""
+def read_config(workdir: str | Path) -> tuple[Config, tuple[str, ...]]:
+    """The configuration that made `workdir` and the names of its classes. Raises UserError when there is none."""
+    run = read_run(workdir)
+    return run.config, run.classes
+
+
+def check_workdir(
+    workdir: str | Path, config: Config, classes: tuple[str, ...] = (), examples: int | None = None
+) -> None:
+    """Makes and changes nothing. Raises UserError when another configuration, other classes or another number of
+    training examples made the folder, or nothing can be written there; what is not given is not compared."""
     workdir = Path(workdir)
     if (workdir / "config.json").exists():
-        made_by, _ = read_config(workdir)
-        if made_by.row != config.row:
-            made = f"was made by row {made_by.row}, this is row {config.row}"
+        run = read_run(workdir)
+        if run.config.row != config.row:
+            made = f"was made by row {run.config.row}, this is row {config.row}"
             raise UserError(f"workdir {workdir} {made}: give another --workdir")
-        then, now = flat(config_to_dict(made_by)), flat(config_to_dict(config))
+        then, now = flat(config_to_dict(run.config)), flat(config_to_dict(config))
         changed = [name for name in now if then.get(name) != now[name] and name not in FREE_TO_CHANGE]
         if changed:
             what = "; ".join(f"{name} is {then.get(name)} there and {now[name]} here" for name in changed)
             raise UserError(f"workdir {workdir} was made with another configuration: {what}: give another --workdir")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".probe_{jax.process_index()}"
-        probe.write_text("x" * 4096)
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write in workdir {workdir}: {error.strerror or error}") from None
+        if classes and run.classes and (other := other_classes(run.classes, classes)):
+            raise UserError(f"workdir {workdir} was trained for other classes than this data has: {other}")
+        if None not in (examples, run.examples) and examples != run.examples:
+            what = f"{run.examples} training examples there and {examples} here"
+            raise UserError(f"workdir {workdir} was made with other data: {what}: give another --workdir")
+    if trouble := files.folder_trouble(workdir):
+        raise UserError(f"cannot write in workdir {workdir}: {trouble}")
 
 
-def write_config(workdir: str | Path, config: Config, classes: tuple[str, ...]) -> None:
-    """Write config.json whole or not at all."""
-    if jax.process_index() != 0:
-        return
+def other_classes(there: tuple[str, ...], here: tuple[str, ...]) -> str:
+    """How the names of two lists of classes, or their order, differ, in words; empty where they do not."""
+    if there == here:
+        return ""
+    first = next((i for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b), min(len(there), len(here)))
+
+    def told(names: tuple[str, ...]) -> str:
+        start = max(0, min(first - 5, len(names) - 10)) if len(names) > 10 else 0
+        shown = ", ".join(names[start : start + 10]) or "none"
+        return f"{'..., ' if start else ''}{shown}{', ...' if start + 10 < len(names) else ''} ({len(names)})"
+
+    return f"{told(there)} there and {told(here)} here, which differ from class {first} on"
+
+
+def write_config(workdir: str | Path, config: Config, classes: tuple[str, ...], examples: int | None = None) -> None:
+    """Make the folder if need be, and write config.json whole or not at all. Raises UserError."""
     path = Path(workdir) / "config.json"
     part = path.with_suffix(".part")
+    stored = {"config": config_to_dict(config), "classes": list(classes), "examples": examples}
     try:
-        part.write_text(json.dumps({"config": config_to_dict(config), "classes": list(classes)}, indent=1) + "\n")
-        os.replace(part, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            part.write_text(json.dumps(stored, indent=1) + "\n")
+            os.replace(part, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
@@ -256,10 +279,10 @@ def _seal(folder: Path) -> None:
 def _check_seal(folder: Path) -> None:
     """Raises ValueError naming the first file that is not as it was written; orbax itself is loud about damage."""
     try:
-        wanted = json.loads((folder / SEAL).read_text())
+        wanted = files.typed(files.read_json(folder / SEAL), dict[str, list[int]])
         found = _sums(folder)
         changed = [name for name, sums in wanted.items() if found.get(name) != sums]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{SEAL}: {error}") from None
     if changed:
         raise ValueError(f"{changed[0]} is {'damaged' if changed[0] in found else 'missing'}")
@@ -272,16 +295,35 @@ def read(workdir: str | Path, step: int, sharding: Any = None) -> tuple[dict[str
     folder = Path(workdir).resolve() / "checkpoints" / str(step)
     _check_seal(folder)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes, position = _read_sidecar(Sidecar.file(folder / "sidecar"))
+    wanted = {
+        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
     try:
-        content = json.loads(Sidecar.file(folder / "sidecar").read_text())
-        wanted = {
-            name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
-            for name, (shape, dtype) in content["arrays"].items()
-        }
-        return ocp.load_checkpointables(folder, {"state": wanted})["state"], content["position"]
-    except (OSError, ValueError, KeyError) as error:
+        return ocp.load_checkpointables(folder, {"state": wanted})["state"], position
+    except Exception as error:  # orbax raises whatever its damaged files lead to
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(first[:200]) from error
+
+
+def _read_sidecar(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], Any]:
+    """Shape and type of every array, and the position. Raises ValueError."""
+    try:
+        content = files.typed(files.read_json(path), dict[str, Any])
+        if missing := {"arrays", "position"} - content.keys():
+            raise ValueError(f"{sorted(missing)[0]} is missing")
+        arrays = files.typed(content["arrays"], dict[str, tuple[tuple[int, ...], str]], "arrays")
+        for name, (shape, dtype) in arrays.items():
+            try:
+                kind = jnp.dtype(dtype)
+            except TypeError:
+                kind = None
+            if kind is None or kind.hasobject or min(shape, default=0) < 0 or math.prod(shape) > LARGEST_ARRAY:
+                raise ValueError(f"arrays.{name} is {dtype}{list(shape)}, which is no array")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path.parent.name}/{path.name}: {error}") from None
+    return arrays, content["position"]
 
 
 def read_newest(
@@ -333,6 +375,234 @@ def evaluation_view(model: nnx.Module) -> nnx.Module:
     return nnx.view(model, deterministic=True, use_running_average=True, execution="masked", raise_if_not_found=False)
 
 
+def fill_model(
+    template: Any, arrays: dict[str, jax.Array], workdir: str | Path, step: int, row: str, prefix: str = ""
+) -> Any:
+    """As `fill`, of checkpoint `step` of `workdir`; raises UserError."""
+    try:
+        return fill(template, arrays, prefix)
+    except ValueError as error:
+        raise UserError(f"checkpoint {step} of {workdir} does not fit the model of row {row}: {error}") from None
+
+
+def build(config: Config, classes: int, twin: nnx.State | None = None) -> nnx.Module:
+    """The row's model with fresh parameters, or with those of its static `twin` under the wrappers.
+
+    Raises UserError where its options make no model, or one that the memory does not hold.
+    """
+    try:
+        check_memory(config, classes)
+        return models.build(config.model, classes, rngs=nnx.Rngs(config.seed), twin_params=twin)
+    except ValueError as error:
+        raise UserError(f"row {config.row}: its --model options make no model: {error}") from error
+
+
+def check_memory(config: Config, classes: int, copies: int = 1) -> None:
+    """Raises UserError where so many copies of the model's variables are more than this machine's memory; looks at
+    models with large numbers alone."""
+    numbers = jax.tree.leaves(dataclasses.asdict(config.model))
+    if max(number for number in numbers if isinstance(number, int)) <= SMALL:
+        return
+    model = jax.eval_shape(lambda: nnx.state(models.build(config.model, classes, rngs=nnx.Rngs(0))))
+    need = copies * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
+    if need > (there := _memory()):
+        what = f"{copies} copies of the model" if copies > 1 else "the model"
+        raise UserError(
+            f"row {config.row}: {what} would take {need / 2**30:.1f} GB, and there are {there / 2**30:.1f} GB: "
+            "give smaller numbers to the --model options"
+        )
+
+
+def _memory() -> int:
+    """Bytes of memory that this process may have, on its device if that has its own."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    found += [stats["bytes_limit"] for stats in [jax.local_devices()[0].memory_stats()] if stats]
+    return min(found)
+
+
+def load(self, directory: Any) -> Any:
+        async def read() -> None:
+            self.content = json.loads(self.file(directory).read_text())
+
+        return read()
+
+
+def steps(workdir: str | Path) -> list[int]:
+    """The steps that have a checkpoint, oldest first."""
+    folder = Path(workdir) / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+
+
+def any_finished(workdir: str | Path) -> bool:
+    """Whether there is a checkpoint that was written to its end, readable or not."""
+    return any((Path(workdir) / "checkpoints" / str(step) / SEAL).exists() for step in steps(workdir))
+
+
+def save(workdir: str | Path, step: int, state: Any, position: Any) -> None:
+    """Write every array of `state` and the JSON value `position` as checkpoint `step`; the oldest beyond KEEP go.
+
+    Raises UserError when the disk is full or the folder cannot be written.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    folder = Path(workdir).resolve() / "checkpoints"
+    arrays = named_arrays(state)
+    shapes = {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
+    sidecar = Sidecar({"position": position, "arrays": shapes})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _orbax():
+            ocp.save_checkpointables(folder / str(step), {"state": arrays, "sidecar": sidecar}, overwrite=True)
+        if jax.process_index() == 0:
+            _seal(folder / str(step))
+            for old in steps(workdir)[:-KEEP]:
+                shutil.rmtree(folder / str(old))
+    except Exception as error:
+        if (reason := _disk_trouble(error)) is None:
+            raise
+        raise UserError(f"cannot write checkpoint {step} in {folder}: {reason}; earlier ones are untouched") from None
+
+
+def _orbax() -> Any:
+    """Orbax without cutting replicated arrays into one slice per device, which compiles a program for each."""
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.array.saving.use_replica_parallel = False
+    return context
+
+
+def _disk_trouble(error: BaseException) -> str | None:
+    """What is wrong with the disk, in words, or None when `error` is about something else."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    troubles = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG)
+    return next((os.strerror(number) for number in troubles if os.strerror(number) in str(error)), None)
+
+
+def _sums(folder: Path) -> dict[str, list[int]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    return {str(path.relative_to(folder)): [path.stat().st_size, zlib.crc32(path.read_bytes())] for path in files}
+
+
+def _seal(folder: Path) -> None:
+    """Write the size and checksum of every file; a checkpoint without this was not finished."""
+    part = folder / f"{SEAL}.part"
+    part.write_text(json.dumps(_sums(folder), indent=0))
+    os.replace(part, folder / SEAL)
+
+
+def _check_seal(folder: Path) -> None:
+    """Raises ValueError naming the first file that is not as it was written; orbax itself is loud about damage."""
+    try:
+        wanted = files.typed(files.read_json(folder / SEAL), dict[str, list[int]])
+        found = _sums(folder)
+        changed = [name for name, sums in wanted.items() if found.get(name) != sums]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{SEAL}: {error}") from None
+    if changed:
+        raise ValueError(f"{changed[0]} is {'damaged' if changed[0] in found else 'missing'}")
+
+
+def read(workdir: str | Path, step: int, sharding: Any = None) -> tuple[dict[str, jax.Array], Any]:
+    """Arrays by name and position of checkpoint `step`. Raises ValueError when anything is missing or changed."""
+    from orbax.checkpoint import v1 as ocp
+
+    folder = Path(workdir).resolve() / "checkpoints" / str(step)
+    _check_seal(folder)
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes, position = _read_sidecar(Sidecar.file(folder / "sidecar"))
+    wanted = {
+        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
+    try:
+        return ocp.load_checkpointables(folder, {"state": wanted})["state"], position
+    except Exception as error:  # orbax raises whatever its damaged files lead to
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(first[:200]) from error
+
+
+def _read_sidecar(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], Any]:
+    """Shape and type of every array, and the position. Raises ValueError."""
+    try:
+        content = files.typed(files.read_json(path), dict[str, Any])
+        if missing := {"arrays", "position"} - content.keys():
+            raise ValueError(f"{sorted(missing)[0]} is missing")
+        arrays = files.typed(content["arrays"], dict[str, tuple[tuple[int, ...], str]], "arrays")
+        for name, (shape, dtype) in arrays.items():
+            try:
+                kind = jnp.dtype(dtype)
+            except TypeError:
+                kind = None
+            if kind is None or kind.hasobject or min(shape, default=0) < 0 or math.prod(shape) > LARGEST_ARRAY:
+                raise ValueError(f"arrays.{name} is {dtype}{list(shape)}, which is no array")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path.parent.name}/{path.name}: {error}") from None
+    return arrays, content["position"]
+
+
+def read_newest(
+    workdir: str | Path, sharding: Any = None, say: Callable[[str], None] | None = None
+) -> tuple[int, dict[str, jax.Array], Any] | None:
+    """Step, arrays and position of the newest checkpoint that can be read; None when there is none that was finished.
+
+    `say` is told (None: stderr) of every one that had to be passed over. Raises UserError when all of them are damaged.
+    """
+    say = say or (lambda text: print(text, file=sys.stderr))
+    found, damaged = steps(workdir), []
+    for index, step in reversed(list(enumerate(found))):
+        finished = (Path(workdir) / "checkpoints" / str(step) / SEAL).exists()
+        try:
+            return step, *read(workdir, step, sharding)
+        except ValueError as error:
+            reason = str(error) if finished else "it was not finished"
+            before = f"falling back to checkpoint {found[index - 1]}" if index else "there is none before it"
+            say(f"checkpoint {step} of {workdir} cannot be read ({reason}): {before}")
+            damaged += [step] if finished else []
+    if damaged:
+        raise UserError(
+            f"no checkpoint of {workdir} can be read (steps {damaged}): "
+            f"remove {Path(workdir) / 'checkpoints'} to train again"
+        )
+    return None
+
+
+def tidy(workdir: str | Path, newest: int | None) -> None:
+    """Before training goes on from checkpoint `newest`: drop half-written ones, move unreadable later ones aside."""
+    folder = Path(workdir) / "checkpoints"
+    if jax.process_index() != 0 or not folder.exists():
+        return
+    for path in folder.iterdir():
+        if not path.name.isdigit():
+            shutil.rmtree(path, ignore_errors=True)
+        elif newest is not None and int(path.name) > newest:
+            aside = Path(workdir) / "unreadable" / path.name
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
+# Models
+
+
+def evaluation_view(model: nnx.Module) -> nnx.Module:
+    """`model` with noise and training statistics off, all computed and masked; its arrays are shared."""
+    return nnx.view(model, deterministic=True, use_running_average=True, execution="masked", raise_if_not_found=False)
+
+
+def fill_model(
+    template: Any, arrays: dict[str, jax.Array], workdir: str | Path, step: int, row: str, prefix: str = ""
+) -> Any:
+    """As `fill`, of checkpoint `step` of `workdir`; raises UserError."""
+    try:
+        return fill(template, arrays, prefix)
+    except ValueError as error:
+        raise UserError(f"checkpoint {step} of {workdir} does not fit the model of row {row}: {error}") from None
+
+
 def build(config: Config, classes: int, twin: nnx.State | None = None) -> nnx.Module:
     """The row's model with fresh parameters, or with those of its static `twin` under the wrappers."""
     return models.build(config.model, classes, rngs=nnx.Rngs(config.seed), twin_params=twin)
@@ -349,9 +619,6 @@ def load(workdir: str | Path) -> tuple[Config, nnx.Module, int]:
         raise UserError(f"workdir {workdir} has no checkpoint yet")
     step, arrays, _ = newest
     graphdef, params, rest = nnx.split(build(config, len(classes)), nnx.Param, ...)
-    try:
-        params = fill(params, arrays, "ema." if config.optimizer.ema else "params.")
-        rest = fill(rest, arrays, "rest.")
-    except ValueError as error:
-        raise UserError(f"checkpoint {step} of {workdir} does not fit the model of row {config.row}: {error}") from None
+    params = fill_model(params, arrays, workdir, step, config.row, "ema." if config.optimizer.ema else "params.")
+    rest = fill_model(rest, arrays, workdir, step, config.row, "rest.")
     return config, evaluation_view(nnx.merge(graphdef, params, rest)), step

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dynjax import budget, checkpoint, models
+from dynjax import budget, checkpoint, checks, models
 from dynjax import mesh as meshes
 from dynjax.config import Config, UserError
 from dynjax.log import Log
@@ -42,38 +42,12 @@ class Fitted:
 
 
 def check(config: Config) -> None:
-    """Raises UserError naming the first field whose value makes no sense."""
-    o, devices = config.optimizer, jax.device_count()
-    rules = (
-        ("steps", config.steps, config.steps >= 1, "at least 1"),
-        ("batch_size", config.batch_size, config.batch_size >= 1, "at least 1"),
-        ("seed", config.seed, config.seed >= 0, "0 or more"),
-        ("checkpoint_every", config.checkpoint_every, config.checkpoint_every >= 1, "at least 1"),
-        ("evaluate_every", config.evaluate_every, config.evaluate_every >= 0, "0 (only at the end) or more"),
-        ("budget.target", config.budget.target, 0 < config.budget.target <= 1, "a share of the MACs in (0, 1]"),
-        ("budget.weight", config.budget.weight, config.budget.weight >= 0, "0 or more"),
-        ("loss.cross_entropy", config.loss.cross_entropy, config.loss.cross_entropy >= 0, "0 or more"),
-        ("loss.dice", config.loss.dice, config.loss.dice >= 0, "0 or more"),
-        ("loss.load_balance", config.loss.load_balance, config.loss.load_balance >= 0, "0 or more"),
-        ("loss.router_z", config.loss.router_z, config.loss.router_z >= 0, "0 or more"),
-        ("loss.ponder", config.loss.ponder, config.loss.ponder >= 0, "0 or more"),
-        ("loss.reinforce", config.loss.reinforce, config.loss.reinforce >= 0, "0 or more"),
-        ("loss.wrong", config.loss.wrong, config.loss.wrong >= 0, "0 or more"),
-        ("loss.label_smoothing", config.loss.label_smoothing, 0 <= config.loss.label_smoothing < 1, "in [0, 1)"),
-        ("optimizer.learning_rate", o.learning_rate, 0 < o.learning_rate < math.inf, "more than 0"),
-        ("optimizer.gate_learning_rate", o.gate_learning_rate, 0 <= o.gate_learning_rate < math.inf, "0 or more"),
-        ("optimizer.warmup", o.warmup, 0 <= o.warmup <= 1, "a share of the steps in [0, 1]"),
-        ("optimizer.weight_decay", o.weight_decay, 0 <= o.weight_decay < math.inf, "0 or more"),
-        ("optimizer.clip", o.clip, o.clip > 0, "more than 0 (inf turns it off)"),
-        ("optimizer.ema", o.ema, 0 <= o.ema < 1, "in [0, 1)"),
-        ("optimizer.accumulate", o.accumulate, o.accumulate >= 1, "at least 1"),
-    )
-    for name, value, good, wanted in rules:
-        if not good:  # also for nan
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {wanted}")
-    parts = o.accumulate * devices
+    """Raises UserError naming the first field whose value makes no sense, or where the devices cannot share a batch."""
+    checks.check_config(config)
+    accumulate, devices = config.optimizer.accumulate, jax.device_count()
+    parts = accumulate * devices
     if config.batch_size % parts:
-        what = f"{devices} device(s) times --optimizer.accumulate {o.accumulate}"
+        what = f"{devices} device(s) times --optimizer.accumulate {accumulate}"
         raise UserError(f"--batch-size {config.batch_size} is not a multiple of {parts}, which is {what}")
 
 
@@ -134,6 +108,7 @@ def fit(
     *,
     gates: nnx.filterlib.Filter = budget.gate_filter,
     classes: tuple[str, ...] = (),
+    examples: int | None = None,
     quiet: bool = False,
 ) -> Fitted:
     """Train `model` (left as it is) on the batches of `loader` for `config.steps` steps in all, on all devices.
@@ -160,9 +135,14 @@ def fit(
         if workdir is not None:
             if newest := checkpoint.read_newest(workdir, everywhere, _say):
                 start, arrays, position = newest
-                state = checkpoint.fill(state, arrays)
-                _go_to(batches, position)
+                state = checkpoint.fill_model(state, arrays, workdir, start, config.row)
+                try:
+                    _go_to(batches, position)
+                except Exception as error:  # whatever a loader says to a position that is none of its own
+                    what = f"checkpoint {start} of {workdir} holds a position in the data that does not fit"
+                    raise UserError(f"{what}: {type(error).__name__}: {error}") from error
                 _say(f"{workdir}: going on from step {start} of {config.steps}")
+            checkpoint.write_config(workdir, config, classes, examples)
             checkpoint.tidy(workdir, start)
         step_fn = jax.jit(make_step(graphdef, task, optimizer, config), donate_argnums=0, out_shardings=everywhere)
 
@@ -224,7 +204,7 @@ def _report(log: Log, pending: tuple[int, dict] | None, workdir: str | Path | No
 # A row
 
 
-def _twin(config: Config, classes: int) -> nnx.State:
+def _twin(config: Config, classes: tuple[str, ...]) -> nnx.State:
     """Averaged parameters and batch statistics of the static twin in `config.init_from`."""
     other, model, _ = checkpoint.load(config.init_from)
     _, names = checkpoint.read_config(config.init_from)
@@ -233,17 +213,25 @@ def _twin(config: Config, classes: int) -> nnx.State:
         raise UserError(f"--init-from {config.init_from}: {what}, it must be a static twin")
     if different := models.difference(other.model, config.model):
         raise UserError(f"--init-from {config.init_from}: {different}")
-    if len(names) != classes:
-        raise UserError(f"--init-from {config.init_from}: trained for {len(names)} classes, this data has {classes}")
+    # A VQ-VAE has no classes.
+    if not models.reconstructs(other.model) and (different := checkpoint.other_classes(names, classes)):
+        raise UserError(f"--init-from {config.init_from}: trained for other classes: {different}")
     return nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
 
 
 def validator(task: Any, source: Any, config: Config) -> Callable[[nnx.Module], dict]:
-    """`evaluate` for `fit`: scores of `task` on all of `source`, with the gates' thresholds of the target budget."""
+    """`evaluate` for `fit`: scores of `task` on all of `source`, with the gates' thresholds of the target budget.
+
+    Raises UserError where the devices cannot share a batch equally.
+    """
     import dynjax as dj
     from dynjax.data import make_loader
 
     mesh = meshes.make_mesh()
+    if config.batch_size % (devices := jax.device_count()):
+        raise UserError(
+            f"--batch-size {config.batch_size} is not a multiple of {devices}, the devices that share a batch"
+        )
 
     def sums(graphdef: nnx.GraphDef, state: nnx.State, batch: dict) -> dict:
         counts, trace = dj.traced(lambda model, batch: task.counts(model, batch))(nnx.merge(graphdef, state), batch)
@@ -288,9 +276,13 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
     for part in (source, val):
         _say(part.describe()) if not quiet else None
     classes = tuple(source.classes)
+    checkpoint.check_workdir(workdir, config, classes, len(source))
     task = make_task(config, source)
-    twin = _twin(config, len(classes)) if from_twin else None
+    # Parameters, their average and the two moments of Adam.
+    checkpoint.check_memory(config, len(classes), copies=4 if config.optimizer.ema else 3)
+    twin = _twin(config, classes) if from_twin else None
     model = checkpoint.build(config, len(classes), twin)
     augment = config.data.augment
     loader = make_loader(source, config.batch_size, seed=config.seed, augment=augment, **meshes.processes())
-    return fit(model, task, loader, config, workdir, validator(task, val, config), classes=classes, quiet=quiet).scores
+    about = {"classes": classes, "examples": len(source), "quiet": quiet}
+    return fit(model, task, loader, config, workdir, validator(task, val, config), **about).scores
