@@ -65,8 +65,8 @@ def _general(config: Config) -> Iterator[Rule]:
     yield "seed", config.seed, config.seed < 2**32, "less than 4294967296"
     yield "checkpoint_every", config.checkpoint_every, config.checkpoint_every >= 1, "at least 1"
     yield "evaluate_every", config.evaluate_every, config.evaluate_every >= 0, "0 (only at the end) or more"
-    sides = f"height and width in pixels, each from 1 to {LARGEST_SIDE}"
-    yield "data.size", size, size is None or all(1 <= side <= LARGEST_SIDE for side in size), sides
+    sides = size is None or (len(size) == 2 and all(1 <= side <= LARGEST_SIDE for side in size))
+    yield "data.size", size, sides, f"height and width in pixels, each from 1 to {LARGEST_SIDE}"
     yield "budget.target", config.budget.target, 0 < config.budget.target <= 1, "a share of the MACs in (0, 1]"
     yield "budget.weight", config.budget.weight, 0 <= config.budget.weight < math.inf, "0 or more"
     for name in ("cross_entropy", "dice", "load_balance", "router_z", "ponder", "reinforce", "wrong"):
@@ -225,6 +225,8 @@ def _drawn(model: Any) -> Iterator[Rule]:
 
 
 def _shape(model: Any) -> Iterator[Rule]:
+    three = len(model.shape) == 3
+    yield "shape", model.shape, three, "height, width and channels"
     height, width, channels = model.shape
     sides = 1 <= height <= LARGEST_SIDE and 1 <= width <= LARGEST_SIDE
     yield "shape", model.shape, sides, f"height, width and channels, the sides from 1 to {LARGEST_SIDE}"
@@ -272,9 +274,9 @@ def _vqvae(model: Any) -> Iterator[Rule]:
 
 
 def _codes(model: Any) -> Iterator[Rule]:
-    inner = (("vqvae", model.vqvae, _vqvae), ("prior", _prior(model), _RULES[model.prior.family]))
-    for part, config, rules in inner:
-        for name, value, good, wanted in rules(config):
+    for part, config in (("vqvae", lambda: model.vqvae), ("prior", lambda: _prior(model))):
+        inner = config()  # the prior's is known where the VQ-VAE makes sense
+        for name, value, good, wanted in _RULES[inner.family](inner):
             yield f"{part}.{name}", value, good, wanted.replace("--model.", f"--model.{part}.")
 
 

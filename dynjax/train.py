@@ -116,14 +116,14 @@ def fit(
     `loader`: an iterable of dicts of NumPy arrays, this process' share of the batch; where its iterator has get_state
     and set_state (grain), a run resumes at the exact batch through them, otherwise by reading past those it has had.
     `evaluate(model) -> scores` is called with the averaged parameters. `gates` is the nnx filter of the parameters that
-    learn as gates. With a `workdir` the run is logged, saved and resumed there.
+    learn as gates. With a `workdir` the run is logged, saved and resumed there; `classes` (names) and `examples` (their
+    number) of the training data must then be those that it was made with. Nothing is written before all is checked.
     Raises UserError (bad configuration, workdir of another run, full disk, a loss or gradient that is not finite) and
     Interrupted.
     """
     check(config)
     if workdir is not None:
-        checkpoint.check_workdir(workdir, config)
-        checkpoint.write_config(workdir, config, classes)
+        checkpoint.check_workdir(workdir, config, classes, examples)
     mesh = meshes.make_mesh()
     everywhere = meshes.replicated(mesh)
     with jax.set_mesh(mesh), _stop_signals() as stop:

@@ -1,7 +1,9 @@
 """Model options that do not fit, for tests and soak runs: every one is refused in one line, or builds and runs."""
 
+import collections
 import contextlib
 import dataclasses
+import random
 import typing
 from collections.abc import Iterator
 
@@ -10,8 +12,8 @@ import jax.numpy as jnp
 import jaxtyping
 from flax import nnx
 
-from dynjax import models
-from dynjax.config import ModelConfig
+from dynjax import checks, models
+from dynjax.config import ModelConfig, UserError
 
 NUMBERS = (0, -1, 1, 2, 3, 7, 10, 70_000, 10**9)
 
@@ -68,7 +70,8 @@ def run(model: ModelConfig, classes: int = 3, size: tuple[int, int] = (8, 8)) ->
         given = (x, label) if getattr(built, "classes", 0) else (x,)
         out = built(*given)
         still = {"deterministic": True, "use_running_average": True, "raise_if_not_found": False}
-        return out, nnx.view(built, execution="compact", **still)(*given)
+        compact = nnx.view(built, execution="compact", **still)
+        return jax.tree.leaves((out, compact(*given)))
 
     if models.generates(model):
         shape = getattr(model, "shape", None)
@@ -81,3 +84,26 @@ def run(model: ModelConfig, classes: int = 3, size: tuple[int, int] = (8, 8)) ->
     else:
         x = jax.ShapeDtypeStruct((2, *size, 3), jnp.uint8)
     jax.eval_shape(forward, x)
+
+
+def try_all(count: int, seed: int = 0) -> collections.Counter:
+    """How many odd models were `refused`, each in one line, and how many of `count` of the others `ran`.
+
+    AssertionError for any other end.
+    """
+    counts, others = collections.Counter(), []
+    for name, base in bases().items():
+        for what, model in odd(base):
+            try:
+                checks.check_model(model)
+                others.append((f"{name}, {what}", model))
+            except UserError as error:
+                assert str(error).startswith("--model.") and "\n" not in str(error), f"{name}, {what}: {error}"
+                counts["refused"] += 1
+    for what, model in random.Random(seed).sample(others, min(count, len(others))):
+        try:
+            run(model)
+            counts["ran"] += 1
+        except Exception as error:
+            raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+    return counts

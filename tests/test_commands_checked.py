@@ -126,6 +126,7 @@ def test_a_split_need_not_have_the_last_class(tmp_path, static):  # noqa: F811
     save(tmp_path / "data" / "test" / "masks" / "3.png", np.full((48, 48), 11))
     with pytest.raises(UserError, match="label 11 in the mask, allowed are 0 to 10"):
         run_evaluate(folder)
+    save(tmp_path / "data" / "test" / "masks" / "3.png", np.zeros((48, 48)))
     (folder / "config.json").write_text(json.dumps(told | {"classes": told["classes"][::-1]}))
     with pytest.raises(UserError, match="the run was trained for other classes than folder has"):
         run_evaluate(folder)
