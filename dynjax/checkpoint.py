@@ -1,6 +1,6 @@
 """Workdirs: what a run leaves on disk, and how the same command finds its way back.
 
-    config.json            the configuration and the names of the classes
+    config.json            the configuration, the names of the classes and the number of training examples
     checkpoints/STEP/      orbax: every array of the training state; sidecar/: data position per process; checksums.json
     unreadable/            checkpoints that could not be read, moved aside
     lock                   held by the run that trains here (lock.py)
@@ -15,10 +15,10 @@ import errno
 import gc
 import json
 import logging
+import math
 import os
 import shutil
 import sys
-import typing
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynjax import mesh, models
+from dynjax import checks, files, mesh, models
 from dynjax.config import Config, UserError
 
 KEEP = 3
@@ -36,8 +36,15 @@ KEEP = 3
 
 SEAL = "checksums.json"
 
-FREE_TO_CHANGE = ("checkpoint_every", "evaluate_every")
-"""Fields that a resumed run may change: they say when to look at the numbers and never what they are."""
+SMALL = 512
+"""A model whose options are no larger is not looked at for its memory: that takes seconds."""
+
+LARGEST_ARRAY = 1 << 40
+"""Elements that an array of a checkpoint may have."""
+
+FREE_TO_CHANGE = ("checkpoint_every", "evaluate_every", "data.path", "init_from")
+"""Fields that a resumed run may change: they say when to look at the numbers, or where things are now, and never what
+the numbers are."""
 
 
 # Configuration on disk
@@ -48,26 +55,15 @@ def config_to_dict(config: Config) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def config_from_dict(values: dict, kind: type = Config) -> Any:
-    """The inverse of `config_to_dict`; fields that are missing take their default, unknown ones raise UserError."""
-    hints = typing.get_type_hints(kind)
-    if unknown := sorted(set(values) - set(hints)):
-        raise UserError(f"unknown field {unknown[0]!r} of {kind.__name__}: written by another version of dynjax?")
-    return kind(**{name: _from_json(value, hints[name]) for name, value in values.items()})
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What config.json says of a run."""
 
-
-def _from_json(value: Any, hint: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return config_from_dict(value, hint)
-    if kinds := {kind.family: kind for kind in typing.get_args(hint) if hasattr(kind, "family")}:
-        if (family := value.get("family", "unet")) not in kinds:
-            raise UserError(f"unknown model.family {family!r}: written by another version of dynjax?")
-        return config_from_dict(value, kinds[family])
-    return _tuples(value)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+    config: Config
+    classes: tuple[str, ...]
+    """Names, in the order of the model's outputs."""
+    examples: int | None = None
+    """Of the training data; None where nobody said."""
 
 
 def flat(values: dict, prefix: str = "") -> dict[str, Any]:
@@ -78,54 +74,78 @@ def flat(values: dict, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def read_config(workdir: str | Path) -> tuple[Config, tuple[str, ...]]:
-    """The configuration that made `workdir` and the names of its classes. Raises UserError when there is none."""
+def read_run(workdir: str | Path) -> Run:
+    """What made `workdir`; fields that are missing take their default. Raises UserError when there is none, or it makes
+    no sense."""
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} is no workdir of a training run: it has no config.json")
     try:
-        stored = json.loads(path.read_text())
-        return config_from_dict(stored["config"]), tuple(stored["classes"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+        run = files.typed(files.read_json(path), Run)
+        checks.check_config(run.config)
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return run
 
 
-def check_workdir(workdir: str | Path, config: Config) -> None:
-    """Make the folder if need be. Raises UserError when another configuration made it or it cannot be written."""
+def read_config(workdir: str | Path) -> tuple[Config, tuple[str, ...]]:
+    """The configuration that made `workdir` and the names of its classes. Raises UserError when there is none."""
+    run = read_run(workdir)
+    return run.config, run.classes
+
+
+def check_workdir(
+    workdir: str | Path, config: Config, classes: tuple[str, ...] = (), examples: int | None = None
+) -> None:
+    """Makes and changes nothing. Raises UserError when another configuration, other classes or another number of
+    training examples made the folder, or nothing can be written there; what is not given is not compared."""
     workdir = Path(workdir)
     if (workdir / "config.json").exists():
-        made_by, _ = read_config(workdir)
-        if made_by.row != config.row:
-            made = f"was made by row {made_by.row}, this is row {config.row}"
+        run = read_run(workdir)
+        if run.config.row != config.row:
+            made = f"was made by row {run.config.row}, this is row {config.row}"
             raise UserError(f"workdir {workdir} {made}: give another --workdir")
-        then, now = flat(config_to_dict(made_by)), flat(config_to_dict(config))
+        then, now = flat(config_to_dict(run.config)), flat(config_to_dict(config))
         changed = [name for name in now if then.get(name) != now[name] and name not in FREE_TO_CHANGE]
         if changed:
             what = "; ".join(f"{name} is {then.get(name)} there and {now[name]} here" for name in changed)
             raise UserError(f"workdir {workdir} was made with another configuration: {what}: give another --workdir")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        for folder in (workdir / "checkpoints", workdir / "unreadable"):
-            if os.path.lexists(folder) and not folder.is_dir():
-                raise UserError(f"{folder} is no folder: move it away")
-        probe = workdir / f".probe_{jax.process_index()}"
-        try:
-            probe.write_text("x" * 4096)
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write in workdir {workdir}: {error.strerror or error}") from None
+        if classes and run.classes and (other := other_classes(run.classes, classes)):
+            raise UserError(f"workdir {workdir} was trained for other classes than this data has: {other}")
+        if None not in (examples, run.examples) and examples != run.examples:
+            what = f"{run.examples} training examples there and {examples} here"
+            raise UserError(f"workdir {workdir} was made with other data: {what}: give another --workdir")
+    for folder in (workdir / "checkpoints", workdir / "unreadable"):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(f"{folder} is no folder: move it away")
+    if trouble := files.folder_trouble(workdir):
+        raise UserError(f"cannot write in workdir {workdir}: {trouble}")
 
 
-def write_config(workdir: str | Path, config: Config, classes: tuple[str, ...]) -> None:
-    """Write config.json whole or not at all."""
-    if jax.process_index() != 0:
-        return
+def other_classes(there: tuple[str, ...], here: tuple[str, ...]) -> str:
+    """How the names of two lists of classes, or their order, differ, in words; empty where they do not."""
+    if there == here:
+        return ""
+    first = next((i for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b), min(len(there), len(here)))
+
+    def told(names: tuple[str, ...]) -> str:
+        start = max(0, min(first - 5, len(names) - 10)) if len(names) > 10 else 0
+        shown = ", ".join(names[start : start + 10]) or "none"
+        return f"{'..., ' if start else ''}{shown}{', ...' if start + 10 < len(names) else ''} ({len(names)})"
+
+    return f"{told(there)} there and {told(here)} here, which differ from class {first} on"
+
+
+def write_config(workdir: str | Path, config: Config, classes: tuple[str, ...], examples: int | None = None) -> None:
+    """Make the folder if need be, and write config.json whole or not at all. Raises UserError."""
     path = Path(workdir) / "config.json"
     part = path.with_suffix(".part")
+    stored = {"config": config_to_dict(config), "classes": list(classes), "examples": examples}
     try:
-        part.write_text(json.dumps({"config": config_to_dict(config), "classes": list(classes)}, indent=1) + "\n")
-        os.replace(part, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            part.write_text(json.dumps(stored, indent=1) + "\n")
+            os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
@@ -327,10 +347,10 @@ def _seal(folder: Path) -> None:
 def _check_seal(folder: Path) -> None:
     """Raises ValueError naming the first file that is not as it was written; orbax itself is loud about damage."""
     try:
-        wanted = json.loads((folder / SEAL).read_text())
+        wanted = files.typed(files.read_json(folder / SEAL), dict[str, list[int]])
         found = _sums(folder)
         changed = [name for name, sums in wanted.items() if found.get(name) != sums]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{SEAL}: {error}") from None
     if changed:
         raise ValueError(f"{changed[0]} is {'damaged' if changed[0] in found else 'missing'}")
@@ -350,18 +370,37 @@ def _read_sealed(folder: Path, sharding: Any) -> tuple[dict[str, jax.Array], Any
     from orbax.checkpoint import v1 as ocp
 
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    mine = Sidecar.file(folder / "sidecar")
+    shapes, position = _read_sidecar(mine if mine.exists() else mine.with_name("process_0.json"))
+    wanted = {
+        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
     try:
-        mine = Sidecar.file(folder / "sidecar")
-        content = json.loads((mine if mine.exists() else mine.with_name("process_0.json")).read_text())
-        wanted = {
-            name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
-            for name, (shape, dtype) in content["arrays"].items()
-        }
         with _quiet():
-            return ocp.load_checkpointables(folder, {"state": wanted})["state"], content["position"]
-    except (OSError, ValueError, KeyError) as error:
+            return ocp.load_checkpointables(folder, {"state": wanted})["state"], position
+    except Exception as error:  # orbax raises whatever its damaged files lead to
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(first[:200]) from error
+
+
+def _read_sidecar(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], Any]:
+    """Shape and type of every array, and the position. Raises ValueError."""
+    try:
+        content = files.typed(files.read_json(path), dict[str, Any])
+        if missing := {"arrays", "position"} - content.keys():
+            raise ValueError(f"{sorted(missing)[0]} is missing")
+        arrays = files.typed(content["arrays"], dict[str, tuple[tuple[int, ...], str]], "arrays")
+        for name, (shape, dtype) in arrays.items():
+            try:
+                kind = jnp.dtype(dtype)
+            except TypeError:
+                kind = None
+            if kind is None or kind.hasobject or min(shape, default=0) < 0 or math.prod(shape) > LARGEST_ARRAY:
+                raise ValueError(f"arrays.{name} is {dtype}{list(shape)}, which is no array")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path.parent.name}/{path.name}: {error}") from None
+    return arrays, content["position"]
 
 
 def read_newest(
@@ -425,9 +464,51 @@ def evaluation_view(model: nnx.Module) -> nnx.Module:
     return nnx.view(model, deterministic=True, use_running_average=True, execution="masked", raise_if_not_found=False)
 
 
+def fill_model(
+    template: Any, arrays: dict[str, jax.Array], workdir: str | Path, step: int, row: str, prefix: str = ""
+) -> Any:
+    """As `fill`, of checkpoint `step` of `workdir`; raises UserError."""
+    try:
+        return fill(template, arrays, prefix)
+    except ValueError as error:
+        raise UserError(f"checkpoint {step} of {workdir} does not fit the model of row {row}: {error}") from None
+
+
 def build(config: Config, classes: int, twin: nnx.State | None = None) -> nnx.Module:
-    """The row's model with fresh parameters, or with those of its static `twin` under the wrappers."""
-    return models.build(config.model, classes, rngs=nnx.Rngs(config.seed), twin_params=twin)
+    """The row's model with fresh parameters, or with those of its static `twin` under the wrappers.
+
+    Raises UserError where its options make no model, or one that the memory does not hold.
+    """
+    try:
+        check_memory(config, classes)
+        return models.build(config.model, classes, rngs=nnx.Rngs(config.seed), twin_params=twin)
+    except ValueError as error:
+        raise UserError(f"row {config.row}: its --model options make no model: {error}") from error
+
+
+def check_memory(config: Config, classes: int, copies: int = 1) -> None:
+    """Raises UserError where so many copies of the model's variables are more than this machine's memory; looks at
+    models with large numbers alone."""
+    numbers = jax.tree.leaves(dataclasses.asdict(config.model))
+    if max(number for number in numbers if isinstance(number, int)) <= SMALL:
+        return
+    model = jax.eval_shape(lambda: nnx.state(models.build(config.model, classes, rngs=nnx.Rngs(0))))
+    need = copies * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
+    if need > (there := _memory()):
+        what = f"{copies} copies of the model" if copies > 1 else "the model"
+        raise UserError(
+            f"row {config.row}: {what} would take {need / 2**30:.1f} GB, and there are {there / 2**30:.1f} GB: "
+            "give smaller numbers to the --model options"
+        )
+
+
+def _memory() -> int:
+    """Bytes of memory that this process may have, on its device if that has its own."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    found += [stats["bytes_limit"] for stats in [jax.local_devices()[0].memory_stats()] if stats]
+    return min(found)
 
 
 def load(workdir: str | Path) -> tuple[Config, nnx.Module, int]:
@@ -441,9 +522,6 @@ def load(workdir: str | Path) -> tuple[Config, nnx.Module, int]:
         raise UserError(f"workdir {workdir} has no checkpoint yet")
     step, arrays, _ = newest
     graphdef, params, rest = nnx.split(build(config, len(classes)), nnx.Param, ...)
-    try:
-        params = fill(params, arrays, "ema." if config.optimizer.ema else "params.")
-        rest = fill(rest, arrays, "rest.")
-    except ValueError as error:
-        raise UserError(f"checkpoint {step} of {workdir} does not fit the model of row {config.row}: {error}") from None
+    params = fill_model(params, arrays, workdir, step, config.row, "ema." if config.optimizer.ema else "params.")
+    rest = fill_model(rest, arrays, workdir, step, config.row, "rest.")
     return config, evaluation_view(nnx.merge(graphdef, params, rest)), step

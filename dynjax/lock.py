@@ -19,7 +19,7 @@ FILE = "lock"
 
 @contextlib.contextmanager
 def hold(workdir: str | Path) -> Iterator[None]:
-    """Nobody else holds `workdir` inside this. Raises UserError naming who does.
+    """Nobody else holds `workdir`, which is made if need be, inside this. Raises UserError naming who does.
 
     By flock, which other hosts see on NFS as Linux has it since 2.6.12; a file system without locks goes without. Of a
     run of several processes the first one holds it for all.
@@ -27,6 +27,7 @@ def hold(workdir: str | Path) -> Iterator[None]:
     path = Path(workdir) / FILE
     with contextlib.ExitStack() as stack:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(path, "a+b", buffering=0))
             if not _locked(file):
                 file.seek(0)

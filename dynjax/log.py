@@ -14,18 +14,26 @@ from typing import IO, Any
 
 import jax
 
+from dynjax import files
 from dynjax.config import UserError
 
 
 def read_metrics(workdir: str | Path) -> list[dict]:
-    """The records of `workdir`/metrics.jsonl, oldest first, without a line that a killed run left half-written."""
+    """The records of `workdir`/metrics.jsonl, oldest first, without lines that are none, such as one that a killed run
+    left half-written. Raises UserError where the file cannot be read."""
     path = Path(workdir) / "metrics.jsonl"
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    for line in lines:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = files.parse_json(line)
+        except ValueError:
             continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
     return records
 
 
@@ -120,7 +128,7 @@ class Log:
             kept = [record for record in read_metrics(workdir) if record["step"] <= start]
             part = workdir / "metrics.jsonl.part"
             try:
-                part.write_text("".join(json.dumps(record) + "\n" for record in kept))
+                part.write_text("".join(json.dumps(finite(record)) + "\n" for record in kept))
                 os.replace(part, workdir / "metrics.jsonl")
             finally:
                 part.unlink(missing_ok=True)

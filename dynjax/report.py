@@ -27,6 +27,8 @@ CLASSES = (
 ).split()
 IGNORED = (128, 128, 128)
 HEAT = "viridis"
+SHOWN = 2_000_000
+"""Pixels of a picture that is there to be looked at."""
 
 
 def palette(classes: int) -> UInt8[np.ndarray, "C 3"]:
@@ -59,11 +61,20 @@ def overlay(
     return np.round(mixed).astype(np.uint8)
 
 
+def preview(picture: Image.Image) -> Image.Image:
+    """The picture, made smaller where it has more than SHOWN pixels."""
+    factor = math.sqrt(SHOWN / (picture.width * picture.height))
+    if factor >= 1:
+        return picture
+    size = tuple(max(1, int(side * factor)) for side in picture.size)
+    return picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+
+
 def save_mask(path: str | os.PathLike, mask: Integer[np.ndarray, "H W"], classes: int) -> None:
     """An 8-bit PNG whose pixel values are the class ids and whose palette shows them in colour; at most 256 classes."""
     if classes > 256:
         raise ValueError(f"an 8-bit mask holds 256 classes, not {classes}")
-    picture = Image.fromarray(mask.astype(np.uint8))
+    picture = Image.fromarray(mask.astype(np.uint8, copy=False))
     picture.putpalette(palette(classes).tobytes())
     picture.save(path)
 

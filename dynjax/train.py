@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dynjax import budget, checkpoint, lock, log, models
+from dynjax import budget, checkpoint, checks, lock, log, models
 from dynjax import mesh as meshes
+from dynjax.checkpoint import Run
 from dynjax.config import Config, UserError
 from dynjax.step import TrainState, make_optimizer, make_step
 from dynjax.stop import Stop, Stopped
@@ -42,38 +43,12 @@ class Fitted:
 
 
 def check(config: Config) -> None:
-    """Raises UserError naming the first field whose value makes no sense."""
-    o, devices = config.optimizer, jax.device_count()
-    rules = (
-        ("steps", config.steps, config.steps >= 1, "at least 1"),
-        ("batch_size", config.batch_size, config.batch_size >= 1, "at least 1"),
-        ("seed", config.seed, config.seed >= 0, "0 or more"),
-        ("checkpoint_every", config.checkpoint_every, config.checkpoint_every >= 1, "at least 1"),
-        ("evaluate_every", config.evaluate_every, config.evaluate_every >= 0, "0 (only at the end) or more"),
-        ("budget.target", config.budget.target, 0 < config.budget.target <= 1, "a share of the MACs in (0, 1]"),
-        ("budget.weight", config.budget.weight, config.budget.weight >= 0, "0 or more"),
-        ("loss.cross_entropy", config.loss.cross_entropy, config.loss.cross_entropy >= 0, "0 or more"),
-        ("loss.dice", config.loss.dice, config.loss.dice >= 0, "0 or more"),
-        ("loss.load_balance", config.loss.load_balance, config.loss.load_balance >= 0, "0 or more"),
-        ("loss.router_z", config.loss.router_z, config.loss.router_z >= 0, "0 or more"),
-        ("loss.ponder", config.loss.ponder, config.loss.ponder >= 0, "0 or more"),
-        ("loss.reinforce", config.loss.reinforce, config.loss.reinforce >= 0, "0 or more"),
-        ("loss.wrong", config.loss.wrong, config.loss.wrong >= 0, "0 or more"),
-        ("loss.label_smoothing", config.loss.label_smoothing, 0 <= config.loss.label_smoothing < 1, "in [0, 1)"),
-        ("optimizer.learning_rate", o.learning_rate, 0 < o.learning_rate < math.inf, "more than 0"),
-        ("optimizer.gate_learning_rate", o.gate_learning_rate, 0 <= o.gate_learning_rate < math.inf, "0 or more"),
-        ("optimizer.warmup", o.warmup, 0 <= o.warmup <= 1, "a share of the steps in [0, 1]"),
-        ("optimizer.weight_decay", o.weight_decay, 0 <= o.weight_decay < math.inf, "0 or more"),
-        ("optimizer.clip", o.clip, o.clip > 0, "more than 0 (inf turns it off)"),
-        ("optimizer.ema", o.ema, 0 <= o.ema < 1, "in [0, 1)"),
-        ("optimizer.accumulate", o.accumulate, o.accumulate >= 1, "at least 1"),
-    )
-    for name, value, good, wanted in rules:
-        if not good:  # also for nan
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {wanted}")
-    parts = o.accumulate * devices
+    """Raises UserError naming the first field whose value makes no sense, or where the devices cannot share a batch."""
+    checks.check_config(config)
+    accumulate, devices = config.optimizer.accumulate, jax.device_count()
+    parts = accumulate * devices
     if config.batch_size % parts:
-        what = f"{devices} device(s) times --optimizer.accumulate {o.accumulate}"
+        what = f"{devices} device(s) times --optimizer.accumulate {accumulate}"
         raise UserError(f"--batch-size {config.batch_size} is not a multiple of {parts}, which is {what}")
 
 
@@ -106,17 +81,25 @@ def _go_to(batches: Iterator, position: Any, step: int) -> None:
 
 
 def _resume(
-    state: TrainState, batches: Iterator, config: Config, workdir: str | Path, sharding: Any
+    state: TrainState, batches: Iterator, about: Run, workdir: str | Path, sharding: Any
 ) -> tuple[TrainState, int, bool]:
     """State, step and whether its evaluation is still to be done (a run asked to stop saves first)."""
-    start, behind = 0, False
+    config, start, behind = about.config, 0, False
     if newest := checkpoint.read_newest(workdir, sharding, _say):
         start, arrays, position = newest
-        state = checkpoint.fill(state, arrays)
+        state = checkpoint.fill_model(state, arrays, workdir, start, config.row)
         with meshes.together():
-            _go_to(batches, position, start)
+            try:
+                _go_to(batches, position, start)
+            except Exception as error:  # whatever a loader says to a position that is none of its own
+                if isinstance(error, UserError):
+                    raise
+                what = f"checkpoint {start} of {workdir} holds a position in the data that does not fit"
+                raise UserError(f"{what}: {type(error).__name__}: {error}") from error
         behind = bool(start) and not meshes.of_first(log.evaluated(workdir, start))
         _say(f"{workdir}: going on from step {start} of {config.steps}")
+    with meshes.together():
+        checkpoint.write_config(workdir, config, about.classes, about.examples)
     checkpoint.tidy(workdir, start)
     return state, start, behind
 
@@ -131,6 +114,7 @@ def fit(
     *,
     gates: nnx.filterlib.Filter = budget.gate_filter,
     classes: tuple[str, ...] = (),
+    examples: int | None = None,
     stop: Stop | None = None,
     quiet: bool = False,
 ) -> Fitted:
@@ -141,26 +125,27 @@ def fit(
     state that is a whole number is that of batches of all processes, and holds for any number of them.
     `evaluate(model) -> scores` is called with the averaged parameters; it may ask `stop` between batches and raise
     stop.Stopped. `gates` is the nnx filter of the parameters that learn as gates. With a `workdir`, which it locks, the
-    run is logged, saved and resumed there.
+    run is logged, saved and resumed there; `classes` (names) and `examples` (their number) of the training data must
+    then be those that it was made with. Nothing is written before all is checked.
     Raises UserError (bad configuration, workdir of another run or in use, full disk, a loss or gradient that is not
     finite) and, asked to stop when the first step is done, Interrupted; before that a signal acts as usual.
     """
     check(config)
+    about = Run(config, classes, examples)
     with contextlib.ExitStack() as stack:
         if workdir is not None:
             with meshes.together():
-                checkpoint.check_workdir(workdir, config)
+                checkpoint.check_workdir(workdir, config, classes, examples)
                 if jax.process_index() == 0:
                     stack.enter_context(lock.hold(workdir))
-                checkpoint.write_config(workdir, config, classes)
-        return _fit(model, task, loader, config, workdir, evaluate, gates, stop or Stop(), quiet)
+        return _fit(model, task, loader, about, workdir, evaluate, gates, stop or Stop(), quiet)
 
 
 def _fit(
     model: nnx.Module,
     task: Any,
     loader: Iterable,
-    config: Config,
+    about: Run,
     workdir: str | Path | None,
     evaluate: Callable[[nnx.Module], dict] | None,
     gates: nnx.filterlib.Filter,
@@ -168,6 +153,7 @@ def _fit(
     quiet: bool,
 ) -> Fitted:
     """`fit` once the workdir is this run's."""
+    config = about.config
     mesh = meshes.make_mesh()
     everywhere = meshes.replicated(mesh)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
@@ -177,7 +163,7 @@ def _fit(
         state = TrainState(jnp.int32(0), params, rest, optimizer.init(params), ema, jax.random.key(config.seed))
         state, batches, start, behind = meshes.replicate(mesh, state), iter(loader), 0, False
         if workdir is not None:
-            state, start, behind = _resume(state, batches, config, workdir, everywhere)
+            state, start, behind = _resume(state, batches, about, workdir, everywhere)
         step_fn = jax.jit(make_step(graphdef, task, optimizer, config), donate_argnums=0, out_shardings=everywhere)
 
         def averaged() -> nnx.Module:
@@ -245,7 +231,7 @@ def _report(said: log.Log, pending: tuple[int, dict] | None, workdir: str | Path
 # A row
 
 
-def _twin(config: Config, classes: int) -> nnx.State:
+def _twin(config: Config, classes: tuple[str, ...]) -> nnx.State:
     """Averaged parameters and batch statistics of the static twin in `config.init_from`."""
     other, model, _ = checkpoint.load(config.init_from)
     _, names = checkpoint.read_config(config.init_from)
@@ -254,20 +240,26 @@ def _twin(config: Config, classes: int) -> nnx.State:
         raise UserError(f"--init-from {config.init_from}: {what}, it must be a static twin")
     if different := models.difference(other.model, config.model):
         raise UserError(f"--init-from {config.init_from}: {different}")
-    if len(names) != classes:
-        raise UserError(f"--init-from {config.init_from}: trained for {len(names)} classes, this data has {classes}")
+    # A VQ-VAE has no classes.
+    if not models.reconstructs(other.model) and (different := checkpoint.other_classes(names, classes)):
+        raise UserError(f"--init-from {config.init_from}: trained for other classes: {different}")
     return nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
 
 
 def validator(task: Any, source: Any, config: Config, stop: Stop | None = None) -> Callable[[nnx.Module], dict]:
     """`evaluate` for `fit`: scores of `task` on all of `source`, with the gates' thresholds of the target budget.
 
-    Raises Stopped between two batches when `stop` says so.
+    Raises UserError where the devices cannot share a batch equally, and Stopped between two batches when `stop` says
+    so.
     """
     import dynjax as dj
     from dynjax.data import make_loader
 
     mesh = meshes.make_mesh()
+    if config.batch_size % (devices := jax.device_count()):
+        raise UserError(
+            f"--batch-size {config.batch_size} is not a multiple of {devices}, the devices that share a batch"
+        )
 
     def sums(graphdef: nnx.GraphDef, state: nnx.State, batch: dict) -> dict:
         model = nnx.merge(graphdef, state)
@@ -321,11 +313,15 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
     for part in (source, val):
         _say(part.describe()) if not quiet else None
     classes = tuple(source.classes)
+    checkpoint.check_workdir(workdir, config, classes, len(source))
     task = make_task(config, source)
-    twin = _twin(config, len(classes)) if from_twin else None
+    # Parameters, their average and the two moments of Adam.
+    checkpoint.check_memory(config, len(classes), copies=4 if config.optimizer.ema else 3)
+    twin = _twin(config, classes) if from_twin else None
     model = checkpoint.build(config, len(classes), twin)
     augment = config.data.augment
     loader = make_loader(source, config.batch_size, seed=config.seed, augment=augment, **meshes.processes())
     stop = Stop()
     evaluate = validator(task, val, config, stop)
-    return fit(model, task, loader, config, workdir, evaluate, classes=classes, stop=stop, quiet=quiet).scores
+    about = {"classes": classes, "examples": len(source), "stop": stop, "quiet": quiet}
+    return fit(model, task, loader, config, workdir, evaluate, **about).scores

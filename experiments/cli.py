@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+from dynjax import files
 from dynjax.config import UserError
 
 T = TypeVar("T")
@@ -47,10 +48,10 @@ def use_compilation_cache() -> None:
     """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/dynjax/xla, if that can be made."""
     import jax
 
-    folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "dynjax" / "xla")
     try:
+        folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "dynjax" / "xla")
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # the latter where nobody knows a home
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
@@ -73,6 +74,19 @@ def use_all_cores(batch_size: int, accumulate: int = 1) -> None:
     jax.config.update("jax_num_cpu_devices", max(fitting, default=1))
 
 
+def printable(text: Any) -> str:
+    """As text that any UTF-8 file or terminal takes: bytes of a file's name that are not UTF-8 become \\udcXX."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def check_folder(path: str, option: str) -> None:
+    """Raises UserError where the folder that an option names cannot be made or written in; makes nothing."""
+    if not path:
+        raise UserError(f"--{option} is empty: give a folder")
+    if trouble := files.folder_trouble(path):
+        raise UserError(f"--{option} {path}: {trouble}")
+
+
 def make_folder(path: str, option: str) -> Path:
     """The folder that an option names, made where it is missing. Raises UserError."""
     try:
@@ -87,6 +101,10 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
     Any other exception is a bug and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files may be no UTF-8, and what the terminal cannot show must not end a command.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         use_compilation_cache()
         status = main(sys.argv[1:])

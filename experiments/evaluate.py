@@ -9,11 +9,14 @@ a matter of samplers (experiments.sample, benchmarks.sampling).
 
 import dataclasses
 import json
+import math
 import shlex
 import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
+from dynjax import files
+from dynjax.checks import LARGEST_SIDE
 from dynjax.config import Config, UserError
 from experiments import cli
 
@@ -48,6 +51,60 @@ class Arguments:
     """LABEL=WORKDIR of evaluated controls to draw into curve.png."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Spent:
+    """What a budget came to on the calibration pictures, in MACs per picture."""
+
+    met: bool
+    mean: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What is read again of an evaluation.json. By budget: `thresholds`, `calibration`, and `scores` as the task has
+    them."""
+
+    row: str
+    data: str
+    split: str
+    seed: int
+    step: int
+    hardware: str
+    commit: str
+    command: str
+    size: tuple[int, int]
+    scores: dict[str, dict[str, Any]]
+    calibration: dict[str, Spent] = dataclasses.field(default_factory=dict)
+    thresholds: dict[str, float] = dataclasses.field(default_factory=dict)
+    score: str = "mIoU"
+
+
+def read_record(workdir: str | Path) -> Record | None:
+    """What this command left in a workdir; None where it was not run. Raises UserError where it makes no sense."""
+    path = Path(workdir) / "evaluation.json"
+    if not path.exists():
+        return None
+    try:
+        record = files.typed(files.read_json(path), Record, more=True)
+        budgets = [*record.scores, *record.calibration, *record.thresholds]
+        if wrong := [name for name in budgets if not is_budget(name)]:
+            raise ValueError(f"{wrong[0]!r} is no budget, a share of the MACs in (0, 1]")
+        if not record.scores:
+            raise ValueError("scores is empty")
+        if not all(1 <= side <= LARGEST_SIDE for side in record.size):
+            raise ValueError(f"size is {list(record.size)}: it must be height and width in pixels")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; run {COMMAND} again") from None
+    return record
+
+
+def is_budget(name: str) -> bool:
+    try:
+        return 0 < float(name) <= 1
+    except ValueError:
+        return False
+
+
 def check(arguments: Arguments) -> None:
     """Raises UserError."""
     if not arguments.budgets:
@@ -65,6 +122,28 @@ def check(arguments: Arguments) -> None:
 def with_path(config: Config, path: str) -> Config:
     """The configuration with another folder of its data."""
     return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path)) if path else config
+
+
+def source_of(config: Config, split: str, classes: tuple[str, ...]) -> Any:
+    """A split of the data, with the classes of the run: a split need not have all of them. Raises UserError where it
+    has others."""
+    from dynjax.checkpoint import other_classes
+    from dynjax.data import make_source
+
+    source = make_source(config.data, split, classes=classes)
+    if classes and (different := other_classes(classes, tuple(source.classes))):
+        raise UserError(f"the run was trained for other classes than {source.name} has: {different}")
+    return source
+
+
+def unmet(row: str, budget: float, spent: Any, whole: float) -> str:
+    """What is to be said of a budget that `spent` (`met`, and `mean` MACs) did not meet; empty where it did. `whole`:
+    the static twin's MACs."""
+    if spent.met:
+        return ""
+    least = math.ceil(1000 * spent.mean / whole) / 1000  # rounded up, so that this budget can be met
+    said = f"the least that row {row} can spend on val's pictures is {least:.1%} of the static twin's MACs"
+    return f"budget {budget:g} is not met: {said}"
 
 
 def find_twin(config: Config, classes: int, workdir: str) -> tuple[Any, bool]:
@@ -133,7 +212,7 @@ def timing_inputs(source: Any, single: int, sizes: tuple[int, ...]) -> list[list
     return [[batch(size, number, count) for number in range(count)] for size, count in counts.items()]
 
 
-def summarise(title: str, found: Any, task: Any, twin_score: float | None, static: bool) -> str:
+def summarise(title: str, row: str, found: Any, task: Any, twin_score: float | None, static: bool) -> str:
     """The table that the command ends in."""
     import jax
 
@@ -152,11 +231,8 @@ def summarise(title: str, found: Any, task: Any, twin_score: float | None, stati
     elif not static:
         whole = f"{points[0].static_macs / 1e6:.1f} MMAC/image"
         lines.append(f"static twin: {task.score_name} {100 * twin_score:.1f} %, {whole}")
-    for point in points:
-        if not point.met:
-            lines.append(
-                f"budget {point.budget:g} is not met: the least this model can spend on val's pictures is more"
-            )
+    whole = points[0].static_macs
+    lines += filter(None, (unmet(row, budget, each, whole) for budget, each in found.reports.items()))
     return "\n".join(lines)
 
 
@@ -245,14 +321,12 @@ def about(config: Config, source: Any, task: Any, split: str, step: int, raw: li
 
 def of_pictures(arguments: Arguments, raw: list[str]) -> None:
     """Scores of a row that draws pictures or gives them back, at every budget if gates steer it. Raises UserError."""
-    import math
-
     import jax.numpy as jnp
     import numpy as np
     from flax import nnx
 
     from dynjax import checkpoint, models, report, train
-    from dynjax.data import calibration_batches, make_source
+    from dynjax.data import calibration_batches
     from dynjax.evaluate import solve, static_macs
     from dynjax.tasks import make_task
     from dynjax.tasks.autoregressive import integers
@@ -261,7 +335,8 @@ def of_pictures(arguments: Arguments, raw: list[str]) -> None:
 
     config, model, step = checkpoint.load(arguments.workdir)
     config = dataclasses.replace(with_path(config, arguments.data.path), batch_size=arguments.batch_size)
-    source = make_source(config.data, arguments.split)
+    _, classes = checkpoint.read_config(arguments.workdir)
+    source = source_of(config, arguments.split, classes)
     print(source.describe())
     task = make_task(config, source, training=False)
     validate = train.validator(task, source, config)
@@ -272,7 +347,7 @@ def of_pictures(arguments: Arguments, raw: list[str]) -> None:
     if steers(model):
         static = dataclasses.replace(config, model=models.static_twin(config.model))
         twin = static_macs(checkpoint.build(static, len(source.classes)))
-        val = make_source(config.data, "val")
+        val = source_of(config, "val", classes)
         held_out = calibration_batches(val, *calibration_size(len(val), arguments))
         pictures = [np.asarray(integers(model, jnp.asarray(images))) for images in held_out]
         for budget, deployed in solve(model, twin, sorted(set(arguments.budgets)), pictures).items():
@@ -296,7 +371,7 @@ def of_pictures(arguments: Arguments, raw: list[str]) -> None:
     summary = "\n".join(lines)
     record = about(config, source, task, arguments.split, step, raw) | {
         "calibration": {f"{budget:g}": dataclasses.asdict(each) for budget, each in reports.items()},
-        "scores": scores,
+        "scores": without_nan(scores),
     }
     workdir = Path(arguments.workdir)
     try:
@@ -313,7 +388,7 @@ def main(raw: list[str]) -> None:
     from flax import nnx
 
     from dynjax import checkpoint, models, report
-    from dynjax.data import calibration_batches, make_loader, make_source
+    from dynjax.data import calibration_batches, make_loader
     from dynjax.evaluate import evaluate, make_runner, read_curve, score, write_curve
     from dynjax.tasks import make_task
     from dynjax.tasks.spending import steers
@@ -327,11 +402,9 @@ def main(raw: list[str]) -> None:
     }
     config, model, step = checkpoint.load(arguments.workdir)
     config = with_path(config, arguments.data.path)
-    source, val = make_source(config.data, arguments.split), make_source(config.data, "val")
+    _, classes = checkpoint.read_config(arguments.workdir)
+    source, val = (source_of(config, split, classes) for split in (arguments.split, "val"))
     print(source.describe())
-    classes = tuple(source.classes)
-    if classes != (trained_on := checkpoint.read_config(arguments.workdir)[1]):
-        raise UserError(f"{arguments.workdir} was trained for the classes {trained_on}, {source.name} has {classes}")
     task = make_task(config, source, training=False)
     static = config.model.dynamics == "static"
     twin, trained = (model, True) if static else find_twin(config, len(classes), arguments.twin)
@@ -376,7 +449,7 @@ def main(raw: list[str]) -> None:
         "scores": {f"{budget:g}": without_nan(each.scores) for budget, each in found.scored.items()},
         "layers": {f"{budget:g}": each.shares for budget, each in found.scored.items()},
     }
-    summary = summarise(f"{title}; step {step}; {report.hardware()}", found, task, twin_score, static)
+    summary = summarise(f"{title}; step {step}; {report.hardware()}", config.row, found, task, twin_score, static)
     static_macs = found.points[0].static_macs
     try:
         write_curve(workdir / "curve.csv", found.points)

@@ -1,14 +1,15 @@
 """Masks and compute maps, or classes: python -m experiments.predict --workdir W --out DIR [--budget 0.5] IMAGE ...
 
-Writes DIR/STEM_mask.png (class ids with a palette) and DIR/STEM_overlay.png in the picture's own size, and
-DIR/STEM_compute.png, where the MACs were spent. A row that classifies writes DIR/predictions.csv: picture, class,
-its probability, MACs.
+Writes DIR/STEM_mask.png (class ids with a palette) in the picture's own size, DIR/STEM_overlay.png, of at most 2
+megapixels, and DIR/STEM_compute.png, where the MACs were spent. A row that classifies writes DIR/predictions.csv:
+picture, class, its probability, MACs.
 A file that is no picture is named on stderr, the others are done, and the exit status is 2.
 """
 
+import contextlib
 import csv
 import dataclasses
-import json
+import errno
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,10 @@ import tyro
 
 from dynjax.config import Config, UserError
 from experiments import cli
-from experiments.evaluate import Place, find_twin, with_path
+from experiments.evaluate import Place, Record, find_twin, read_record, source_of, unmet, with_path
 
 COMMAND = "experiments.predict"
+OF_A_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)  # errors of one file's name, and not of the folder
 CALIBRATION = (8, 12)  # batch size and batches of val, where evaluate has not solved this budget
 
 
@@ -37,52 +39,61 @@ class Arguments:
     data: Place = dataclasses.field(default_factory=Place)
 
 
-def read_evaluation(workdir: str, step: int) -> dict:
-    """What experiments.evaluate left in the workdir, if it was for this step; else empty."""
+def read_evaluation(workdir: str, step: int) -> Record | None:
+    """What experiments.evaluate left in the workdir, if it was for this step; None, which is said, if it is damaged."""
     try:
-        found = json.loads((Path(workdir) / "evaluation.json").read_text())
-        return found if found["step"] == step else {}
-    except (OSError, ValueError, KeyError):
-        return {}
+        record = read_record(workdir)
+    except UserError as error:
+        print(f"{error}; until then the budget is solved anew", file=sys.stderr)
+        return None
+    return record if record is not None and record.step == step else None
 
 
-def at_budget(model: Any, config: Config, classes: int, budget: float | None, known: dict) -> Any:
-    """The model as it skips: with the threshold that evaluate solved, otherwise solved on val now. Raises UserError."""
+def at_budget(
+    model: Any, config: Config, classes: tuple[str, ...], budget: float | None, known: Record | None
+) -> tuple[Any, str]:
+    """The model as it skips: with the threshold that evaluate solved, otherwise solved on val now; and what is to be
+    said where that spends more than the budget. Raises UserError."""
     from flax import nnx
 
     from dynjax.budget import set_threshold
-    from dynjax.data import calibration_batches, make_source
+    from dynjax.data import calibration_batches
     from dynjax.deploy import compact
     from dynjax.evaluate import solve, static_macs
 
     if config.model.dynamics == "static":
         if budget not in (None, 1.0):
             raise UserError(f"--budget {budget:g}: row {config.row} is static, it always spends all of its MACs")
-        return model
+        return model, ""
     budget = config.budget.target if budget is None else budget
-    threshold = known.get("thresholds", {}).get(f"{budget:g}")
-    if threshold is not None:
+    name = f"{budget:g}"
+    if known is not None and name in known.thresholds:
         model = nnx.clone(compact(model))
-        set_threshold(model, threshold)
-        return model
-    try:
-        val = make_source(config.data, "val")
-    except UserError as error:
-        hint = f"run experiments.evaluate with --budgets {budget:g} first"
-        raise UserError(f"budget {budget:g} must be solved on val: {error}; or {hint}") from None
-    size, count = CALIBRATION
-    twin, _ = find_twin(dataclasses.replace(config, init_from=""), classes, "")
-    pictures = calibration_batches(val, min(size, len(val)), count)
-    return solve(model, static_macs(twin, val.size), [budget], pictures)[budget]
+        set_threshold(model, known.thresholds[name])
+        spent, size = known.calibration.get(name), known.size
+        if spent is None or spent.met:
+            return model, ""
+    else:
+        try:
+            val = source_of(config, "val", classes)
+        except UserError as error:
+            hint = f"run experiments.evaluate with --budgets {name} first"
+            raise UserError(f"budget {name} must be solved on val: {error}; or {hint}") from None
+        wanted, count = CALIBRATION
+        pictures = calibration_batches(val, min(wanted, len(val)), count)
+        spent, size = None, val.size
+    whole = static_macs(find_twin(dataclasses.replace(config, init_from=""), len(classes), "")[0], size)
+    if spent is None:
+        found = solve(model, whole, [budget], pictures)[budget]
+        model, spent = found.model, found.report
+    return model, unmet(config.row, budget, spent, whole)
 
 
-def picture_size(config: Config, known: dict) -> tuple[int, int]:
+def picture_size(config: Config, classes: tuple[str, ...], known: Record | None) -> tuple[int, int]:
     """Height and width that the model works at."""
-    from dynjax.data import make_source
-
-    if config.data.size or known.get("size"):
-        return tuple(config.data.size or known["size"])
-    return make_source(config.data, "val").size
+    if config.data.size is not None:
+        return config.data.size
+    return known.size if known is not None else source_of(config, "val", classes).size
 
 
 def stems(images: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
@@ -94,78 +105,119 @@ def stems(images: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
             number += 1
             name = f"{image.stem}-{number}"
         if number > 1:
-            print(
-                f"{image}: another picture is called {image.stem} too, this one's results are {name}_*.png",
-                file=sys.stderr,
-            )
+            what = f"{image}: another picture is called {image.stem} too, this one's results are {name}_*.png"
+            print(cli.printable(what), file=sys.stderr)
         taken.add(name)
         yield image, name
 
 
-def main(raw: list[str]) -> int:
-    arguments = cli.parse(Arguments, raw, command=COMMAND)
+def check(arguments: Arguments) -> None:
+    """Raises UserError."""
     if not arguments.images:
         raise UserError("no picture given: python -m experiments.predict --workdir W --out DIR IMAGE ...")
     if arguments.budget is not None and not 0 < arguments.budget <= 1:
         raise UserError(f"--budget {arguments.budget:g}: a budget is a share of the static twin's MACs, in (0, 1]")
+    cli.check_folder(arguments.out, "out")
 
+
+def make_run(model: Any, size: tuple[int, int], segments: bool) -> Any:
+    """`run(image (H, W, 3))`: prediction, its probability, heat map (of a mask), MACs, all MACs; compiled."""
     import jax
-    import numpy as np
     from flax import nnx
-    from PIL import Image
-    from tqdm.auto import tqdm
 
-    from dynjax import checkpoint, models, report
-    from dynjax.data.pictures import BadFile, read_image
     from dynjax.trace import traced
 
-    out = cli.make_folder(arguments.out, "out")
-    _, classes = checkpoint.read_config(arguments.workdir)
-    config, model, step = checkpoint.load(arguments.workdir)
-    config = with_path(config, arguments.data.path)
-    known = read_evaluation(arguments.workdir, step)
-    graphdef, state = nnx.split(at_budget(model, config, len(classes), arguments.budget, known))
-    height, width = picture_size(config, known)
-
-    segments = models.segments(config.model)
+    graphdef, state = nnx.split(model)
 
     @jax.jit
     def run(state: nnx.State, image: jax.Array) -> tuple:
         logits, trace = traced(nnx.merge(graphdef, state))(image)
-        heat = trace.heatmap((height, width))[0] if segments else None
+        heat = trace.heatmap(size)[0] if segments else None
         sure = jax.nn.softmax(logits[0]).max(-1)
         return logits[0].argmax(-1), sure, heat, trace.macs()[0], trace.full_macs
 
-    failed, found = 0, []
-    for path, name in tqdm(list(stems(arguments.images)), unit="picture", disable=len(arguments.images) < 4 or None):
-        try:
-            image = read_image(path)
-        except BadFile as error:
-            tqdm.write(f"error: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        own = image.shape[1::-1]
-        small = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-        prediction, sure, heat, macs, full = jax.device_get(run(state, small[None]))
-        if not segments:
-            found.append((str(path), classes[int(prediction)], f"{sure:.4f}", f"{macs:.0f}"))
-            continue
-        mask = np.asarray(Image.fromarray(prediction.astype(np.uint8)).resize(own, Image.Resampling.NEAREST))
-        title = f"{macs / 1e6:.1f} MMAC, {100 * macs / full:.0f} % of all"
-        try:
-            report.save_mask(out / f"{name}_mask.png", mask, len(classes))
-            report.save_pictures(out, {f"{name}_overlay": report.overlay(image, mask.astype(np.int32), len(classes))})
-            report.plot_compute(out / f"{name}_compute.png", image, heat, title=title)
-        except OSError as error:
-            raise UserError(f"cannot write in {out}: {error.strerror or error}") from None
-    if not segments:
-        try:
-            with open(out / "predictions.csv", "w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows([("picture", "class", "probability", "macs"), *found])
-        except OSError as error:
-            raise UserError(f"cannot write in {out}: {error.strerror or error}") from None
-        print("\n".join(f"{path}: {name} ({probability})" for path, name, probability, _ in found))
-    print(f"{out}: {len(arguments.images) - failed} of {len(arguments.images)} pictures done")
+    return lambda image: jax.device_get(run(state, image[None]))
+
+
+def draw(out: Path, name: str, picture: Any, prediction: Any, heat: Any, classes: int, title: str) -> None:
+    """The three files of one picture. The mask is as large as the picture; what is only to be looked at is not."""
+    import numpy as np
+    from PIL import Image
+
+    from dynjax import report
+
+    ids = Image.fromarray(prediction.astype(np.uint8))
+    report.save_mask(out / f"{name}_mask.png", np.asarray(ids.resize(picture.size, Image.Resampling.NEAREST)), classes)
+    image = np.asarray(report.preview(picture))
+    mask = np.asarray(ids.resize(image.shape[1::-1], Image.Resampling.NEAREST))
+    report.save_pictures(out, {f"{name}_overlay": report.overlay(image, mask, classes)})
+    report.plot_compute(out / f"{name}_compute.png", image, heat, title=title)
+
+
+def predict(run: Any, images: tuple[str, ...], size: tuple[int, int], classes: tuple[str, ...], out: Path) -> int:
+    """Masks and maps, or with a `run` without heat maps the table, of all pictures; how many could not be done."""
+    import numpy as np
+    from PIL import Image
+    from tqdm.auto import tqdm
+
+    from dynjax.data.pictures import BadFile, read_image
+
+    failed, table = 0, None
+    with contextlib.ExitStack() as files:
+        for path, name in tqdm(list(stems(images)), unit="picture", disable=len(images) < 4 or None):
+            try:
+                picture = Image.fromarray(read_image(path))
+                small = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
+                prediction, sure, heat, macs, full = run(small)
+                if heat is not None:
+                    title = f"{macs / 1e6:.1f} MMAC, {100 * macs / full:.0f} % of all"
+                    draw(out, name, picture, prediction, heat, len(classes), title)
+                    continue
+                # Line by line, so that nothing is lost whatever a later picture does.
+                table = table or open_table(out, files)
+                told = cli.printable(path), cli.printable(classes[int(prediction)]), f"{sure:.4f}"
+                table.writerow((*told, f"{macs:.0f}"))
+                tqdm.write("{}: {} ({})".format(*told))
+            except BadFile as error:
+                tqdm.write(cli.printable(f"error: {error}"), file=sys.stderr)
+                failed += 1
+            except OSError as error:
+                if error.errno not in OF_A_NAME:
+                    raise
+                what = f"error: {path}: its results cannot be written: {error.strerror}"
+                tqdm.write(cli.printable(what), file=sys.stderr)
+                failed += 1
+    return failed
+
+
+def open_table(out: Path, files: contextlib.ExitStack) -> Any:
+    """The writer of predictions.csv."""
+    file = open(out / "predictions.csv", "w", newline="", encoding="utf-8", buffering=1)
+    writer = csv.writer(files.enter_context(file), lineterminator="\n")
+    writer.writerow(("picture", "class", "probability", "macs"))
+    return writer
+
+
+def main(raw: list[str]) -> int:
+    arguments = cli.parse(Arguments, raw, command=COMMAND)
+    check(arguments)
+    from dynjax import checkpoint, models
+
+    _, classes = checkpoint.read_config(arguments.workdir)
+    config, model, step = checkpoint.load(arguments.workdir)
+    config = with_path(config, arguments.data.path)
+    known = read_evaluation(arguments.workdir, step)
+    model, said = at_budget(model, config, classes, arguments.budget, known)
+    if said:
+        print(said, file=sys.stderr)
+    size = picture_size(config, classes, known)
+    run = make_run(model, size, models.segments(config.model))
+    out, number = cli.make_folder(arguments.out, "out"), len(arguments.images)
+    try:
+        failed = predict(run, arguments.images, size, classes, out)
+    except OSError as error:
+        raise UserError(f"cannot write in {out}: {error.strerror or error}") from None
+    print(f"{out}: {number - failed} of {number} pictures done")
     return cli.BAD_INPUT if failed else 0
 
 

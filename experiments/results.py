@@ -13,15 +13,17 @@ A figure that nobody ran is empty.
 import csv
 import dataclasses
 import inspect
-import json
+import os
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from dynjax import files
 from dynjax.config import UserError
 from experiments import cli
+from experiments.evaluate import Record, is_budget, read_record
 
 COMMAND = "experiments.results"
 HERE = Path(__file__).parent
@@ -36,7 +38,7 @@ FIGURES = ("curve", "heatmaps", "compute_histogram", "compute_by_class", "extrem
 """Pictures that experiments.evaluate makes, of one task or the other."""
 FEW = ("curve", "heatmaps", "extremes")
 """Those of rows of small data."""
-OWN = ("seed", "init_from", "data.path")
+OWN = ("seed",)
 """Fields in which runs of one protocol may differ."""
 README_MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
 
@@ -82,18 +84,29 @@ def read(path: Path) -> list[Result]:
     """The lines of a results.csv; none if it is missing. Raises UserError."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        try:
-            return [Result(**line) for line in csv.DictReader(file)]
-        except TypeError as error:
-            raise UserError(f"{path} has other columns than results.csv: {error}") from None
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            results = [Result(**line) for line in csv.DictReader(file)]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except TypeError as error:
+        raise UserError(f"{path} has other columns than results.csv: {error}") from None
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    for number, result in enumerate(results, start=2):
+        if None in dataclasses.astuple(result) or not is_budget(result.budget):
+            raise UserError(f"{path}, line {number}: budget is {result.budget!r}, or a cell is missing")
+    return results
 
 
 def write(path: Path, results: list[Result]) -> None:
-    with open(path, "w", newline="") as file:
+    """Whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    with open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Result)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(map(dataclasses.asdict, results))
+    os.replace(part, path)
 
 
 def key(result: Result) -> tuple[str, ...]:
@@ -104,12 +117,12 @@ def collect(workdirs: tuple[str, ...], protocol: str, paper_score: str = "", pap
     """The lines of workdirs that differ in their seed: mean scores, median latencies. Raises UserError."""
     import numpy as np
 
-    records = [_read_evaluation(Path(workdir)) for workdir in workdirs]
+    records = [_read_evaluation(workdir) for workdir in workdirs]
     for name in ("row", "data", "split", "hardware", "size"):
-        values = {str(record[name]) for record in records}
+        values = {str(getattr(record, name)) for record in records}
         if len(values) > 1:
             raise UserError(f"{' '.join(workdirs)} are not seeds of one row: {name} is {' and '.join(sorted(values))}")
-    seeds = [record["seed"] for record in records]
+    seeds = [record.seed for record in records]
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{' '.join(workdirs)}: seeds {seeds} must differ")
     points = [_read_points(Path(workdir), record) for workdir, record in zip(workdirs, records, strict=True)]
@@ -117,7 +130,7 @@ def collect(workdirs: tuple[str, ...], protocol: str, paper_score: str = "", pap
     if len(set(budgets)) > 1:
         raise UserError(f"{' '.join(workdirs)} were evaluated at different budgets: {budgets}")
     first, results = records[0], []
-    metric = first.get("score", "mIoU")
+    metric = first.score
     percent = 100 if metric in SHARES else 1
     digits = 2 if metric in SHARES or metric == "PSNR" else 4
     for budget in budgets[0]:
@@ -127,9 +140,9 @@ def collect(workdirs: tuple[str, ...], protocol: str, paper_score: str = "", pap
         }
         scores = [percent * point["score"] for point in each]
         line = Result(
-            row=first["row"],
-            data=f"{first['data']} {first['size'][0]}x{first['size'][1]}",
-            split=first["split"],
+            row=first.row,
+            data=f"{first.data} {first.size[0]}x{first.size[1]}",
+            split=first.split,
             metric=metric,
             protocol=protocol,
             budget=f"{budget:g}",
@@ -142,9 +155,9 @@ def collect(workdirs: tuple[str, ...], protocol: str, paper_score: str = "", pap
             mmacs=f"{mean['macs'] / 1e6:.1f}",
             macs_percent=f"{100 * mean['macs_fraction']:.1f}",
             met="yes" if all(point["met"] for point in each) else "no",
-            hardware=first["hardware"],
-            commit=" ".join(sorted({record["commit"] for record in records})),
-            command=first["command"],
+            hardware=first.hardware,
+            commit=" ".join(sorted({record.commit for record in records})),
+            command=first.command,
         )
         if "latency_ms_p50" in each[0]:
             own = float(np.median([point["latency_ms_p50"] for point in each]))
@@ -164,15 +177,27 @@ def collect(workdirs: tuple[str, ...], protocol: str, paper_score: str = "", pap
     return results
 
 
-def _read_points(workdir: Path, record: dict[str, Any]) -> dict[float, dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What was measured at one budget of a row that draws pictures, or gives them back."""
+
+    score: float
+    macs: float
+    macs_fraction: float
+
+
+def _read_points(workdir: Path, record: Record) -> dict[float, dict[str, Any]]:
     """By budget, what was measured: of curve.csv and latency.csv, or, of a row that draws pictures and has none, of
-    evaluation.json."""
+    evaluation.json. Raises UserError."""
     from dynjax.evaluate import read_curve
 
-    if "score" in next(iter(record["scores"].values())):
-        reports = record["calibration"]
-        met = {budget: reports[budget]["met"] if budget in reports else True for budget in record["scores"]}
-        return {float(budget): each | {"met": met[budget]} for budget, each in record["scores"].items()}
+    if "score" in next(iter(record.scores.values())):
+        try:
+            found = {name: files.typed(each, Drawn, name, more=True) for name, each in record.scores.items()}
+        except ValueError as error:
+            raise UserError(f"{workdir / 'evaluation.json'} cannot be read: {error}") from None
+        met = {name: record.calibration[name].met if name in record.calibration else True for name in found}
+        return {float(name): dataclasses.asdict(each) | {"met": met[name]} for name, each in found.items()}
     batches = _read_batches(workdir / "latency.csv")
     found = {}
     for point in read_curve(workdir / "curve.csv"):
@@ -182,22 +207,26 @@ def _read_points(workdir: Path, record: dict[str, Any]) -> dict[float, dict[str,
 
 
 def _read_batches(path: Path) -> dict[float, tuple[float, float]]:
-    """By budget, ms per image and the static twin's in batches of 32; empty where they were not timed."""
+    """By budget, ms per image and the static twin's in batches of 32; empty where they were not timed. Raises
+    UserError."""
     if not path.exists():
         return {}
-    with open(path, newline="") as file:
-        return {
-            float(line["budget"]): (float(line["latency_ms_p50"]), float(line["static_latency_ms_p50"]))
-            for line in csv.DictReader(file)
-            if line["batch"] == "32"
-        }
-
-
-def _read_evaluation(workdir: Path) -> dict[str, Any]:
+    names = ("budget", "latency_ms_p50", "static_latency_ms_p50")
     try:
-        return json.loads((workdir / "evaluation.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{workdir} has no evaluation.json: run experiments.evaluate on it first") from None
+        with open(path, newline="", encoding="utf-8") as file:
+            lines = [[float(line[name]) for name in names] for line in csv.DictReader(file) if line["batch"] == "32"]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is no latency.csv of experiments.evaluate: {error!r}") from None
+    return {budget: (own, twin) for budget, own, twin in lines}
+
+
+def _read_evaluation(workdir: str | Path) -> Record:
+    record = read_record(workdir)
+    if record is None:
+        raise UserError(f"{workdir} has no evaluation.json: run experiments.evaluate on it first")
+    return record
 
 
 def merge(old: list[Result], new: list[Result]) -> list[Result]:
@@ -326,7 +355,7 @@ def changes(workdir: str) -> str:
     free = (*checkpoint.FREE_TO_CHANGE, *OWN)
     told = [name for name, value in run.items() if row.get(name) != value and name not in free]
     options = " ".join(f"--{name.replace('_', '-')} {run[name]}" for name in told)
-    step = _read_evaluation(Path(workdir))["step"]
+    step = _read_evaluation(workdir).step
     said = [f"Run with {options}." if told else "", f"Stopped at step {step}." if step < config.steps else ""]
     return " ".join(filter(None, said))
 
@@ -341,23 +370,30 @@ def main(raw: list[str]) -> None:
         drawn = [Path(choice.samples) / f"{name}.png" for name in (DRAWN if choice.samples else ())]
         if missing := [picture.name for picture in drawn if not picture.exists()]:
             raise UserError(f"--samples {choice.samples} has no {missing[0]}: run experiments.sample --out on it")
-        row = _read_evaluation(Path(choice.workdir[0]))["row"]
+        row = _read_evaluation(choice.workdir[0]).row
         protocol = choice.protocol or " ".join(filter(None, [row_protocol(row), changes(choice.workdir[0])]))
         new = collect(choice.workdir, protocol, choice.paper_score, choice.paper_mmacs)
         results = merge(results, new)
-        write(folder / "results.csv", results)
-        (folder / "figures").mkdir(exist_ok=True)
-        # Of a row with one budget, pictures of budgets and of compute are plain.
-        names = (FEW if row.startswith(SMALL) else FIGURES) if len(new) > 1 else ()
-        shown = [Path(choice.workdir[0]) / f"{name}.png" for name in names]
-        for picture in filter(Path.exists, shown + drawn):
-            shutil.copyfile(picture, folder / "figures" / f"{row}_{picture.name}")
-    figures = sorted(path.name for path in (folder / "figures").glob("*.png"))
-    notes = folder / "notes.md"
-    (folder / "RESULTS.md").write_text(render(results, figures, notes.read_text() if notes.exists() else ""))
-    readme = folder.parent / "README.md"
-    if readme.exists():
-        readme.write_text(fill_readme(readme.read_text(), results))
+    else:
+        row, new, drawn = "", [], []
+    try:
+        if new:
+            write(folder / "results.csv", results)
+            (folder / "figures").mkdir(exist_ok=True)
+            # Of a row with one budget, pictures of budgets and of compute are plain.
+            names = (FEW if row.startswith(SMALL) else FIGURES) if len(new) > 1 else ()
+            shown = [Path(choice.workdir[0]) / f"{name}.png" for name in names]
+            for picture in filter(Path.exists, shown + drawn):
+                shutil.copyfile(picture, folder / "figures" / f"{row}_{picture.name}")
+        figures = sorted(path.name for path in (folder / "figures").glob("*.png"))
+        notes = folder / "notes.md"
+        said = notes.read_text(encoding="utf-8") if notes.exists() else ""
+        (folder / "RESULTS.md").write_text(render(results, figures, said), encoding="utf-8")
+        readme = folder.parent / "README.md"
+        if readme.exists():
+            readme.write_text(fill_readme(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror or error}") from None
     print(f"{folder / 'RESULTS.md'}: {len(results)} lines")
 
 

@@ -220,7 +220,7 @@ def main(raw: list[str]) -> None:
     from dynjax.sampling import Known, Sampled
     from dynjax.tasks.spending import steers
 
-    out = cli.make_folder(arguments.out, "out")
+    cli.check_folder(arguments.out, "out")
     config, names = checkpoint.read_config(arguments.workdir)
     if not models.generates(config.model):
         raise UserError(
@@ -237,6 +237,7 @@ def main(raw: list[str]) -> None:
         raise UserError(f"--sampler {arguments.sampler}: row {config.row} is drawn by {way}")
     config, whole, step = checkpoint.load(arguments.workdir)
     label, given = labels_of(arguments, config, whole.classes), given_of(arguments, config, whole)
+    out = cli.make_folder(arguments.out, "out")
     codes = config.model.family == "codes"
     model = whole.prior if codes else whole
     values = model.likelihood.values

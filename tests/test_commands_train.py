@@ -199,7 +199,9 @@ def test_init_from_puts_the_twin_under_the_wrappers(static, row):
     """With everything kept the adaptive model is its twin."""
     _, twin, _ = checkpoint.load(static)
     config = parse(row, "--init-from", str(static))
-    model = checkpoint.evaluation_view(checkpoint.build(config, 11, train._twin(config, 11)))
+    model = checkpoint.evaluation_view(
+        checkpoint.build(config, 11, train._twin(config, checkpoint.read_config(static)[1]))
+    )
     budget.set_threshold(model, -30.0)
     x = jax.random.bits(jax.random.key(0), (2, 48, 48, 3), np.uint8)
     adaptive, static_twin = (jax.jit(lambda x, net=net: net(x))(x) for net in (model, twin))

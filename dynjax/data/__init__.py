@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,10 @@ def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Seque
     if split not in SPLITS:
         raise UserError(f"split={split!r}: there are {', '.join(SPLITS)}")
     name, path = config.name, config.path
+    try:
+        Path(path).expanduser()
+    except RuntimeError as error:  # ~ where nobody knows a home
+        raise UserError(f"data.path={path}: {error}") from None
     if name == "digits":
         from dynjax.data.digits import make_digits
 

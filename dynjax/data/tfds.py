@@ -82,7 +82,7 @@ def find_prepared(name: str, path: str) -> Path:
     if not match:
         raise UserError(f"data.name=tfds:{name}: write tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:VERSION")
     base, config, version = match.groups()
-    root = Path(path or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    root = Path(os.path.expanduser(path or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
     inner = f"{base}/{config}" if config else base
     folders = [file.parent for depth in ("*", "*/*") for file in root.glob(f"{inner}/{depth}/features.json")]
     if (root / "features.json").is_file() and base in root.parts:  # the path of the version itself
