@@ -268,14 +268,14 @@ def _check_room(folder: Path, arrays: dict[str, jax.Array]) -> None:
 def _quiet() -> Iterator[None]:
     """Without the logs of orbax and asyncio, which show the traceback of what they raise anyway, and without the
     complaints of tensorstore's threads that nobody waits for them after that."""
-    before, hook = logging.root.manager.disable, sys.excepthook
+    before, hook = logging.root.manager.disable, sys.unraisablehook
     logging.disable(logging.CRITICAL)
-    sys.excepthook = lambda *error: None if "Event loop is closed" in str(error[1]) else hook(*error)
+    sys.unraisablehook = lambda what: None if "Event loop is closed" in str(what.exc_value) else hook(what)
     try:
         yield
     finally:
         logging.disable(before)
-        sys.excepthook = hook
+        sys.unraisablehook = hook
 
 
 def _is_folder(path: Path) -> bool:

@@ -1,36 +1,29 @@
 """What a command does before its imports: answer Ctrl-C, and watch over a process that is one of several.
 
-Nothing heavy is imported here: it runs while there is no other handler yet.
+As little as can be is imported before there is a handler.
 """
 
 import os
-import re
 import signal
-import subprocess
 import sys
 import threading
-from typing import BinaryIO
 
 STOPPED, GONE = 130, 1
 CHILD = "DYNJAX_CHILD_OF"
 """Set for the process that is watched over: the end of a pipe that closes when the one that watches is no more."""
 
 _DISTRIBUTED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "DYNJAX_DISTRIBUTED")
-_NOTICE = re.compile(rb"[EFW]\d{4} [\d:.]+ +\d+ (coordination_service|preemption_sync|client\.h)|Traceback \(most")
+_NOTICE = rb"[EFW]\d{4} [\d:.]+ +\d+ (coordination_service|preemption_sync|client\.h)|Traceback \(most"
 _FATAL = b"Terminating process because the JAX distributed service detected fatal errors"
 
 
 def begin() -> None:
     """To be called first in `python -m experiments.NAME`."""
-    if is_child():
+    stop_at_once()
+    if CHILD in os.environ:
         _end_with(int(os.environ.pop(CHILD)))
     elif sys.orig_argv[-len(sys.argv)].endswith("experiments.train") and is_distributed():
         sys.exit(watch([sys.executable, *sys.orig_argv[1:]]))
-    stop_at_once()
-
-
-def is_child() -> bool:
-    return CHILD in os.environ
 
 
 def is_distributed() -> bool:
@@ -72,6 +65,8 @@ def watch(command: list[str]) -> int:
     JAX does so from C++, with a stack and an abort that the process itself can neither catch nor silence. Signals are
     handed on; when this process is killed the other ends too.
     """
+    import subprocess
+
     reading, writing = os.pipe()
     child = subprocess.Popen(
         command,
@@ -83,7 +78,8 @@ def watch(command: list[str]) -> int:
     os.close(reading)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: child.send_signal(number))
-    held, said = forward(child.stderr, sys.stderr.buffer)
+    with child.stderr:
+        held, said = forward(child.stderr, sys.stderr.buffer)
     status = child.wait()
     os.close(writing)
     if _FATAL not in held:
@@ -94,15 +90,17 @@ def watch(command: list[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def forward(source: BinaryIO, target: BinaryIO) -> tuple[bytes, bool]:
+def forward(source, target) -> tuple[bytes, bool]:  # two binary files
     """Pass on what is said until the first notice of trouble with other processes or traceback.
 
     Returns all from there on, and whether an "error: ..." was passed on.
     """
+    import re
+
     text, said = b"", False
     while chunk := os.read(source.fileno(), 2**16):
         text += chunk
-        if notice := _NOTICE.search(text):
+        if notice := re.search(_NOTICE, text):
             target.write(text[: notice.start()])
             target.flush()
             said |= b"error: " in text[: notice.start()]
@@ -120,6 +118,8 @@ def forward(source: BinaryIO, target: BinaryIO) -> tuple[bytes, bool]:
 
 def who_is_gone(held: bytes) -> str:
     """In words, from what JAX wrote about it."""
+    import re
+
     text = held.decode(errors="replace")
     if found := re.search(r"unhealthy \(stopped sending heartbeats\):\s*((?:[^\n]*\d+\s*\n)+)", text):
         numbers = sorted({int(number) for number in re.findall(r"(\d+)\s*\n", found[1])})
