@@ -31,19 +31,20 @@ def test_ctrl_c_while_importing(seconds):
     """From the moment that the package is found; what Python does before is not ours to answer."""
     process = begin("-v", "-m", "experiments.train", "--list")
     said = ""
-    while "import 'experiments.start'" not in said:
+    while "import 'experiments' #" not in said:
         said = process.stderr.readline() or pytest.fail("it ended")
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode in (0, 130) and "Traceback" not in said and "KeyboardInterrupt" not in said
-    assert process.returncode == 0 or said.endswith("stopped\n")
+    assert process.returncode == 0 or "stopped\n" in said  # Python goes on saying what it imports
     assert seconds > 0 or process.returncode == 130
 
 
 def test_ctrl_c_in_the_middle_of_something_that_does_not_return_to_python():
     """As a compilation; the handler of Python itself would wait for its end."""
-    code = "from experiments import start; start.stop_at_once(); print(1, flush=True); sum(range(10**12))"
+    code = "from experiments import start; start.stop_at_once(); import hashlib; print(1, flush=True); "
+    code += "hashlib.pbkdf2_hmac('sha1', b'', b'', 2**31 - 1)"
     process = begin("-c", code)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -58,9 +59,7 @@ F1129 08:20:27.69 8070 client.h:80] Terminating process because the JAX distribu
 *** Check failure stack trace: ***
     @     0x7f3895840634  absl::lts_20260107::log_internal::LogMessage::SendToLog()
 """
-UNHEALTHY = (
-    "absl::Status: UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n{}The tasks have"
-)
+UNHEALTHY = "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n{}The tasks have"
 
 
 def watched(capfd, code: str) -> tuple[int, str]:

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,8 +16,9 @@ import pytest
 import standin
 from flax import nnx
 
-from dynjax import checkpoint, log, step, train
+from dynjax import checkpoint, lock, log, step, train
 from dynjax.config import BudgetConfig, OptimizerConfig, UserError
+from dynjax.stop import Stop, Stopped
 
 HERE = Path(__file__).parent
 
@@ -319,29 +321,126 @@ def test_the_same_numbers_on_one_and_on_eight_devices(tmp_path):
     close(standin.arrays(standin.fit(standin.config(**changes))), one)
 
 
-def test_two_processes_agree_with_one(tmp_path, whole):
-    """Two processes of one device each, joined over TCP, each with half of every batch; saved and resumed."""
+def test_two_processes_agree_with_one(tmp_path):
+    """Two processes of one device each, joined over TCP, each with half of every batch; saved, and resumed by as many
+    and by one. The loader is the real one; the net, the loss and the pictures have noise."""
+    whole = standin.arrays(standin.fit(standin.config(), tmp_path / "whole", loader=standin.loader()))
+    losses = [record["loss"] for record in log.read_metrics(tmp_path / "whole")]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
 
-    def run(out: Path) -> None:
+    def run(out: Path) -> dict:
         common = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
         common["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
         finish(*(start(out, tmp_path / "w", {}, **common, JAX_PROCESS_ID=str(index)) for index in (0, 1)))
+        found = dict(np.load(out))
+        assert found.pop("devices") == 2 and found.pop("processes") == 2
+        return found
 
-    run(tmp_path / "two.npz")
-    two = dict(np.load(tmp_path / "two.npz"))
-    assert two.pop("devices") == 2 and two.pop("processes") == 2
+    two = run(tmp_path / "two.npz")
     close(two, whole)
+    np.testing.assert_allclose([r["loss"] for r in log.read_metrics(tmp_path / "w")], losses, rtol=1e-5)
     assert checkpoint.steps(tmp_path / "w") == [2, 4, 6]
     names = sorted(path.name for path in (tmp_path / "w" / "checkpoints" / "4" / "sidecar").glob("process*"))
     assert names == ["process_0.json", "process_1.json"]
     (tmp_path / "w" / "checkpoints" / "6").rename(tmp_path / "6")
-    run(tmp_path / "again.npz")
-    again = dict(np.load(tmp_path / "again.npz"))
-    del again["devices"], again["processes"]
-    same(again, two)
+    shutil.copytree(tmp_path / "w", tmp_path / "alone")
+    close(standin.arrays(standin.fit(standin.config(), tmp_path / "alone", loader=standin.loader())), whole)
+    alone = [record["loss"] for record in log.read_metrics(tmp_path / "alone")]
+    np.testing.assert_allclose(alone, losses, rtol=1e-5)
+    same(run(tmp_path / "again.npz"), two)
+    # What one process saved, two go on with.
+    shutil.rmtree(tmp_path / "w")
+    (tmp_path / "whole" / "checkpoints" / "6").rename(tmp_path / "unused")
+    (tmp_path / "whole").rename(tmp_path / "w")
+    close(run(tmp_path / "after.npz"), whole)
+
+
+def test_a_position_of_other_processes_is_refused(tmp_path, monkeypatch):
+    """A loader whose state is no number of batches, saved by one process and taken up by two."""
+    standin.fit(standin.config(steps=1), tmp_path)
+    _, _, position = checkpoint.read_newest(tmp_path)
+    assert position == {"processes": 1, "loader": {"next": 1}}
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"step 1 was saved by 1 process\(es\), this run has 2, .* start as many"):
+        train._go_to(iter(standin.Batches()), position, 1)
+    ours = iter(standin.loader())
+    train._go_to(ours, {"processes": 5, "loader": 1}, 1)
+    assert ours.get_state() == 1
+
+
+# Signals and folders
+
+
+class SignalWhile(standin.Task):
+    """An `evaluate` of four batches that is sent a signal after the second of its first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.stop, self.batches, self.scores = Stop(), 0, []
+
+    def evaluate(self, model):
+        for _ in range(4):
+            if self.stop():
+                raise Stopped
+            self.batches += 1
+            if self.batches == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        self.scores.append(float(standin.arrays(train.Fitted(model, {}, 0))["conv.kernel"].sum()))
+        return {"miou": self.scores[-1]}
+
+    def fit(self, workdir, **changes):
+        config = standin.config(checkpoint_every=100, **changes)
+        loader = standin.Batches()
+        options = dict(gates=standin.is_gate, stop=self.stop, quiet=True)
+        return train.fit(standin.Net(nnx.Rngs(0)), self, loader, config, workdir, self.evaluate, **options)
+
+
+@pytest.mark.parametrize("at", [4, 6])
+def test_a_signal_during_evaluation_saves_first_and_evaluates_when_it_goes_on(tmp_path, whole, at):
+    """Also during the last one, after the last step."""
+    task = SignalWhile()
+    with pytest.raises(train.Interrupted, match=f"stopped after step {at} of 6; the same command goes on"):
+        task.fit(tmp_path, evaluate_every=at)
+    assert (task.batches, task.scores, checkpoint.steps(tmp_path)) == (2, [], [at])
+    again = SignalWhile()
+    again.batches = 2  # no further signal
+    same(standin.arrays(again.fit(tmp_path, evaluate_every=at)), whole)
+    evaluated = [record["step"] for record in log.read_metrics(tmp_path) if "val/miou" in record]
+    assert evaluated == ([4, 6] if at == 4 else [6]) and len(again.scores) == len(evaluated)
+
+
+def test_before_the_first_step_a_signal_acts_as_usual(tmp_path, whole):
+    """There is nothing to save, and a handler of ours would only be heard when all is compiled."""
+    with pytest.raises(KeyboardInterrupt):
+        standin.fit(standin.config(), tmp_path, loader=SignalAt(0))
+    assert checkpoint.steps(tmp_path) == []
+    with lock.hold(tmp_path):
+        pass
+
+
+def test_a_workdir_in_use_is_left_alone(tmp_path):
+    standin.fit(standin.config(steps=1), tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
+    with lock.hold(tmp_path), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
+        standin.fit(standin.config(steps=1), tmp_path)
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def test_a_workdir_removed_while_training_is_not_made_again(tmp_path):
+    class Removes(standin.Batches):
+        def __iter__(self):
+            return type(self)()
+
+        def __next__(self):
+            if self.next == 3:
+                shutil.rmtree(tmp_path / "w")
+            return super().__next__()
+
+    with pytest.raises(UserError, match="removed while training"):
+        standin.fit(standin.config(), tmp_path / "w", loader=Removes())
+    assert list(tmp_path.iterdir()) == []
 
 
 # Bad configurations
