@@ -321,40 +321,47 @@ def test_the_same_numbers_on_one_and_on_eight_devices(tmp_path):
     close(standin.arrays(standin.fit(standin.config(**changes))), one)
 
 
-def test_two_processes_agree_with_one(tmp_path):
-    """Two processes of one device each, joined over TCP, each with half of every batch; saved, and resumed by as many
-    and by one. The loader is the real one; the net, the loss and the pictures have noise."""
-    whole = standin.arrays(standin.fit(standin.config(), tmp_path / "whole", loader=standin.loader()))
-    losses = [record["loss"] for record in log.read_metrics(tmp_path / "whole")]
+def run_two(out: Path, workdir: Path) -> dict:
+    """Two processes of one device each, joined over TCP, each with half of every batch."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    common = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    common["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    finish(*(start(out, workdir, {}, **common, JAX_PROCESS_ID=str(index)) for index in (0, 1)))
+    found = dict(np.load(out))
+    assert found.pop("devices") == 2 and found.pop("processes") == 2
+    return found
 
-    def run(out: Path) -> dict:
-        common = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
-        common["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
-        finish(*(start(out, tmp_path / "w", {}, **common, JAX_PROCESS_ID=str(index)) for index in (0, 1)))
-        found = dict(np.load(out))
-        assert found.pop("devices") == 2 and found.pop("processes") == 2
-        return found
 
-    two = run(tmp_path / "two.npz")
+def losses(workdir: Path) -> list[float]:
+    return [record["loss"] for record in log.read_metrics(workdir)]
+
+
+def test_two_processes_agree_with_one(tmp_path):
+    """Saved, and resumed by as many and by one. The loader is the real one; net, loss and pictures have noise."""
+    workdir, alone = tmp_path / "w", tmp_path / "alone"
+    whole = standin.arrays(standin.fit(standin.config(), tmp_path / "whole", loader=standin.loader()))
+    two = run_two(tmp_path / "two.npz", workdir)
     close(two, whole)
-    np.testing.assert_allclose([r["loss"] for r in log.read_metrics(tmp_path / "w")], losses, rtol=1e-5)
-    assert checkpoint.steps(tmp_path / "w") == [2, 4, 6]
-    names = sorted(path.name for path in (tmp_path / "w" / "checkpoints" / "4" / "sidecar").glob("process*"))
+    np.testing.assert_allclose(losses(workdir), losses(tmp_path / "whole"), rtol=1e-5)
+    assert checkpoint.steps(workdir) == [2, 4, 6]
+    names = sorted(path.name for path in (workdir / "checkpoints" / "4" / "sidecar").glob("process*"))
     assert names == ["process_0.json", "process_1.json"]
+    (workdir / "checkpoints" / "6").rename(tmp_path / "6")
+    shutil.copytree(workdir, alone)
+    close(standin.arrays(standin.fit(standin.config(), alone, loader=standin.loader())), whole)
+    np.testing.assert_allclose(losses(alone), losses(tmp_path / "whole"), rtol=1e-5)
+    same(run_two(tmp_path / "again.npz", workdir), two)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_one_stopped(tmp_path):
+    whole = standin.arrays(standin.fit(standin.config(), tmp_path / "w", loader=standin.loader()))
+    before = losses(tmp_path / "w")
     (tmp_path / "w" / "checkpoints" / "6").rename(tmp_path / "6")
-    shutil.copytree(tmp_path / "w", tmp_path / "alone")
-    close(standin.arrays(standin.fit(standin.config(), tmp_path / "alone", loader=standin.loader())), whole)
-    alone = [record["loss"] for record in log.read_metrics(tmp_path / "alone")]
-    np.testing.assert_allclose(alone, losses, rtol=1e-5)
-    same(run(tmp_path / "again.npz"), two)
-    # What one process saved, two go on with.
-    shutil.rmtree(tmp_path / "w")
-    (tmp_path / "whole" / "checkpoints" / "6").rename(tmp_path / "unused")
-    (tmp_path / "whole").rename(tmp_path / "w")
-    close(run(tmp_path / "after.npz"), whole)
+    close(run_two(tmp_path / "two.npz", tmp_path / "w"), whole)
+    np.testing.assert_allclose(losses(tmp_path / "w"), before, rtol=1e-5)
 
 
 def test_a_position_of_other_processes_is_refused(tmp_path, monkeypatch):
