@@ -19,6 +19,7 @@ import math
 import os
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -255,32 +256,46 @@ def save(workdir: str | Path, step: int, state: Any, position: Any) -> None:
         folder.mkdir(exist_ok=True)
         if jax.process_index() == 0 and os.path.lexists(folder / str(step)) and not _is_folder(folder / str(step)):
             _move_aside(folder / str(step))
+        _check_room(folder, arrays)
         with _orbax(), _quiet():
             ocp.save_checkpointables(folder / str(step), {"state": arrays, "sidecar": sidecar}, overwrite=True)
         if jax.process_index() == 0:
             _seal(folder / str(step))
             for old in steps(workdir)[:-KEEP]:
                 _remove(folder / str(old))
+        return
     except Exception as error:
         if (reason := _disk_trouble(error)) is None:
             raise
-        if jax.process_index() == 0:
-            _remove_unfinished(folder, step)
-        raise UserError(f"cannot write checkpoint {step} in {folder}: {reason}; earlier ones are untouched") from None
+    # Outside of `except`, where nothing refers to the failed tasks any more: they log their own tracebacks as they go.
+    with _quiet():
+        gc.collect()
+        time.sleep(0.5)  # and its threads
+    if jax.process_index() == 0:
+        _remove_unfinished(folder, step)
+    raise UserError(f"cannot write checkpoint {step} in {folder}: {reason}; earlier ones are untouched")
+
+
+def _check_room(folder: Path, arrays: dict[str, jax.Array]) -> None:
+    """Raises OSError where the disk is too full: better than to fail in the middle of writing."""
+    needed, free = sum(x.nbytes for x in arrays.values()) + 2**17, shutil.disk_usage(folder).free
+    if free < needed:
+        text = f"{os.strerror(errno.ENOSPC)} ({free / 1e6:.1f} MB are free, it may take {needed / 1e6:.1f} MB)"
+        raise OSError(errno.ENOSPC, text)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax and asyncio log the traceback of what they raise anyway, some of it only when it is collected."""
-    before = logging.root.manager.disable
+    """Without the logs of orbax and asyncio, which show the traceback of what they raise anyway, and without the
+    complaints of tensorstore's threads that nobody waits for them after that."""
+    before, hook = logging.root.manager.disable, sys.unraisablehook
     logging.disable(logging.CRITICAL)
+    sys.unraisablehook = lambda what: None if "Event loop is closed" in str(what.exc_value) else hook(what)
     try:
         yield
-    except BaseException:
-        gc.collect()
-        raise
     finally:
         logging.disable(before)
+        sys.unraisablehook = hook
 
 
 def _is_folder(path: Path) -> bool:

@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -110,8 +112,42 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         status = main(sys.argv[1:])
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _leave_the_others(BAD_INPUT)
         status = BAD_INPUT
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
+        _leave_the_others(STOPPED)
         status = STOPPED
+    except Exception as error:
+        _blame_the_others(error)
+        raise
     sys.exit(status or 0)
+
+
+def _leave_the_others(status: int) -> None:
+    """End this process of several at once: on its way out JAX would wait for the others, and they wait for this one.
+
+    The first process ends last, since with it all the others end.
+    """
+    import jax
+
+    if jax.distributed.is_initialized():
+        time.sleep(2 if jax.process_index() == 0 else 0)
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _blame_the_others(error: Exception) -> None:
+    """Where an error may come from another process that is gone, wait for JAX, which finds out and ends this one."""
+    import jax
+
+    if not jax.distributed.is_initialized():
+        return
+    from dynjax import mesh
+
+    traceback.print_exc()
+    said = "".join(traceback.format_exception(error))
+    if any(word in said for word in ("Gloo", "NCCL", "UNAVAILABLE", "coordination", "DEADLINE_EXCEEDED")):
+        time.sleep(mesh.seconds_to_wait() + 30)
+    sys.stderr.flush()
+    os._exit(1)

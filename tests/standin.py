@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 
 from dynjax import checkpoint, mesh, train
-from dynjax.config import Config, OptimizerConfig
+from dynjax.config import AugmentConfig, Config, OptimizerConfig
+from dynjax.data import make_loader
 
 
 class Net(nnx.Module):
@@ -72,6 +73,24 @@ class Batches:
         self.next = state["next"]
 
 
+class Pictures:
+    """A source of 20 pictures of noise, 8x8, with masks of 4 classes."""
+
+    size, ignore_label, handed = (8, 8), None, False
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        image = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        return {"image": image, "mask": (image[..., 0] // 64).astype(np.int32)}
+
+
+def loader(size: int = 8):
+    """The loader that rows have, shuffled and augmented; this process's part of its batches."""
+    return make_loader(Pictures(), size, seed=1, augment=AugmentConfig(pad=1, cutout=2), **mesh.processes())
+
+
 def config(**changes) -> Config:
     """Six steps of eight pictures; fields of the optimizer may be named directly."""
     inner = {name: changes.pop(name) for name in list(changes) if name in OptimizerConfig.__dataclass_fields__}
@@ -99,6 +118,6 @@ def arrays(fitted: train.Fitted) -> dict[str, np.ndarray]:
 if __name__ == "__main__":
     out, workdir, changes = sys.argv[1], sys.argv[2] or None, json.loads(sys.argv[3])
     mesh.initialize()
-    fitted = fit(config(**changes), workdir)
+    fitted = fit(config(**changes), workdir, loader=loader() if jax.process_count() > 1 else None)
     if jax.process_index() == 0:
         np.savez(out, devices=jax.device_count(), processes=jax.process_count(), **arrays(fitted))

@@ -1,13 +1,16 @@
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynjax import checkpoint
+from dynjax import checkpoint, lock
 from dynjax.config import BudgetConfig, Config, DataConfig, UserError
 
 
@@ -204,3 +207,119 @@ def test_load_wants_a_checkpoint(tmp_path):
     checkpoint.write_config(tmp_path, ROW, ("a", "b"))
     with pytest.raises(UserError, match="has no checkpoint yet"):
         checkpoint.load(tmp_path)
+
+
+# What else lies in a workdir
+
+
+def test_only_what_orbax_left_half_written_is_removed(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 6):
+        checkpoint.save(tmp_path, step, state(step), None)
+    shutil.copytree(folder / "6", folder / "6-backup")
+    for name in ("best", "²", "007", "9.orbax-checkpoint-tmp", "9.orbax-checkpoint-tmp-1234"):
+        (folder / name).mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "12").write_text("a file")
+    assert checkpoint.steps(tmp_path) == [1, 2, 6]
+    checkpoint.tidy(tmp_path, 2)
+    assert {path.name for path in folder.iterdir()} == {"1", "2", "6-backup", "best", "²", "007", "notes.txt", "12"}
+    assert [path.name for path in (tmp_path / "unreadable").iterdir()] == ["6"]
+
+
+def test_links_and_files_do_not_stop_pruning(tmp_path):
+    """The oldest checkpoint is a link to another disk, a later one is in the way as a file, another as a dead link."""
+    folder = tmp_path / "w" / "checkpoints"
+    folder.mkdir(parents=True)
+    checkpoint.save(tmp_path / "w", 1, state(1), None)
+    (folder / "1").rename(tmp_path / "elsewhere")
+    (folder / "1").symlink_to(tmp_path / "elsewhere")
+    assert checkpoint.read_newest(tmp_path / "w")[0] == 1
+    (folder / "2").write_text("a file")
+    (folder / "3").symlink_to(tmp_path / "nowhere")
+    for step in (2, 3, 4):
+        checkpoint.save(tmp_path / "w", step, state(step), None)
+    assert checkpoint.steps(tmp_path / "w") == [2, 3, 4] and not os.path.lexists(folder / "1")
+    assert (tmp_path / "elsewhere" / checkpoint.SEAL).exists()
+    assert (tmp_path / "w" / "unreadable" / "2").read_text() == "a file"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "unreadable"])
+def test_a_file_where_a_folder_should_be(tmp_path, name):
+    (tmp_path / name).write_text("")
+    assert checkpoint.steps(tmp_path) == []
+    with pytest.raises(UserError, match=f"{name} is no folder: move it away"):
+        checkpoint.check_workdir(tmp_path, ROW)
+
+
+def test_a_workdir_that_is_there_no_more(tmp_path):
+    with pytest.raises(UserError, match=r"workdir .*/w is there no more: it was moved or removed while training"):
+        checkpoint.save(tmp_path / "w", 1, state(), None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_more_or_fewer_processes(tmp_path, monkeypatch):
+    """Each process has a position of its own; who was not there takes that of the first."""
+    checkpoint.save(tmp_path, 1, state(1), "first")
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    arrays, position = checkpoint.read(tmp_path, 1)
+    assert position == "first"
+    same(checkpoint.fill(state(0), arrays), state(1))
+
+
+def test_one_at_a_time(tmp_path):
+    with lock.hold(tmp_path):
+        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on \S+: wait for it, or give another"):
+            with lock.hold(tmp_path):
+                pass
+    with pytest.raises(ZeroDivisionError), lock.hold(tmp_path):
+        raise ZeroDivisionError
+    holder = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(1, flush=True); time.sleep(99)"
+    )
+    process = subprocess.Popen([os.sys.executable, "-S", "-c", holder, tmp_path / "lock"], stdout=subprocess.PIPE)
+    process.stdout.read(1)
+    with pytest.raises(UserError, match="in use by another process"), lock.hold(tmp_path):
+        pass
+    process.kill()  # nothing is left behind
+    process.communicate()
+    with lock.hold(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def none(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", none)
+    with lock.hold(tmp_path):
+        pass
+
+
+@contextlib.contextmanager
+def disk_of(kilobytes, folder):
+    folder.mkdir(exist_ok=True)
+    made = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(made, capture_output=True).returncode:
+        pytest.skip("small file systems cannot be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("looks_first", [True, False])
+def test_a_small_disk_is_full_in_one_line(tmp_path, monkeypatch, capfd, looks_first):
+    """Also where the room that was seen is not there (a quota): what is unfinished goes, what is finished stays."""
+    if not looks_first:
+        monkeypatch.setattr(checkpoint, "_check_room", lambda *args: None)
+    for kilobytes in (8, 20, 40, 60):
+        with disk_of(kilobytes, tmp_path / "disk") as disk:
+            with pytest.raises(UserError, match=r"cannot write checkpoint \d+ in .*: No space left on device"):
+                for step in range(1, 9):
+                    checkpoint.save(disk, step, state(step), step)
+            left = checkpoint.steps(disk)
+            assert {path.name for path in (disk / "checkpoints").iterdir()} == {str(step) for step in left}
+            for step in left:
+                same(checkpoint.fill(state(0), checkpoint.read(disk, step)[0]), state(step))
+    assert capfd.readouterr().err == ""

@@ -1,5 +1,8 @@
+import errno
 import json
 import math
+import multiprocessing
+import resource
 
 import pytest
 
@@ -79,3 +82,53 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write the log in .*file: Not a directory"):
         make(tmp_path / "file")
+
+
+@pytest.mark.parametrize("bytes_left", [0, 10, 60, 100, 200, 400])
+def test_a_full_disk_is_one_line_and_the_log_goes_on(tmp_path, bytes_left, capfd):
+    """By the largest size of a file, which needs no small disk; TensorBoard's file and ours fill up in turn."""
+    write(tmp_path, 0, 3)
+    before = log.read_metrics(tmp_path)
+    size = max(
+        (tmp_path / "metrics.jsonl").stat().st_size, *(p.stat().st_size for p in (tmp_path / "tensorboard").iterdir())
+    )
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    made = make(tmp_path, 3)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + bytes_left, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"cannot write .*: {log.os.strerror(errno.EFBIG)}"):
+            for step in range(4, 40):
+                made.train(step, {"loss": 1.0 / step})
+                made.flush()
+        made.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log.read_metrics(tmp_path)[: len(before)] == before
+    write(tmp_path, 3, 5)
+    assert [record["step"] for record in log.read_metrics(tmp_path) if "loss" in record] == [1, 2, 3, 4, 5]
+    assert capfd.readouterr().err == ""
+
+
+def test_without_shared_memory(tmp_path, monkeypatch):
+    """A read-only /dev/shm is no fault of the workdir's: nothing here needs it."""
+
+    def none(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(multiprocessing, "Queue", none)
+    write(tmp_path, 0, 2)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_a_log_that_was_removed(tmp_path):
+    made = make(tmp_path)
+    made.train(1, {"loss": 1.0})
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics.jsonl was removed while training"):
+        made.train(2, {"loss": 1.0})
+    made.close()
+
+
+def test_which_steps_were_evaluated(tmp_path):
+    write(tmp_path, 0, 3)
+    assert [log.evaluated(tmp_path, step) for step in (2, 3, 4)] == [False, True, False]

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,10 +16,11 @@ import pytest
 import standin
 from flax import nnx
 
-from dynjax import checkpoint, log, step, train
+from dynjax import checkpoint, lock, log, step, train
 from dynjax.config import BudgetConfig, OptimizerConfig, UserError
 from dynjax.ops import Experts
 from dynjax.ops.kernels import CondConv
+from dynjax.stop import Stop, Stopped
 
 HERE = Path(__file__).parent
 
@@ -336,29 +338,133 @@ def test_the_same_numbers_on_one_and_on_eight_devices(tmp_path):
     close(standin.arrays(standin.fit(standin.config(**changes))), one)
 
 
-def test_two_processes_agree_with_one(tmp_path, whole):
-    """Two processes of one device each, joined over TCP, each with half of every batch; saved and resumed."""
+def run_two(out: Path, workdir: Path) -> dict:
+    """Two processes of one device each, joined over TCP, each with half of every batch."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    common = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    common["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    finish(*(start(out, workdir, {}, **common, JAX_PROCESS_ID=str(index)) for index in (0, 1)))
+    found = dict(np.load(out))
+    assert found.pop("devices") == 2 and found.pop("processes") == 2
+    return found
 
-    def run(out: Path) -> None:
-        common = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
-        common["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
-        finish(*(start(out, tmp_path / "w", {}, **common, JAX_PROCESS_ID=str(index)) for index in (0, 1)))
 
-    run(tmp_path / "two.npz")
-    two = dict(np.load(tmp_path / "two.npz"))
-    assert two.pop("devices") == 2 and two.pop("processes") == 2
+def losses(workdir: Path) -> list[float]:
+    return [record["loss"] for record in log.read_metrics(workdir)]
+
+
+def test_two_processes_agree_with_one(tmp_path):
+    """Saved, and resumed by as many and by one. The loader is the real one; net, loss and pictures have noise."""
+    workdir, alone = tmp_path / "w", tmp_path / "alone"
+    whole = standin.arrays(standin.fit(standin.config(), tmp_path / "whole", loader=standin.loader()))
+    two = run_two(tmp_path / "two.npz", workdir)
     close(two, whole)
-    assert checkpoint.steps(tmp_path / "w") == [2, 4, 6]
-    names = sorted(path.name for path in (tmp_path / "w" / "checkpoints" / "4" / "sidecar").glob("process*"))
+    np.testing.assert_allclose(losses(workdir), losses(tmp_path / "whole"), rtol=1e-5)
+    assert checkpoint.steps(workdir) == [2, 4, 6]
+    names = sorted(path.name for path in (workdir / "checkpoints" / "4" / "sidecar").glob("process*"))
     assert names == ["process_0.json", "process_1.json"]
+    (workdir / "checkpoints" / "6").rename(tmp_path / "6")
+    shutil.copytree(workdir, alone)
+    close(standin.arrays(standin.fit(standin.config(), alone, loader=standin.loader())), whole)
+    np.testing.assert_allclose(losses(alone), losses(tmp_path / "whole"), rtol=1e-5)
+    same(run_two(tmp_path / "again.npz", workdir), two)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_one_stopped(tmp_path):
+    whole = standin.arrays(standin.fit(standin.config(), tmp_path / "w", loader=standin.loader()))
+    before = losses(tmp_path / "w")
     (tmp_path / "w" / "checkpoints" / "6").rename(tmp_path / "6")
-    run(tmp_path / "again.npz")
-    again = dict(np.load(tmp_path / "again.npz"))
-    del again["devices"], again["processes"]
-    same(again, two)
+    close(run_two(tmp_path / "two.npz", tmp_path / "w"), whole)
+    np.testing.assert_allclose(losses(tmp_path / "w"), before, rtol=1e-5)
+
+
+def test_a_position_of_other_processes_is_refused(tmp_path, monkeypatch):
+    """A loader whose state is no number of batches, saved by one process and taken up by two."""
+    standin.fit(standin.config(steps=1), tmp_path)
+    _, _, position = checkpoint.read_newest(tmp_path)
+    assert position == {"processes": 1, "loader": {"next": 1}}
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"step 1 was saved by 1 process\(es\), this run has 2, .* start as many"):
+        train._go_to(iter(standin.Batches()), position, 1)
+    ours = iter(standin.loader())
+    train._go_to(ours, {"processes": 5, "loader": 1}, 1)
+    assert ours.get_state() == 1
+
+
+# Signals and folders
+
+
+class SignalWhile(standin.Task):
+    """An `evaluate` of four batches that is sent a signal after the second of its first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.stop, self.batches, self.scores = Stop(), 0, []
+
+    def evaluate(self, model):
+        for _ in range(4):
+            if self.stop():
+                raise Stopped
+            self.batches += 1
+            if self.batches == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        self.scores.append(float(standin.arrays(train.Fitted(model, {}, 0))["conv.kernel"].sum()))
+        return {"miou": self.scores[-1]}
+
+    def fit(self, workdir, **changes):
+        config = standin.config(checkpoint_every=100, **changes)
+        loader = standin.Batches()
+        options = dict(gates=standin.is_gate, stop=self.stop, quiet=True)
+        return train.fit(standin.Net(nnx.Rngs(0)), self, loader, config, workdir, self.evaluate, **options)
+
+
+@pytest.mark.parametrize("at", [4, 6])
+def test_a_signal_during_evaluation_saves_first_and_evaluates_when_it_goes_on(tmp_path, whole, at):
+    """Also during the last one, after the last step."""
+    task = SignalWhile()
+    with pytest.raises(train.Interrupted, match=f"stopped after step {at} of 6; the same command goes on"):
+        task.fit(tmp_path, evaluate_every=at)
+    assert (task.batches, task.scores, checkpoint.steps(tmp_path)) == (2, [], [at])
+    again = SignalWhile()
+    again.batches = 2  # no further signal
+    same(standin.arrays(again.fit(tmp_path, evaluate_every=at)), whole)
+    evaluated = [record["step"] for record in log.read_metrics(tmp_path) if "val/miou" in record]
+    assert evaluated == ([4, 6] if at == 4 else [6]) and len(again.scores) == len(evaluated)
+
+
+def test_before_the_first_step_a_signal_acts_as_usual(tmp_path, whole):
+    """There is nothing to save, and a handler of ours would only be heard when all is compiled."""
+    with pytest.raises(KeyboardInterrupt):
+        standin.fit(standin.config(), tmp_path, loader=SignalAt(0))
+    assert checkpoint.steps(tmp_path) == []
+    with lock.hold(tmp_path):
+        pass
+
+
+def test_a_workdir_in_use_is_left_alone(tmp_path):
+    standin.fit(standin.config(steps=1), tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
+    with lock.hold(tmp_path), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
+        standin.fit(standin.config(steps=1), tmp_path)
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def test_a_workdir_removed_while_training_is_not_made_again(tmp_path):
+    class Removes(standin.Batches):
+        def __iter__(self):
+            return type(self)()
+
+        def __next__(self):
+            if self.next == 3:
+                shutil.rmtree(tmp_path / "w")
+            return super().__next__()
+
+    with pytest.raises(UserError, match="removed while training"):
+        standin.fit(standin.config(), tmp_path / "w", loader=Removes())
+    assert list(tmp_path.iterdir()) == []
 
 
 # Bad configurations
