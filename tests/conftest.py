@@ -1,5 +1,10 @@
-"""Strictness for the whole suite: no silent rank promotion, 8 simulated devices; the rest is in pyproject.toml."""
+"""Strictness for the whole suite: no silent rank promotion, 8 simulated devices; the rest is in pyproject.toml.
 
+And what makes it quick: nearly all of its time goes into compiling.
+"""
+
+import gc
+import importlib.metadata
 import os
 import pathlib
 
@@ -12,6 +17,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The programs of tests are small and run a few times: what XLA's optimizations cost is never earned back.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Fused loops the short way takes a quarter off. XLA ends the process at flags that it does not know: 0.10's, no other's.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax  # noqa: E402
@@ -20,6 +28,10 @@ import pytest  # noqa: E402
 # Not through XLA_FLAGS: commands that tests start should see the machine as it is.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing makes many small objects that live: by default Python would go through all of them a hundred times.
+gc.freeze()
+gc.set_threshold(20_000, 20, 100)
 
 
 @pytest.fixture
