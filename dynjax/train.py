@@ -279,9 +279,10 @@ def validator(task: Any, source: Any, config: Config) -> Callable[[nnx.Module], 
 def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
     """Train the row's model in `workdir`, or go on where it stopped; returns the final scores on val."""
     from dynjax.data import make_loader, make_source
-    from dynjax.tasks import make_task
+    from dynjax.tasks import make_task, refuse_unused
 
     check(config)
+    refuse_unused(config)
     checkpoint.check_workdir(workdir, config)
     if config.model.family == "codes" and not config.init_from:
         raise UserError(f"row {config.row} needs --init-from, the workdir of a trained VQ-VAE (rows *_vqvae)")
