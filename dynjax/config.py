@@ -383,9 +383,9 @@ class LossConfig:
     """Weight of the soft Dice loss."""
     class_weights: Literal["none", "sqrt", "inverse"] = "none"
     """Weight each class by nothing, by 1/sqrt(frequency) or by 1/frequency, measured on the training masks; of
-    segmentation."""
+    segmentation. Options that a row does not use are refused."""
     label_smoothing: float = 0.0
-    """Share of the label that is spread over all classes; of classification."""
+    """Share of the label that is spread over all classes."""
     load_balance: float = 0.0
     """Weight of the loss that has all branches and experts used alike."""
     router_z: float = 0.0

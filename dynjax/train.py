@@ -295,12 +295,13 @@ def validator(task: Any, source: Any, config: Config, stop: Stop | None = None) 
 def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
     """Train the row's model in `workdir`, or go on where it stopped; returns the final scores on val."""
     from dynjax.data import make_loader, make_source
-    from dynjax.tasks import make_task
+    from dynjax.tasks import make_task, refuse_unused
 
     check(config)
+    refuse_unused(config)
     with meshes.together():
         checkpoint.check_workdir(workdir, config)
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and Path(workdir).is_dir():
             with lock.hold(workdir):  # before minutes of reading data
                 pass
     if config.model.family == "codes" and not config.init_from:

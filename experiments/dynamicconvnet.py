@@ -8,22 +8,22 @@ python -m experiments.evaluate --workdir W --twin runs/cifar10_dyconv_static
 All are trained from nothing, as their static twin. Their MACs are static: the mixture and the attention are counted.
 """
 
-from dynjax.config import DynamicConvNetConfig
+from dynjax.config import BudgetConfig, DynamicConvNetConfig
 from experiments.labelled import variants
 
 MODEL = DynamicConvNetConfig()
-SMALL = dict(widths=(8, 16), blocks=(1, 1))
+WAYS = dict(small=dict(widths=(8, 16), blocks=(1, 1)), from_twin=False, target=BudgetConfig().target)
+"""No budget moves them: the target is left alone."""
 
 ROWS = (
-    *variants("condconv", "CondConv", MODEL, {"kernels": "condconv"}, small=SMALL, from_twin=False),
-    *variants("dyconv", "Dynamic Convolution", MODEL, {"kernels": "dyconv"}, small=SMALL, from_twin=False),
-    *variants("odconv", "ODConv", MODEL, {"kernels": "odconv"}, small=SMALL, from_twin=False),
+    *variants("condconv", "CondConv", MODEL, {"kernels": "condconv"}, **WAYS),
+    *variants("dyconv", "Dynamic Convolution", MODEL, {"kernels": "dyconv"}, **WAYS),
+    *variants("odconv", "ODConv", MODEL, {"kernels": "odconv"}, **WAYS),
     *variants(
         "dynamicconvnet",
         "generated kernels",
         MODEL,
         {"hyper": "hyper", "involution": "involution", "ddf": "ddf"},
-        small=SMALL,
-        from_twin=False,
+        **WAYS,
     ),
 )

@@ -105,7 +105,9 @@ def variants(
                     static, row=name, model=dataclasses.replace(shape, **changes), budget=BudgetConfig(target=target)
                 )
                 protocol = f"as {static.row}, from nothing."
-            row = dataclasses.replace(row, loss=dataclasses.replace(row.loss, **(loss or {})))
+            # Chance has no logits that could grow.
+            more = {each: weight for each, weight in (loss or {}).items() if gate == "learned" or each != "router_z"}
+            row = dataclasses.replace(row, loss=dataclasses.replace(row.loss, **more))
             control = f"Control: {data}_{family}_{first} that chooses at random."
             rows.append(make_row(row, control if kind == "random" else f"{kind}: {where}.", protocol))
     return tuple(rows)

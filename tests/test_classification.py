@@ -12,7 +12,8 @@ import dynjax as dj
 from dynjax import tasks
 from dynjax.config import BudgetConfig, Config, DataConfig, LossConfig, MSDNetConfig, UNetConfig, UserError
 from dynjax.data import make_source
-from dynjax.tasks import spending
+from dynjax.ops import PolicySkip
+from dynjax.tasks import classification, spending
 from dynjax.tasks.classification import ClassificationTask, confusion_matrix, cross_entropy, scores
 
 NAMES = ("a", "b", "c")
@@ -107,3 +108,38 @@ def test_the_task_belongs_to_the_source():
         tasks.make_task(Config(row="r", model=UNetConfig()), labels)
     with pytest.raises(UserError, match=r"row r \(msdnet\) needs pictures with one label each; .* has a mask"):
         tasks.make_task(Config(row="r", model=MSDNetConfig()), masks)
+
+
+class Policied(nnx.Module):
+    def __init__(self, rngs):
+        blocks = [nnx.Linear(4, 4, rngs=rngs) for _ in range(6)]
+        self.chain = PolicySkip(blocks, dj.ChannelGate(4, 6, bias=0.0, rngs=rngs), straight_through=False)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.chain(x))
+
+
+def test_a_policy_is_compared_with_itself_at_the_same_threshold(monkeypatch):
+    seen = {"kept": []}
+    reward, log_probability = classification.blockdrop_reward, classification.log_probability
+    monkeypatch.setattr(
+        classification,
+        "blockdrop_reward",
+        lambda right, kept, wrong: seen["kept"].append(kept) or reward(right, kept, wrong),
+    )
+    monkeypatch.setattr(
+        classification, "log_probability", lambda drawn: seen.update(p=drawn.probability) or log_probability(drawn)
+    )
+    model, task = make(Policied), ClassificationTask(NAMES, LossConfig(), BudgetConfig(target=0.1))
+    batch = {"image": image(6, 4), "label": jnp.asarray([0, 1, 2, 0, 1, -1])}
+    _, metrics = task.loss(model, batch, KEY, 1.0)
+    assert metrics["target"] > 0.2  # far from the row's own target, at which the model is left
+    np.testing.assert_allclose(seen["kept"][1], (seen["p"] >= 0.5).mean(-1), rtol=1e-6)
+    assert float(model.chain.gate.logits.threshold[...]) == pytest.approx(np.log(9))
+
+
+def test_the_weight_of_the_cross_entropy():
+    model, batch = make(lambda rngs: nnx.Linear(4, 3, rngs=rngs)), {"image": image(4, 4), "label": jnp.arange(4) % 3}
+    one, two = (ClassificationTask(NAMES, LossConfig(cross_entropy=w)).loss(model, batch, KEY, 0.0)[0] for w in (1.0, 2.0))
+    assert float(two) == pytest.approx(2 * float(one))

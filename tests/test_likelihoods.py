@@ -110,7 +110,9 @@ def test_another_likelihood(arguments, message):
 def test_logistic_far_outside(mean, log_scale):
     """Beside double precision, in which the width of a value in scales is no difference of two large numbers either."""
     values = np.array([0, 1, 128, 254, 255])
-    found = Logistic(256, 1, 1).log_prob(jnp.tile(jnp.array([0.0, mean, log_scale]), (5, 1)), jnp.asarray(values)[:, None])
+    found = Logistic(256, 1, 1).log_prob(
+        jnp.tile(jnp.array([0.0, mean, log_scale]), (5, 1)), jnp.asarray(values)[:, None]
+    )
     centred, inverse = 2 * values / 255 - 1 - mean, np.exp(-log_scale)
     log_sigmoid = lambda x: -np.logaddexp(0, -x)  # noqa: E731
     above, below = log_sigmoid(inverse * (centred + 1 / 255)), log_sigmoid(-inverse * (centred - 1 / 255))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynjax import models, train
+from dynjax import models, tasks, train
 from dynjax.config import UserError
 from experiments import rows
 
@@ -99,3 +99,39 @@ def test_rows_of_a_family_differ_in_what_they_are_for():
 def test_unknown_rows(name, message):
     with pytest.raises(UserError, match=re.escape(message)):
         rows.get_row(name)
+
+
+def test_every_row_uses_the_options_that_it_sets():
+    for name in rows.ROWS:
+        tasks.refuse_unused(rows.get_row(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("digits_resnet_static", "loss.dice", 1.0),
+        ("digits_resnet_skip", "loss.class_weights", "sqrt"),
+        ("digits_resnet_skip", "loss.load_balance", 0.1),
+        ("digits_resnet_skip", "loss.wrong", 2.0),
+        ("digits_resnet_static", "budget.target", 0.4),
+        ("digits_resnet_exits", "budget.weight", 1.0),
+        ("digits_condconv_kernels", "budget.sampled", False),
+        ("digits_moe_random", "loss.router_z", 0.1),
+        ("digits_unet_tiles", "loss.load_balance", 0.1),
+        ("digits_unet_select", "loss.router_z", 0.1),
+        ("digits_unet_select", "loss.ponder", 0.1),
+        ("digits_unet_select", "loss.reinforce", 2.0),
+        ("digits_pixelcnn", "budget.target", 0.4),
+        ("digits_transformer_exits", "budget.weight", 1.0),
+        ("digits_nextscale", "loss.label_smoothing", 0.1),
+        ("digits_codes_exits", "loss.cross_entropy", 2.0),
+        ("digits_vqvae", "loss.dice", 1.0),
+    ],
+)
+def test_an_option_that_a_row_does_not_use_is_refused(name, option, value, tmp_path):
+    part, field = option.split(".")
+    row = rows.get_row(name)
+    row = dataclasses.replace(row, **{part: dataclasses.replace(getattr(row, part), **{field: value})})
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {value}: row {name} .* does not use it"):
+        train.train(row, tmp_path / "w", quiet=True)
+    assert not (tmp_path / "w").exists()

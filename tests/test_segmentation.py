@@ -284,3 +284,19 @@ def test_gradients_reach_gates_and_weights(batch):
         assert np.isfinite(leaf[...]).all(), path
     assert np.asarray(found["middle"]["gate"]["logits"]["bias"][...]).any()
     assert np.asarray(found["stem"]["kernel"][...]).any()
+
+
+def test_smooth_labels_and_branches_used_alike(batch):
+    logits = jnp.log(jnp.asarray([[[[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]]]))
+    mask = jnp.asarray([[[0, -1]]])
+    smooth = segmentation.cross_entropy(logits, mask, None, 0.3)  # 0.8 on the label and 0.1 on the two others
+    np.testing.assert_allclose(smooth, 0.8 * np.log(2) + 0.2 * np.log(4), rtol=1e-6)
+    model = Net(tile_gate())
+    model.middle = dj.Select(
+        [nnx.Linear(4, 4, rngs=nnx.Rngs(2)), model.middle.block], dj.BranchGate(4, 2, rngs=nnx.Rngs(3))
+    )
+    task = SegmentationTask(3, NAMES, LossConfig(load_balance=0.5), None, BudgetConfig())
+    _, metrics = nnx.jit(lambda model: task.loss(model, batch, jax.random.key(0), 0.5))(model)
+    assert 0 < metrics["load_balance"] < 1
+    whole = metrics["task_loss"] + metrics["budget_loss"] + metrics["load_balance"]
+    assert float(metrics["loss"]) == pytest.approx(float(whole), rel=1e-5)

@@ -1,11 +1,37 @@
 """Tasks: what is to be predicted, its loss and its scores. A training loop takes any of them."""
 
+import dataclasses
 from typing import Any
 
 from dynjax import models
 from dynjax.config import Config, UserError
 
-__all__ = ["make_task"]
+__all__ = ["make_task", "refuse_unused"]
+
+
+def refuse_unused(config: Config) -> None:
+    """Raises UserError for an option of the loss or the budget that is set, and that nothing of the row looks at.
+
+    Every task has `uses(model)`, the names of those that it looks at.
+    """
+    from dynjax.tasks import autoregressive, classification, reconstruction, segmentation
+
+    if models.reconstructs(config.model):
+        task = reconstruction
+    elif models.generates(config.model):
+        task = autoregressive
+    else:
+        task = segmentation if models.segments(config.model) else classification
+    used = task.uses(config.model)
+    for part in ("loss", "budget"):
+        own = getattr(config, part)
+        for field in dataclasses.fields(own):
+            name, value = f"{part}.{field.name}", getattr(own, field.name)
+            if name not in used and value != field.default:
+                what = f"{config.model.family}, {config.model.dynamics}"
+                raise UserError(
+                    f"--{name.replace('_', '-')} {value}: row {config.row} ({what}) does not use it; leave it out"
+                )
 
 
 def make_task(config: Config, source: Any, *, training: bool = True) -> Any:

@@ -13,7 +13,13 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dynjax import budget
+from dynjax.config import ModelConfig
 from dynjax.models.likelihoods import quantise
+
+
+def uses(model: ModelConfig) -> set[str]:
+    """Options of the loss and the budget that training looks at: none, the loss is the bits."""
+    return set()
 
 
 def integers(model: nnx.Module, image: Array) -> Array:

@@ -15,16 +15,34 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
 from dynjax import budget, trace
-from dynjax.config import BudgetConfig, LossConfig
+from dynjax.config import BudgetConfig, LossConfig, ModelConfig
 from dynjax.decision import Decision
 from dynjax.ops.attention import annealed_temperature, set_temperature
-from dynjax.ops.experts import router_z_loss
 from dynjax.ops.halting import geometric_prior, halting_distribution, kl_to_prior
 from dynjax.ops.policy import PolicySkip, blockdrop_reward, log_probability, reinforce_loss, set_curriculum
 from dynjax.tasks import spending
 
 CURRICULUM = 0.3
 """Share of the training over which a policy comes to decide about all blocks (BlockDrop)."""
+
+
+def uses(model: ModelConfig) -> set[str]:
+    """Options of the loss and the budget that training and its evaluation look at."""
+    used = {"loss.cross_entropy", "loss.label_smoothing"}
+    if model.dynamics == "static" or model.family == "dynamicconvnet":  # mixed kernels skip nothing
+        return used
+    used |= spending.BUDGET
+    if model.dynamics == "pondernet" and model.gate == "learned":
+        used |= {"loss.ponder"}
+    if model.dynamics == "reinforce":
+        used |= {"loss.reinforce", "loss.wrong"}
+    if spending.branches(model):
+        used |= {"loss.load_balance"}
+    if model.family == "moe" and model.gate == "learned":
+        used |= {"loss.router_z"}
+    # Exits and PonderNet are trained on every output whatever they cost; of REINFORCE the reward says what blocks cost.
+    by_budget = model.dynamics not in ("exits", "reinforce") and "loss.ponder" not in used
+    return used if by_budget else used - {"budget.weight"}
 
 
 def cross_entropy(logits: Float[Array, "B K"], label: Int[Array, "B"], smoothing: float = 0.0) -> Float[Array, "B"]:
@@ -104,9 +122,9 @@ class ClassificationTask:
             )
             outputs = [logits]
             task_loss = self._each(outputs, label).sum() / count
-            more = self._auxiliary(model, decisions)
+            more = spending.auxiliary(self.losses, model, decisions)
             if any(isinstance(each, PolicySkip) and not each.straight_through for _, each in nnx.iter_modules(model)):
-                more["reinforce"] = self._reinforced(model, image, label, logits, decisions)
+                more["reinforce"] = self._reinforced(model, image, label, logits, decisions, spent["target"])
                 budget_loss = 0.0  # the reward says what blocks are worth
         else:
             outputs = [model(image)]
@@ -120,7 +138,8 @@ class ClassificationTask:
         return loss, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     def _each(self, outputs: list[Array], label: Array) -> Float[Array, "B E"]:
-        return jnp.stack([cross_entropy(logits, label, self.losses.label_smoothing) for logits in outputs], 1)
+        each = [cross_entropy(logits, label, self.losses.label_smoothing) for logits in outputs]
+        return self.losses.cross_entropy * jnp.stack(each, 1)
 
     def _pondered(self, losses: Array, decisions: trace.Trace, label: Array) -> tuple[Array, dict[str, Array]]:
         """PonderNet: the loss expected over where it stops, and the divergence of that from the prior."""
@@ -133,20 +152,25 @@ class ClassificationTask:
         divergence = jnp.where(counts, kl_to_prior(p, prior), 0).sum() / jnp.maximum(counts.sum(), 1)
         return expected, {"ponder": self.losses.ponder * divergence}
 
-    def _auxiliary(self, model: nnx.Module, decisions: trace.Trace) -> dict[str, Array]:
-        """The weighted losses that keep branches and experts in use."""
-        terms = {
-            "load_balance": (self.losses.load_balance, lambda: budget.load_balance(decisions)),
-            "router_z": (self.losses.router_z, lambda: router_z_loss(model)),
-        }
-        return {name: weight * term() for name, (weight, term) in terms.items() if weight}
-
     def _reinforced(
-        self, model: nnx.Module, image: Array, label: Array, logits: Array, decisions: trace.Trace
+        self,
+        model: nnx.Module,
+        image: Array,
+        label: Array,
+        logits: Array,
+        decisions: trace.Trace,
+        target: Array | float,
     ) -> Array:
-        """BlockDrop's loss of the policy: what it drew against the reward of what it would do without noise."""
+        """BlockDrop's loss of the policy: what it drew against the reward of what it would do without noise.
+
+        `target` is the budget under which it drew; without noise it decides at the same threshold.
+        """
         frozen = nnx.view(model, deterministic=True, use_running_average=True, raise_if_not_found=False)
+        if self.budget.sampled:
+            budget.set_threshold(model, budget.sampled_threshold(target))
         greedy, most_probable = trace.traced(frozen)(image)
+        if self.budget.sampled:
+            budget.set_threshold(model, budget.sampled_threshold(self.budget.target))
 
         def reward(logits: Array, decision: Decision) -> Array:
             return blockdrop_reward(logits.argmax(-1) == label, decision.keep.mean(-1), self.losses.wrong)

@@ -12,7 +12,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dynjax.config import ModelConfig
 from dynjax.models.vqvae import Reconstruction
+
+
+def uses(model: ModelConfig) -> set[str]:
+    """Options of the loss and the budget that training looks at: none, the weight of a term is the model's."""
+    return set()
 
 
 @dataclasses.dataclass(frozen=True)

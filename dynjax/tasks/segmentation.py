@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
-from dynjax.config import BudgetConfig, LossConfig
+from dynjax.config import BudgetConfig, LossConfig, ModelConfig
 from dynjax.tasks import spending
 
 LARGEST_CLASS_WEIGHT = 10.0
@@ -25,14 +25,25 @@ POWERS = {"sqrt": -0.5, "inverse": -1.0}
 """Of a class's frequency: its weight, but for the scale and the cap."""
 
 
+def uses(model: ModelConfig) -> set[str]:
+    """Options of the loss and the budget that training and its evaluation look at."""
+    used = {"loss.cross_entropy", "loss.dice", "loss.class_weights", "loss.label_smoothing"}
+    if model.dynamics != "static":
+        used |= spending.BUDGET
+    return used | {"loss.load_balance"} if spending.branches(model) else used
+
+
 def cross_entropy(
     logits: Float[Array, "B H W C"],
     mask: Int[Array, "B H W"],
     class_weights: Sequence[float] | Float[Array, "C"] | None = None,
+    smoothing: float = 0.0,
 ) -> Float[Array, ""]:
     """Mean over the pixels that count of -log softmax(logits)[label], weighted by class; 0 if none counts.
 
-    In float32 whatever the logits are. Raises ValueError where the shapes disagree.
+    With `smoothing`, that share of the label is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567,
+    section 7), and the weight stays that of the label. In float32 whatever the logits are. Raises ValueError where the
+    shapes disagree.
     """
     _check_shapes(logits, mask)
     if class_weights is not None and len(class_weights) != logits.shape[-1]:
@@ -42,7 +53,7 @@ def cross_entropy(
     # One-hot labels and not optax's integer ones: those are read by a gather, whose gradient is a slow scatter on CPUs,
     # and -1 would read the last class; here it is a row of zeros.
     truth = jax.nn.one_hot(mask, logits.shape[-1])
-    losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), truth)
+    losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), optax.smooth_labels(truth, smoothing))
     weights = jnp.ones(mask.shape) if class_weights is None else truth @ jnp.asarray(class_weights, jnp.float32)
     weights = jnp.where(mask >= 0, weights, 0.0)
     total = weights.sum()
@@ -168,21 +179,25 @@ class SegmentationTask:
         `spending.within_budget`.
         """
         if self.budget is None:
-            logits, spent, budget_loss = model(batch["image"]), {"macs_fraction": 1.0}, 0.0
+            logits, spent, budget_loss, more = model(batch["image"]), {"macs_fraction": 1.0}, 0.0, {}
         else:
-            logits, _, spent, budget_loss = spending.within_budget(
+            logits, decisions, spent, budget_loss = spending.within_budget(
                 lambda model, image: model(image), model, batch["image"], self.budget, key, progress
             )
+            more = spending.auxiliary(self.losses, model, decisions)
         task_loss = self.task_loss(logits, batch["mask"])
-        loss = task_loss + budget_loss
-        metrics = {"loss": loss, "task_loss": task_loss, "budget_loss": budget_loss, **spent}
+        loss = task_loss + budget_loss + sum(more.values(), jnp.float32(0))
+        metrics = {"loss": loss, "task_loss": task_loss, "budget_loss": budget_loss, **more, **spent}
         metrics["pixel_accuracy"] = _pixel_accuracy(logits, batch["mask"])
         return loss, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     def task_loss(self, logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -> Float[Array, ""]:
         """The weighted sum of cross-entropy and soft Dice."""
         terms = [
-            (self.losses.cross_entropy, lambda: cross_entropy(logits, mask, self.class_weights)),
+            (
+                self.losses.cross_entropy,
+                lambda: cross_entropy(logits, mask, self.class_weights, self.losses.label_smoothing),
+            ),
             (self.losses.dice, lambda: soft_dice(logits, mask)),
         ]
         return sum((weight * term() for weight, term in terms if weight), jnp.float32(0))

@@ -8,13 +8,32 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dynjax import budget, trace
-from dynjax.config import BudgetConfig
+from dynjax.config import BudgetConfig, LossConfig, ModelConfig
 from dynjax.gates import Threshold
+from dynjax.ops.experts import router_z_loss
 
 
 def steers(model: nnx.Module) -> bool:
     """Whether there is something in `model` that a budget can move."""
     return any(isinstance(each, Threshold) for _, each in nnx.iter_graph(model))
+
+
+BUDGET = {"budget.target", "budget.sampled", "budget.weight"}
+"""What `within_budget` looks at."""
+
+
+def branches(model: ModelConfig) -> bool:
+    """Whether a choice of one of several modules is among the model's decisions: what load balance is about."""
+    return (model.family, model.dynamics) in (("unet", "select"), ("resnet", "slices"), ("moe", "experts"))
+
+
+def auxiliary(losses: LossConfig, model: nnx.Module, decisions: trace.Trace) -> dict[str, Array]:
+    """The weighted losses that keep branches and experts in use."""
+    terms = {
+        "load_balance": (losses.load_balance, lambda: budget.load_balance(decisions)),
+        "router_z": (losses.router_z, lambda: router_z_loss(model)),
+    }
+    return {name: weight * term() for name, (weight, term) in terms.items() if weight}
 
 
 def within_budget(
