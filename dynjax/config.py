@@ -410,7 +410,8 @@ class OptimizerConfig:
     clip: float = 1.0
     """Largest norm of the whole gradient."""
     ema: float = 0.99
-    """Decay of the averaged parameters that are evaluated and deployed; 0 turns it off."""
+    """Decay of the averaged parameters that are evaluated and deployed; 0 turns it off. Batch statistics are those of
+    the parameters themselves, which at the end, where the rate falls to 0, are nearly the averaged ones."""
     accumulate: int = 1
     """Gradient accumulation: the batch is cut into this many parts."""
 
