@@ -8,13 +8,15 @@ import contextvars
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float
+
+Block = TypeVar("Block", bound=Callable)
 
 Granularity = Literal[
     "sample",  # (B,)
@@ -170,7 +172,7 @@ def record(module: nnx.Module, decision: Decision) -> None:
     module.sow(Decisions, "decision", decision)
 
 
-def unseen(block: Callable) -> Callable:
+def unseen(block: Block) -> Block:
     """`block` as an executor's loop runs it, or as it is only looked at: no trace is taken inside."""
     if not isinstance(block, nnx.Module) or not hasattr(block, "__captures__"):
         return block

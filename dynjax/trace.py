@@ -5,6 +5,7 @@ Letters: B examples, H W pixels, h w tiles.
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
 
 import jax
@@ -101,7 +102,7 @@ def traced(fn: Callable, *, examples: int | None = None) -> Callable:
     Raises:
         ValueError: if there is no model, the number of examples is not clear, or a decision cannot be seen.
     """
-    if isinstance(getattr(fn, "__self__", None), nnx.Module):
+    if isinstance(fn, types.MethodType) and isinstance(fn.__self__, nnx.Module):
         return functools.partial(traced(fn.__func__, examples=examples), fn.__self__)
 
     def call(*args, **kwargs):

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dynjax import cost, execute, gates
-from dynjax.decision import Decision
+from dynjax.decision import Decision, Granularity
 from dynjax.gates import GateParam, Threshold
 from dynjax.ops import wrapping
 
@@ -133,7 +133,7 @@ class RandomRouter(nnx.Module):
         return Decision(keep, jnp.full(shape, 1 / self.experts), _granularity(x, self.top))
 
 
-def _granularity(x: jax.Array, top: int) -> str:
+def _granularity(x: jax.Array, top: int) -> Granularity:
     """What a router's decision is about: tokens, or examples, of which only `top` = 1 is one of the experts."""
     if x.ndim == 3:
         return "token branch"
