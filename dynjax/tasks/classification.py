@@ -107,7 +107,9 @@ class ClassificationTask:
         count = jnp.maximum((label >= 0).sum(), 1)
         set_temperature(model, annealed_temperature(progress))
         set_curriculum(model, progress / CURRICULUM)
-        spent, budget_loss, more = {"macs_fraction": 1.0}, 0.0, {}
+        spent: dict[str, Any] = {"macs_fraction": 1.0}
+        more: dict[str, Array] = {}
+        budget_loss: Array | float = 0.0
         if hasattr(model, "predictions"):
             outputs, decisions = trace.traced(lambda model, image: model.predictions(image))(model, image)
             losses = self._each(outputs, label)
@@ -166,6 +168,7 @@ class ClassificationTask:
         `target` is the budget under which it drew; without noise it decides at the same threshold.
         """
         frozen = nnx.view(model, deterministic=True, use_running_average=True, raise_if_not_found=False)
+        assert self.budget is not None  # under which it drew
         if self.budget.sampled:
             budget.set_threshold(model, budget.sampled_threshold(target))
         greedy, most_probable = trace.traced(frozen)(image)

@@ -178,8 +178,10 @@ class SegmentationTask:
         The model is in its training view, and its statistics and random counts move on; for the budget see
         `spending.within_budget`.
         """
+        spent, more = {"macs_fraction": 1.0}, {}
+        budget_loss: Array | float = 0.0
         if self.budget is None:
-            logits, spent, budget_loss, more = model(batch["image"]), {"macs_fraction": 1.0}, 0.0, {}
+            logits = model(batch["image"])
         else:
             logits, decisions, spent, budget_loss = spending.within_budget(
                 lambda model, image: model(image), model, batch["image"], self.budget, key, progress
