@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The programs of tests are small and run a few times: what XLA's optimizations cost is never earned back.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Fused loops the short way takes a quarter off. XLA ends the process at flags that it does not know: 0.10's, no other's.
+# Fused loops the short way takes a quarter off. XLA ends the process at flags it does not know: 0.10's, no other's.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("MPLBACKEND", "agg")

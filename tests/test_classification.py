@@ -141,5 +141,7 @@ def test_a_policy_is_compared_with_itself_at_the_same_threshold(monkeypatch):
 
 def test_the_weight_of_the_cross_entropy():
     model, batch = make(lambda rngs: nnx.Linear(4, 3, rngs=rngs)), {"image": image(4, 4), "label": jnp.arange(4) % 3}
-    one, two = (ClassificationTask(NAMES, LossConfig(cross_entropy=w)).loss(model, batch, KEY, 0.0)[0] for w in (1.0, 2.0))
+    one, two = (
+        ClassificationTask(NAMES, LossConfig(cross_entropy=w)).loss(model, batch, KEY, 0.0)[0] for w in (1.0, 2.0)
+    )
     assert float(two) == pytest.approx(2 * float(one))
