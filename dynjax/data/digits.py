@@ -8,6 +8,7 @@ the seed, so a model trained with one seed has never seen the test digits of ano
 import dataclasses
 import functools
 import importlib.resources
+import io
 from typing import Any, Literal
 
 import numpy as np
@@ -48,7 +49,7 @@ def _photos() -> tuple[Image.Image, ...]:
         file = importlib.resources.files(package) / path
         try:
             with file.open("rb") as stream:
-                photos.append(Image.fromarray(read_image(stream)))
+                photos.append(Image.fromarray(read_image(io.BytesIO(stream.read()))))
         except (OSError, BadFile) as error:
             raise UserError(
                 f"digits needs the photograph {path} of the installed package {package}: {error}; "

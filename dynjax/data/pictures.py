@@ -4,11 +4,11 @@ H, W are a picture's height and width in pixels.
 """
 
 import contextlib
+import io
 import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
@@ -19,6 +19,7 @@ MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # lossless only: a JPEG blurs
 # What these suffixes promise. Left to itself Pillow goes by the content, and hands PostScript to Ghostscript.
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 MASK_FORMATS = ("PNG", "BMP", "TIFF")
+Stream = io.BufferedReader | io.BytesIO
 MOST_PIXELS = 89_000_000  # 270 MB as RGB; from 89.5 million on Pillow warns of attacks
 
 _LOSSY = ("jpeg", "tiff_jpeg", "webp")  # compressions of a TIFF, by Pillow's names
@@ -38,7 +39,7 @@ class BadFile(Exception):
     """One picture, mask or label that cannot be used. The text names the file and what is wrong with it."""
 
 
-def read_image(file: Path | IO[bytes], name: str = "") -> UInt8[np.ndarray, "H W 3"]:
+def read_image(file: Path | Stream, name: str = "") -> UInt8[np.ndarray, "H W 3"]:
     """A picture as RGB, upright. Raises BadFile, which calls an open file by `name`."""
     try:
         with open_picture(file) as picture:
@@ -50,7 +51,7 @@ def read_image(file: Path | IO[bytes], name: str = "") -> UInt8[np.ndarray, "H W
         raise BadFile(f"{name or file}: {_reason(error, IMAGE_FORMATS)}") from None
 
 
-def read_mask(file: Path | IO[bytes], name: str = "") -> Shaped[np.ndarray, "H W"]:
+def read_mask(file: Path | Stream, name: str = "") -> Shaped[np.ndarray, "H W"]:
     """Class ids as they are stored, grey or palette, upright. Raises BadFile, which calls an open file by `name`."""
     if isinstance(file, Path) and file.suffix.lower() not in MASK_SUFFIXES:
         raise BadFile(f"{file}: a mask must be lossless, one of {' '.join(MASK_SUFFIXES)}")
@@ -62,7 +63,7 @@ def read_mask(file: Path | IO[bytes], name: str = "") -> Shaped[np.ndarray, "H W
 
 
 @contextlib.contextmanager
-def open_picture(file: Path | IO[bytes], formats: tuple[str, ...] = IMAGE_FORMATS) -> Iterator[ImageFile.ImageFile]:
+def open_picture(file: Path | Stream, formats: tuple[str, ...] = IMAGE_FORMATS) -> Iterator[ImageFile.ImageFile]:
     """A picture of which only the header is read: one of `formats`, not too large, and alone in its file.
 
     Raises BadFile, without the file's name, and whatever Pillow raises.
