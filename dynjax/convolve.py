@@ -89,7 +89,7 @@ def generated(
     return _grouped(geometry, x.astype(dtype), kernels)
 
 
-def mixture(weights: Float[Array, "K"], kernels: Float[Array, "K kh kw I D"]) -> Float[Array, "kh kw I D"]:
+def mixture(weights: Float[Array, " K"], kernels: Float[Array, "K kh kw I D"]) -> Float[Array, "kh kw I D"]:
     """Sum of the kernels under their weights, for `generated`."""
     # A product of matrices: of more axes XLA makes a slower loop.
     return (weights @ kernels.reshape(kernels.shape[0], -1)).reshape(kernels.shape[1:])

@@ -89,11 +89,11 @@ class Decision:
         most = self.most or (1 if "branch" in self.granularity else len(self.whole_macs))
         return sum(sorted(self.whole_macs, reverse=True)[:most])
 
-    def macs(self) -> Float[Array, "B"]:
+    def macs(self) -> Float[Array, " B"]:
         """MACs spent per example; the gradient reaches the gate through `keep`."""
         return self._macs(self.keep)
 
-    def expected_macs(self) -> Float[Array, "B"]:
+    def expected_macs(self) -> Float[Array, " B"]:
         """Expected MACs per example under `probability`; of experts, as many as a token can take."""
         return self._macs(self.probability * self.most if self.most else self.probability)
 

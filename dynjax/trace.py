@@ -33,15 +33,15 @@ class Trace:
     full_macs: float = dataclasses.field(metadata=dict(static=True))
     examples: int = dataclasses.field(metadata=dict(static=True))
 
-    def macs(self) -> Float[Array, "B"]:
+    def macs(self) -> Float[Array, " B"]:
         """MACs spent per example, the static part included; straight-through gradient to the gates."""
         return self._sum(Decision.macs)
 
-    def expected_macs(self) -> Float[Array, "B"]:
+    def expected_macs(self) -> Float[Array, " B"]:
         """Expected MACs per example under the gates' probabilities, the static part included."""
         return self._sum(Decision.expected_macs)
 
-    def fraction(self) -> Float[Array, "B"]:
+    def fraction(self) -> Float[Array, " B"]:
         """`macs` as a share of `full_macs`."""
         return self.macs() / self.full_macs
 

@@ -70,7 +70,7 @@ def _photo_part(photo: Image.Image, split: str) -> tuple[int, int, int, int]:
 
 
 @functools.cache
-def handwritten() -> tuple[Float[np.ndarray, "N 8 8"], Int32[np.ndarray, "N"]]:
+def handwritten() -> tuple[Float[np.ndarray, "N 8 8"], Int32[np.ndarray, " N"]]:
     """scikit-learn's 1,797 digits, ink from 0 to 1, and their labels."""
     from sklearn.datasets import load_digits
 
@@ -101,7 +101,7 @@ def split_digits(split: str) -> tuple[np.ndarray, ...]:
     return tuple(parts)
 
 
-def cut(indices: Integer[np.ndarray, "N"], rng: np.random.Generator) -> list[Integer[np.ndarray, "_"]]:
+def cut(indices: Integer[np.ndarray, " N"], rng: np.random.Generator) -> list[Integer[np.ndarray, " _"]]:
     """`indices` in a random order, dealt out to train, val and test."""
     ends = np.round(np.cumsum(_SHARES) * len(indices)).astype(int)
     return np.split(rng.permutation(indices), ends[:-1])

@@ -161,8 +161,8 @@ class Exits(nnx.Module):
         return outs
 
     def doubt(
-        self, logits: Float[Array, "B *pixels K"], agreed: Float[Array, "B"] | None = None
-    ) -> Float[Array, "B *tiles"]:
+        self, logits: Float[Array, "B *pixels K"], agreed: Float[Array, " B"] | None = None
+    ) -> Float[Array, " B *tiles"]:
         """How far one head is from stopping: it goes on where this is at least the threshold.
 
         The logit of one minus the confidence, above that logit at `at`; with "patience" the agreements that are
@@ -179,12 +179,12 @@ class Exits(nnx.Module):
             return self.patience - 1 - (jnp.zeros_like(sure) if agreed is None else agreed) + jnp.exp(unsure)
         return unsure - sure - start
 
-    def _mean(self, x: Float[Array, "B *pixels"]) -> Float[Array, "B *tiles"]:
+    def _mean(self, x: Float[Array, " B *pixels"]) -> Float[Array, " B *tiles"]:
         if self.size is None:
             return x.mean(tuple(range(1, x.ndim)))
         return pool_tiles(x[..., None], self.size)[..., 0]
 
-    def _log_mean(self, log_x: Float[Array, "B *pixels"]) -> Float[Array, "B *tiles"]:
+    def _log_mean(self, log_x: Float[Array, " B *pixels"]) -> Float[Array, " B *tiles"]:
         """Logarithm of the mean of exp(log_x): of sure pixels it may be less than float32 tells from 0."""
         if self.size is None:
             most = log_x.max(tuple(range(1, log_x.ndim)), keepdims=True)

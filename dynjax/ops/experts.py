@@ -258,7 +258,7 @@ class Experts(nnx.Module):
         weight = jnp.where(taken, jnp.take_along_axis(weight, chosen, 1), 0)
         return jnp.where(taken[..., None], y * weight[..., None].astype(y.dtype), 0).sum(1)
 
-    def _blocks(self, tokens: Float[Array, "n C"], sizes: Int[Array, "E"], block: int) -> Float[Array, "n C"]:
+    def _blocks(self, tokens: Float[Array, "n C"], sizes: Int[Array, " E"], block: int) -> Float[Array, "n C"]:
         """Every expert on its own rows of `tokens`, `block` rows at a time; as many blocks as are needed."""
         start, blocks = jnp.cumsum(sizes) - sizes, -(-sizes // block)
         last = jnp.cumsum(blocks)
@@ -275,7 +275,7 @@ class Experts(nnx.Module):
 
 def places(
     keep: Float[Array, "N E"], most: int
-) -> tuple[Int[Array, "N k"], Bool[Array, "N k"], Int[Array, "N k"], Int[Array, "E"]]:
+) -> tuple[Int[Array, "N k"], Bool[Array, "N k"], Int[Array, "N k"], Int[Array, " E"]]:
     """Where the pairs (token, expert) that are kept lie when they are ordered by expert, then by token.
 
     For each token `most` experts, which of them it takes, their places (N * most where it does not), and for each

@@ -41,7 +41,7 @@ def integers(model: OfIntegers, image: Array) -> Array:
     return quantise(image, model.likelihood.values, model.shape[2])
 
 
-def nats(model: OfIntegers, x: Array, label: Array) -> Float[Array, "B"]:
+def nats(model: OfIntegers, x: Array, label: Array) -> Float[Array, " B"]:
     """-log p of each picture x of integers that the model has; `label` -1 is no class."""
     params = model(x, label) if model.classes else model(x)
     return -model.likelihood.log_prob(params, x).sum((1, 2))
@@ -51,7 +51,7 @@ DOUBT = (-8.0, 3.0)
 """Thresholds of exits that are trained for: logits of the entropy's share, from nearly all going on to few."""
 
 
-def training_nats(model: OfIntegers, image: Array, label: Array, key: PRNGKeyArray) -> Float[Array, "B"]:
+def training_nats(model: OfIntegers, image: Array, label: Array, key: PRNGKeyArray) -> Float[Array, " B"]:
     """As `nats`; of a model that has several `predictions` of every pixel, their mean.
 
     Of a model with exits the mean of this and of `nats` under a threshold drawn from `key`: who comes later must have

@@ -45,7 +45,7 @@ def uses(model: ModelConfig) -> set[str]:
     return used if by_budget else used - {"budget.weight"}
 
 
-def cross_entropy(logits: Float[Array, "B K"], label: Int[Array, "B"], smoothing: float = 0.0) -> Float[Array, "B"]:
+def cross_entropy(logits: Float[Array, "B K"], label: Int[Array, " B"], smoothing: float = 0.0) -> Float[Array, " B"]:
     """-log softmax(logits)[label] per example, in float32; 0 where the label is -1.
 
     With `smoothing`, that share of the label is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567,
@@ -59,7 +59,7 @@ def cross_entropy(logits: Float[Array, "B K"], label: Int[Array, "B"], smoothing
     return jnp.where(label >= 0, losses, 0.0)
 
 
-def confusion_matrix(logits: Float[Array, "B K"], label: Int[Array, "B"]) -> Int[Array, "K K"]:
+def confusion_matrix(logits: Float[Array, "B K"], label: Int[Array, " B"]) -> Int[Array, "K K"]:
     """Examples of the class of each row that were given the class of each column, int32; label -1 is in none."""
     classes = logits.shape[-1]
     truth = jax.nn.one_hot(label, classes, dtype=jnp.int32)
@@ -182,7 +182,7 @@ class ClassificationTask:
         rewards = reward(logits, drawn), reward(greedy, chosen)
         return self.losses.reinforce * reinforce_loss(log_probability(drawn), *rewards)
 
-    def confusion(self, logits: Float[Array, "B K"], label: Int[Array, "B"]) -> Int[Array, "K K"]:
+    def confusion(self, logits: Float[Array, "B K"], label: Int[Array, " B"]) -> Int[Array, "K K"]:
         """`confusion_matrix` of a batch."""
         return confusion_matrix(logits, label)
 

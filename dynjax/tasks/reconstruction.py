@@ -56,7 +56,7 @@ class ReconstructionTask:
         """The pictures once more."""
         return model(batch["image"])
 
-    def counts(self, model: VQVAE, found: Reconstruction, batch: dict[str, Any]) -> Float[Array, "N"]:
+    def counts(self, model: VQVAE, found: Reconstruction, batch: dict[str, Any]) -> Float[Array, " N"]:
         """Squared error and numbers of the batch's pictures, and uses of every code; blank ones, with label -1, are not
         in them."""
         valid = (batch["label"] >= 0).astype(jnp.float32)
