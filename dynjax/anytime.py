@@ -33,7 +33,7 @@ class ExitOutputs:
     correct: Bool[np.ndarray, "E N"]
     doubt: Float[np.ndarray, "E N"]
     """`Exits.doubt` of each exit: a picture goes on where it is at least the threshold."""
-    macs: Float[np.ndarray, "E"]
+    macs: Float[np.ndarray, " E"]
     """MACs of a picture that stops at this exit."""
 
     def stops(self, threshold: float) -> np.ndarray:

@@ -69,7 +69,7 @@ class Run:
 
 def flat(values: dict, prefix: str = "") -> dict[str, Any]:
     """The fields of nested dicts by their path, such as budget.target."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
@@ -536,7 +536,8 @@ def load(workdir: str | Path) -> tuple[Config, nnx.Module, int]:
     if newest is None:
         raise UserError(f"workdir {workdir} has no checkpoint yet")
     step, arrays, _ = newest
-    graphdef, params, rest = nnx.split(build(config, len(classes)), nnx.Param, ...)
+    graphdef, params, *others = nnx.split(build(config, len(classes)), nnx.Param, ...)
+    (rest,) = others
     params = fill_model(params, arrays, workdir, step, config.row, "ema." if config.optimizer.ema else "params.")
     rest = fill_model(rest, arrays, workdir, step, config.row, "rest.")
     return config, evaluation_view(nnx.merge(graphdef, params, rest)), step

@@ -84,8 +84,9 @@ class FixedGate(nnx.Module):
         keep = jnp.asarray(keep, jnp.float32)
         if keep.ndim not in (1, 2, 3, 4):
             raise ValueError(f"keep has shape {keep.shape}; it must be (B,), (B, K), (B, h, w) or (B, h, w, K)")
-        third = "tile" if size is not None else "token branch"
-        granularity = granularity or ("sample", "branch", third, "tile branch")[keep.ndim - 1]
+        third: Granularity = "tile" if size is not None else "token branch"
+        usual: tuple[Granularity, ...] = ("sample", "branch", third, "tile branch")
+        granularity = granularity or usual[keep.ndim - 1]
         if granularity not in AXES:
             raise ValueError(f"granularity={granularity!r} must be one of {', '.join(AXES)}")
         if keep.ndim != AXES[granularity]:

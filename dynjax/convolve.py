@@ -89,7 +89,7 @@ def generated(
     return _grouped(geometry, x.astype(dtype), kernels)
 
 
-def mixture(weights: Float[Array, "K"], kernels: Float[Array, "K kh kw I D"]) -> Float[Array, "kh kw I D"]:
+def mixture(weights: Float[Array, " K"], kernels: Float[Array, "K kh kw I D"]) -> Float[Array, "kh kw I D"]:
     """Sum of the kernels under their weights, for `generated`."""
     # A product of matrices: of more axes XLA makes a slower loop.
     return (weights @ kernels.reshape(kernels.shape[0], -1)).reshape(kernels.shape[1:])
@@ -180,7 +180,7 @@ _loop.defvjp(_loop_forward, _loop_backward)
 
 def _grouped(geometry, x, kernels):
     batch, height, width, channels = x.shape
-    sides, inputs, outputs = kernels.shape[1:3], *kernels.shape[3:]
+    sides, (inputs, outputs) = kernels.shape[1:3], kernels.shape[3:]
     side_by_side = jnp.moveaxis(x, 0, 2).reshape(1, height, width, batch * channels)
     kernel = jnp.moveaxis(kernels, 0, 3).reshape(*sides, inputs, batch * outputs)
     y = dataclasses.replace(geometry, groups=batch * geometry.groups).convolve(side_by_side, kernel)
@@ -197,7 +197,7 @@ def _itself(code, shared):
 @dataclasses.dataclass(frozen=True)
 class _Geometry:
     strides: tuple[int, int]
-    pads: tuple[tuple[int, int], tuple[int, int]]
+    pads: tuple[tuple[int, int], ...]
     dilation: tuple[int, int]
     groups: int
 
@@ -215,7 +215,8 @@ class _Geometry:
     def out_size(self, size: Sequence[int], sides: Sequence[int]) -> tuple[int, int]:
         """Height and width of the output."""
         axes = zip(size, sides, self.strides, self.pads, self.dilation, strict=True)
-        return tuple((n + sum(pad) - (side - 1) * gap - 1) // stride + 1 for n, side, stride, pad, gap in axes)
+        height, width = ((n + sum(pad) - (side - 1) * gap - 1) // stride + 1 for n, side, stride, pad, gap in axes)
+        return height, width
 
     def tap(self, padded: jax.Array, u: int, v: int, size: Sequence[int]) -> jax.Array:
         """What the tap (u, v) reads for every output pixel, from the padded map (..., H, W, C)."""
@@ -246,10 +247,10 @@ class _Geometry:
             sides, self.dilation, self.strides, self.pads, shape[:2], slope.shape[:2], strict=True
         ):
             # Rows that no output reads, at the end of a strided map, get zeros.
-            ends = (side - 1) * gap - low, n + low - (m - 1) * stride - 1
+            start, end = (side - 1) * gap - low, n + low - (m - 1) * stride - 1
             # Less than no padding is cut off before: XLA's convolution on CPUs reads past the map then.
-            pads.append(tuple(max(end, 0) for end in ends))
-            crops.append((*(min(end, 0) for end in ends), stride - 1))
+            pads.append((max(start, 0), max(end, 0)))
+            crops.append((min(start, 0), min(end, 0), stride - 1))
         spread = lax.pad(slope, jnp.zeros((), slope.dtype), [*crops, (0, 0, 0)])
         return dataclasses.replace(self, strides=(1, 1), pads=tuple(pads)).convolve(spread[None], turned)[0]
 

@@ -8,13 +8,15 @@ import contextvars
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float
+
+Block = TypeVar("Block", bound=Callable)
 
 Granularity = Literal[
     "sample",  # (B,)
@@ -87,11 +89,11 @@ class Decision:
         most = self.most or (1 if "branch" in self.granularity else len(self.whole_macs))
         return sum(sorted(self.whole_macs, reverse=True)[:most])
 
-    def macs(self) -> Float[Array, "B"]:
+    def macs(self) -> Float[Array, " B"]:
         """MACs spent per example; the gradient reaches the gate through `keep`."""
         return self._macs(self.keep)
 
-    def expected_macs(self) -> Float[Array, "B"]:
+    def expected_macs(self) -> Float[Array, " B"]:
         """Expected MACs per example under `probability`; of experts, as many as a token can take."""
         return self._macs(self.probability * self.most if self.most else self.probability)
 
@@ -170,7 +172,7 @@ def record(module: nnx.Module, decision: Decision) -> None:
     module.sow(Decisions, "decision", decision)
 
 
-def unseen(block: Callable) -> Callable:
+def unseen(block: Block) -> Block:
     """`block` as an executor's loop runs it, or as it is only looked at: no trace is taken inside."""
     if not isinstance(block, nnx.Module) or not hasattr(block, "__captures__"):
         return block

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import os
 import time
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 
 from dynjax import cost
 from dynjax.budget import LOWEST
 from dynjax.config import UserError
 from dynjax.deploy import Deployed, Solver
+from dynjax.sampling import Autoregressive
 from dynjax.trace import traced
 
 WARM_UP = 3
@@ -75,11 +78,13 @@ def read_curve(path: str | os.PathLike) -> list[Point]:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
         truth = {"True": True, "False": False}
-        read = {float: lambda text: float(text or "nan"), int: int, bool: truth.__getitem__}
-        points = [
-            Point(**{field.name: read[field.type](row[field.name]) for field in dataclasses.fields(Point)})
-            for row in rows
-        ]
+        read: dict[type, Callable[[str], Any]] = {
+            float: lambda text: float(text or "nan"),
+            int: int,
+            bool: truth.__getitem__,
+        }
+        kinds = typing.get_type_hints(Point)
+        points = [Point(**{name: read[kind](row[name]) for name, kind in kinds.items()}) for row in rows]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; experiments.evaluate writes it") from None
     except (KeyError, TypeError, ValueError) as error:
@@ -128,9 +133,9 @@ class Scored:
 class Runner:
     """A model taken apart into its structure, compiled once, and its state, which differs from budget to budget."""
 
-    examine: Callable[[nnx.State, jax.Array, jax.Array], dict]
+    examine: Callable[[nnx.State, ArrayLike, ArrayLike], dict]
     """(state, image, target) -> confusion matrix, MACs per example, heat map, prediction, shares."""
-    infer: Callable[[nnx.State, jax.Array], jax.Array]
+    infer: Callable[[nnx.State, ArrayLike], jax.Array]
     """(state, image) -> logits."""
 
 
@@ -178,6 +183,7 @@ def static_macs(twin: nnx.Module, size: tuple[int, int] | None = None) -> float:
     """MACs of a static twin on one picture of `size` (H, W); without, of a model that draws, on one of the integers
     that it draws (of a model of codes: on codes, without encoder and decoder)."""
     if size is None:
+        assert isinstance(twin, Autoregressive)
         return cost.macs(twin, jax.ShapeDtypeStruct((1, *twin.shape), jnp.int32))
     return cost.macs(twin, jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8))
 
@@ -257,12 +263,12 @@ def evaluate(
     times, *larger = (alternate(functions, [jax.device_put(x) for x in each], repeats=repeats) for each in timing)
     cores = (time.process_time() - cpu) / (time.perf_counter() - wall)
     latencies = []
-    for found, pictures in zip((times, *larger), timing, strict=True):
+    for milliseconds, pictures in zip((times, *larger), timing, strict=True):
         if static:
-            found[1.0] = found["static"]
+            milliseconds[1.0] = milliseconds["static"]
         batch = len(pictures[0])
         for budget in scored:
-            own, twins = (float(np.median(found[name])) / batch for name in (budget, "static"))
+            own, twins = (float(np.median(milliseconds[name])) / batch for name in (budget, "static"))
             latencies.append(Latency(float(budget), batch, own, twins, twins / own))
 
     points = []

@@ -74,7 +74,7 @@ def finite(x: Array, unless: Array | bool = False) -> Array:
 def samples(
     block: Callable[[Tree], Tree],
     x: Tree,
-    keep: Float[Array, "B"],
+    keep: Float[Array, " B"],
     *,
     otherwise: Callable[[Tree], Tree] | None = None,
     execution: Execution = "masked",

@@ -71,7 +71,7 @@ def typed(value: Any, hint: Any, where: str = "", *, more: bool = False) -> Any:
     at = where or "the document"
     if hint is Any:
         return value
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _dataclass(value, hint, where, more)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

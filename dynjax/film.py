@@ -46,7 +46,7 @@ def plot_calls(
     path: str | os.PathLike,
     images: UInt8[np.ndarray, "N H W 3"],
     visits: Integer[np.ndarray, "N h w"],
-    calls: Integer[np.ndarray, "N"],
+    calls: Integer[np.ndarray, " N"],
     what: str = "calls",
     *,
     counted: str = "evaluations",
@@ -70,7 +70,7 @@ def plot_calls(
     figure.savefig(path, dpi=130)
 
 
-def plot_histogram(path: str | os.PathLike, calls: dict[str, Integer[np.ndarray, "N"]], *, title: str = "") -> None:
+def plot_histogram(path: str | os.PathLike, calls: dict[str, Integer[np.ndarray, " N"]], *, title: str = "") -> None:
     """How many pictures took so many calls, for each sampler."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
@@ -92,10 +92,10 @@ def png_bytes(image: UInt8[np.ndarray, "H W 3"]) -> int:
     return len(said.getvalue())
 
 
-def rank_correlation(a: Num[np.ndarray, "N"], b: Num[np.ndarray, "N"]) -> float:
+def rank_correlation(a: Num[np.ndarray, " N"], b: Num[np.ndarray, " N"]) -> float:
     """Spearman's, equals sharing their mean rank; nan where one of the two is the same for all."""
 
-    def ranks(values: Num[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+    def ranks(values: Num[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
         _, place, count = np.unique(values, return_inverse=True, return_counts=True)
         return (np.cumsum(count) - (count - 1) / 2)[place]
 

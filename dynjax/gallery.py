@@ -17,8 +17,8 @@ from dynjax.report import LINES, MARKERS, engineering, style
 
 def plot_classes(
     path: str | os.PathLike,
-    macs: Float[np.ndarray, "N"],
-    labels: Integer[np.ndarray, "N"],
+    macs: Float[np.ndarray, " N"],
+    labels: Integer[np.ndarray, " N"],
     class_names: Sequence[str],
     *,
     title: str = "",

@@ -1,17 +1,17 @@
 """One run at a time in a workdir, by a lock that the system takes back when its process ends, however it ends."""
 
 import contextlib
+import io
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from dynjax.config import UserError
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 FILE = "lock"
 """Stays in the workdir, empty when nobody holds it; it names who does and is no lock by its presence."""
@@ -41,10 +41,10 @@ def hold(workdir: str | Path) -> Iterator[None]:
         yield
 
 
-def _locked(file: object) -> bool:
+def _locked(file: io.FileIO) -> bool:
     """Whether the lock is ours now, or there are no locks here."""
     try:
-        if fcntl is not None:
+        if sys.platform != "win32":
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
@@ -53,6 +53,6 @@ def _locked(file: object) -> bool:
     return True
 
 
-def _empty(file: object) -> None:
+def _empty(file: io.FileIO) -> None:
     with contextlib.suppress(OSError):
         file.truncate(0)

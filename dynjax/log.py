@@ -1,6 +1,7 @@
 """What a run says while it runs: one JSON line a step, TensorBoard, a progress bar. Only process 0 writes."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -109,7 +110,9 @@ class Log:
         self, workdir: str | Path | None, *, start: int, steps: int, images_per_step: int, quiet: bool = False
     ):
         self.images_per_step = images_per_step
-        self.file = self.board = self.bar = None
+        self.file: io.FileIO | None = None
+        self.board: _Board | None = None
+        self.bar: Any = None
         self.shown: dict[str, str] = {}
         self.clock = time.perf_counter()
         self.seconds_per_step: float | None = None
@@ -180,7 +183,7 @@ class Log:
             self.bar.write(text, file=sys.stderr)
 
     def _write(self, step: int, record: Mapping[str, float]) -> None:
-        if self.file is None:
+        if self.file is None or self.board is None:
             return
         try:
             if os.fstat(self.file.fileno()).st_nlink == 0:
@@ -195,9 +198,10 @@ class Log:
 
     def flush(self) -> None:
         """Write what TensorBoard still waits for. Raises UserError."""
+        if self.board is None:
+            return
         try:
-            if self.board is not None:
-                self.board.flush()
+            self.board.flush()
         except OSError as error:
             raise UserError(f"cannot write {self.board.file.name}: {error.strerror or error}") from None
 

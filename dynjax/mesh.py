@@ -32,9 +32,9 @@ def initialize() -> bool:
         return False
     if jax.distributed.is_initialized():
         return True
-    wait = {"heartbeat_timeout_seconds": seconds_to_wait()}
+    wait = seconds_to_wait()
     if not given:
-        jax.distributed.initialize(**wait)
+        jax.distributed.initialize(heartbeat_timeout_seconds=wait)
         return True
     if missing := [name for name in names if name not in given]:
         there, all_of = " and ".join(given), ", ".join(names)
@@ -47,7 +47,7 @@ def initialize() -> bool:
         raise UserError(f"JAX_COORDINATOR_ADDRESS is {given['JAX_COORDINATOR_ADDRESS']!r}: it must be HOST:PORT")
     if not 0 <= index < count:
         raise UserError(f"JAX_PROCESS_ID is {index}: it must be from 0 to JAX_NUM_PROCESSES - 1, which is {count - 1}")
-    jax.distributed.initialize(given["JAX_COORDINATOR_ADDRESS"], count, index, **wait)
+    jax.distributed.initialize(given["JAX_COORDINATOR_ADDRESS"], count, index, heartbeat_timeout_seconds=wait)
     return True
 
 

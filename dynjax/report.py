@@ -66,8 +66,8 @@ def preview(picture: Image.Image) -> Image.Image:
     factor = math.sqrt(SHOWN / (picture.width * picture.height))
     if factor >= 1:
         return picture
-    size = tuple(max(1, int(side * factor)) for side in picture.size)
-    return picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    width, height = (max(1, int(side * factor)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
 
 
 def save_mask(path: str | os.PathLike, mask: Integer[np.ndarray, "H W"], classes: int) -> None:

@@ -75,7 +75,7 @@ class Sampled(NamedTuple):
     """Pictures, and what each took."""
 
     image: Int[Array, "B H W C"]
-    calls: Int[Array, "B"]
+    calls: Int[Array, " B"]
     """Evaluations of the model, whole or a window or one pixel of it, for each picture."""
     visits: Int[Array, "B H W"]
     """How often each pixel was evaluated."""
@@ -99,12 +99,12 @@ def _at(tree: Any, number: Array, axis: int = 1) -> Any:
     return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, number, axis, keepdims=False), tree)
 
 
-def _cut(tree: Any, first: Int[Array, "B"], size: int) -> Any:
+def _cut(tree: Any, first: Int[Array, " B"], size: int) -> Any:
     """`size` units from each example's `first` on."""
     return jax.tree.map(lambda a: jax.vmap(lambda each, k: lax.dynamic_slice_in_dim(each, k, size))(a, first), tree)
 
 
-def _put(a: Array, first: Int[Array, "B"], new: Array) -> Array:
+def _put(a: Array, first: Int[Array, " B"], new: Array) -> Array:
     """`a` with `new` in place of what `_cut` gives."""
     return jax.vmap(lambda each, k, n: lax.dynamic_update_slice_in_dim(each, n, k, 0))(a, first, new)
 
@@ -119,7 +119,7 @@ def _blank(model: Autoregressive, noise: Noise, known: Known | None) -> Array:
 
 
 def pixel_by_pixel(
-    model: Autoregressive, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
+    model: Autoregressive, noise: Noise, *, label: Int[Array, " B"] | None = None, known: Known | None = None
 ) -> Sampled:
     """The whole model for every pixel, of which that pixel alone is used: H W calls. What the others are held to."""
     height, width, _ = model.shape
@@ -144,7 +144,7 @@ def _in_units(model: InUnits, tree: Any) -> Any:
 
 
 def cached(
-    model: InUnits, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
+    model: InUnits, noise: Noise, *, label: Int[Array, " B"] | None = None, known: Known | None = None
 ) -> Sampled:
     """One pixel of every layer at a time; all that the pixels before it gave is kept. H W calls of a pixel each."""
     units, _ = model.units
@@ -170,7 +170,7 @@ def cached(
 
 
 def plain_fixed_point(
-    model: Autoregressive, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
+    model: Autoregressive, noise: Noise, *, label: Int[Array, " B"] | None = None, known: Known | None = None
 ) -> Sampled:
     """Every pixel of every picture anew until none of any picture changes: what `fixed_point` is compared with."""
     blank = _blank(model, noise, known)
@@ -190,7 +190,7 @@ def fixed_point(
     noise: Noise,
     *,
     window: int | None = None,
-    label: Int[Array, "B"] | None = None,
+    label: Int[Array, " B"] | None = None,
     known: Known | None = None,
     strategy: execute.Strategy = "auto",
     limit: Int[Array, ""] | int | None = None,
@@ -263,7 +263,7 @@ def fixed_point(
 
 
 def coarse_to_fine(
-    model: InScales, noise: Noise, *, label: Int[Array, "B"] | None = None, known: Known | None = None
+    model: InScales, noise: Noise, *, label: Int[Array, " B"] | None = None, known: Known | None = None
 ) -> Sampled:
     """Of a family that draws scale after scale: coarse where plain, fine where complex, as far as the budget allows.
 

@@ -5,6 +5,7 @@ Letters: B examples, H W pixels, h w tiles.
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
 
 import jax
@@ -32,15 +33,15 @@ class Trace:
     full_macs: float = dataclasses.field(metadata=dict(static=True))
     examples: int = dataclasses.field(metadata=dict(static=True))
 
-    def macs(self) -> Float[Array, "B"]:
+    def macs(self) -> Float[Array, " B"]:
         """MACs spent per example, the static part included; straight-through gradient to the gates."""
         return self._sum(Decision.macs)
 
-    def expected_macs(self) -> Float[Array, "B"]:
+    def expected_macs(self) -> Float[Array, " B"]:
         """Expected MACs per example under the gates' probabilities, the static part included."""
         return self._sum(Decision.expected_macs)
 
-    def fraction(self) -> Float[Array, "B"]:
+    def fraction(self) -> Float[Array, " B"]:
         """`macs` as a share of `full_macs`."""
         return self.macs() / self.full_macs
 
@@ -101,7 +102,7 @@ def traced(fn: Callable, *, examples: int | None = None) -> Callable:
     Raises:
         ValueError: if there is no model, the number of examples is not clear, or a decision cannot be seen.
     """
-    if isinstance(getattr(fn, "__self__", None), nnx.Module):
+    if isinstance(fn, types.MethodType) and isinstance(fn.__self__, nnx.Module):
         return functools.partial(traced(fn.__func__, examples=examples), fn.__self__)
 
     def call(*args, **kwargs):

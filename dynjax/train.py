@@ -67,7 +67,7 @@ def _go_to(batches: Iterator, position: Any, step: int) -> None:
     A state that is a whole number counts batches of all processes, and any number of processes can go on from there;
     any other holds for as many processes as saved it.
     """
-    if not hasattr(batches, "set_state"):
+    if not (hasattr(batches, "get_state") and hasattr(batches, "set_state")):
         for _ in range(step):
             next(batches)
     elif isinstance(batches.get_state(), int):
@@ -157,7 +157,8 @@ def _fit(
     mesh = meshes.make_mesh()
     everywhere = meshes.replicated(mesh)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        graphdef, params, *others = nnx.split(model, nnx.Param, ...)
+        (rest,) = others
         optimizer = make_optimizer(config, params, gates)
         ema = params if config.optimizer.ema else None
         state = TrainState(jnp.int32(0), params, rest, optimizer.init(params), ema, jax.random.key(config.seed))
@@ -172,20 +173,23 @@ def _fit(
 
         said = log.Log(workdir, start=start, steps=config.steps, images_per_step=config.batch_size, quiet=quiet)
         with contextlib.closing(said):
-            scores, pending = {}, None
+            scores: dict[str, Any] = {}
+            pending: tuple[int, dict] | None = None
             # The order is an invariant: evaluate, checkpoint, fetch, step, log the step before.
             for step in range(start, config.steps + 1):
                 last, stopping = step == config.steps, stop()
                 due = (step > start or behind) and config.evaluate_every and step % config.evaluate_every == 0
                 if evaluate is not None and (last or due) and not stopping:
-                    pending = _report(said, pending, workdir)
+                    _report(said, pending, workdir)
+                    pending = None
                     try:
                         scores = evaluate(averaged())
                         said.evaluation(step, scores)
                     except Stopped:
                         stopping = True
                 if workdir is not None and step > start and (last or stopping or step % config.checkpoint_every == 0):
-                    pending = _report(said, pending, workdir)  # what is saved is known to be finite
+                    _report(said, pending, workdir)  # what is saved is known to be finite
+                    pending = None
                     checkpoint.save(workdir, step, state, _position(batches, step))
                     said.pause()
                 if last or stopping:
@@ -324,5 +328,8 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
     loader = make_loader(source, config.batch_size, seed=config.seed, augment=augment, **meshes.processes())
     stop = Stop()
     evaluate = validator(task, val, config, stop)
-    about = {"classes": classes, "examples": len(source), "stop": stop, "quiet": quiet}
-    return fit(model, task, loader, config, workdir, evaluate, **about).scores
+    examples = len(source)
+    found = fit(
+        model, task, loader, config, workdir, evaluate, classes=classes, examples=examples, stop=stop, quiet=quiet
+    )
+    return found.scores

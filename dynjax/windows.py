@@ -115,7 +115,7 @@ def reach(closed: jex.ClosedJaxpr, limit: int = 64) -> int | None:
     """Receptive radius in pixels, at most `limit`, as the jaxpr tells it; None if `run_strip` cannot run the block."""
     (spec,) = closed.in_avals
     side = 1 + 2 * limit
-    margins = []
+    margins: list[int] = []
 
     def walk(strip, inside):
         (out,) = _Walk(inside, 1, limit)(closed.jaxpr, closed.consts, [_Strip(strip, (limit, limit), clean=True)])
@@ -152,8 +152,8 @@ def _alike(a: jex.Jaxpr, b: jex.Jaxpr, consts: Sequence = ()) -> bool:
         atoms = zip(one.invars, other.invars, strict=True)
         pairs += [[atom.val if isinstance(atom, jex.Literal) else None for atom in pair] for pair in atoms]
         if one.primitive.name in _CALLS:
-            (inner, first), (other, second) = _inner(one), _inner(other)
-            if not _alike(inner, other, list(zip(first, second, strict=True))):
+            (inner, first), (opposite, second) = _inner(one), _inner(other)
+            if not _alike(inner, opposite, list(zip(first, second, strict=True))):
                 return False
     # Only numbers: a table of the map's size is never run on a strip.
     return all(p is q or not _number(p) or (_number(q) and np.array_equal(p, q, equal_nan=True)) for p, q in pairs)
@@ -221,7 +221,7 @@ class _Walk:
         if not strips:
             values = [a.value if isinstance(a, _Uniform) else a for a in args]
             return [_Uniform(v) for v in _bind(eqn, _broadcast(values))]
-        margin = tuple(min(s.margin[i] for s in strips) for i in (0, 1))
+        margin = min(s.margin[0] for s in strips), min(s.margin[1] for s in strips)
         values = [
             _rows(a, margin[0], self.size).value if isinstance(a, _Strip) else getattr(a, "value", a) for a in args
         ]

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -12,8 +12,17 @@ from dynjax.config import DataConfig, UserError
 __all__ = ["calibration_batches", "make_loader", "make_source"]
 
 NAMES = ("digits", "camvid", "folder", "digits8", "mnist", "fashion_mnist", "cifar10", "class_folder", "tfds:NAME")
+MNISTS: tuple[Literal["mnist", "fashion_mnist"], ...] = ("mnist", "fashion_mnist")
 SPLITS = ("train", "val", "test")
 SCENES = 2000  # of digits, where data.examples says nothing
+
+
+class _Files(TypedDict):
+    """What every source of files takes."""
+
+    size: tuple[int, int] | None
+    limit: int | None
+    on_error: Literal["raise", "skip"]
 
 
 def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Sequence[str] | None = None) -> Any:
@@ -46,7 +55,7 @@ def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Seque
 
         return make_digits8(split, size=size, limit=limit)
     count = len(classes) if classes else config.classes
-    files = {"size": size, "limit": limit, "on_error": config.on_error}
+    files = _Files(size=size, limit=limit, on_error=config.on_error)
     if name == "camvid":
         from dynjax.data.camvid import make_camvid
 
@@ -55,7 +64,7 @@ def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Seque
         from dynjax.data.folder import make_folder
 
         return make_folder(path, split, classes=count, **files)
-    if name in ("mnist", "fashion_mnist"):
+    if name in MNISTS:
         from dynjax.data.mnist import make_mnist
 
         return make_mnist(name, path, split, **files)

@@ -5,7 +5,7 @@ time (`AugmentBatch`). B is the number of pictures; H, W are height and width in
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int32, Integer, Shaped, UInt8
@@ -14,6 +14,9 @@ from PIL import Image
 from dynjax.config import AugmentConfig, UserError
 
 IGNORED = -1  # every ignored pixel of a batch, whatever the source calls it
+
+Mask = TypeVar("Mask", Int32[np.ndarray, "H W"], None)
+"""A picture's mask, or none where there is none."""
 
 
 def check_augment(config: AugmentConfig, size: tuple[int, int]) -> None:
@@ -129,10 +132,10 @@ def mean_colour(source: Any, examples: int = 256) -> tuple[int, int, int]:
 
 def random_crop(
     image: UInt8[np.ndarray, "H W 3"],
-    mask: Int32[np.ndarray, "H W"] | None,
+    mask: Mask,
     smallest: float,
     rng: np.random.Generator,
-) -> tuple[UInt8[np.ndarray, "H W 3"], Int32[np.ndarray, "H W"] | None]:
+) -> tuple[UInt8[np.ndarray, "H W 3"], Mask]:
     """A window whose sides are one share, drawn from [smallest, 1], of the picture's, resized back to the whole."""
     height, width = image.shape[:2]
     share = rng.uniform(smallest, 1)

@@ -71,7 +71,7 @@ def _listed(root: Path, listing: Path) -> tuple[list[tuple[Path, Path]], list[st
             continue
         # Names may have spaces: of the ways to part a line in two, one whose files are there; or the only one.
         ways = [(line[: gap.start()], line[gap.end() :]) for gap in re.finditer(r"\s+", line)]
-        found = [tuple(_place(root, name) for name in way) for way in ways]
+        found = [(_place(root, image), _place(root, mask)) for image, mask in ways]
         there = [files for files in found if all(file.is_file() for file in files)]
         if len(there) == 1 or len(found) == 1:
             pairs.append((there or found)[0])

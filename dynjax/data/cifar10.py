@@ -65,7 +65,7 @@ def make_cifar10(
 
 # Raw pictures
 
-Batch = tuple[UInt8[np.ndarray, "N 3072"], UInt8[np.ndarray, "N"]]
+Batch = tuple[UInt8[np.ndarray, "N 3072"], UInt8[np.ndarray, " N"]]
 
 
 def _from_batches(folder: Path, suffix: str, read: Callable[[Path], Batch], options: dict[str, Any]) -> PairSource:

@@ -81,7 +81,8 @@ def _folders(folder: Path) -> tuple[str, ...]:
 
 def _pictures(folder: Path, names: tuple[str, ...]) -> tuple[list[tuple[Path, int]], list[str]]:
     """Files with their labels, class by class, and what else lies there."""
-    files, problems = [], []
+    files: list[tuple[Path, int]] = []
+    problems = []
     for file in sorted(folder.iterdir()):
         if not file.is_dir() and not file.name.startswith("."):
             problems.append(f"{file}: lies beside the folders of the classes")

@@ -8,6 +8,7 @@ the seed, so a model trained with one seed has never seen the test digits of ano
 import dataclasses
 import functools
 import importlib.resources
+import io
 from typing import Any, Literal
 
 import numpy as np
@@ -48,7 +49,7 @@ def _photos() -> tuple[Image.Image, ...]:
         file = importlib.resources.files(package) / path
         try:
             with file.open("rb") as stream:
-                photos.append(Image.fromarray(read_image(stream)))
+                photos.append(Image.fromarray(read_image(io.BytesIO(stream.read()))))
         except (OSError, BadFile) as error:
             raise UserError(
                 f"digits needs the photograph {path} of the installed package {package}: {error}; "
@@ -69,7 +70,7 @@ def _photo_part(photo: Image.Image, split: str) -> tuple[int, int, int, int]:
 
 
 @functools.cache
-def handwritten() -> tuple[Float[np.ndarray, "N 8 8"], Int32[np.ndarray, "N"]]:
+def handwritten() -> tuple[Float[np.ndarray, "N 8 8"], Int32[np.ndarray, " N"]]:
     """scikit-learn's 1,797 digits, ink from 0 to 1, and their labels."""
     from sklearn.datasets import load_digits
 
@@ -100,7 +101,7 @@ def split_digits(split: str) -> tuple[np.ndarray, ...]:
     return tuple(parts)
 
 
-def cut(indices: Integer[np.ndarray, "N"], rng: np.random.Generator) -> list[Integer[np.ndarray, "_"]]:
+def cut(indices: Integer[np.ndarray, " N"], rng: np.random.Generator) -> list[Integer[np.ndarray, " _"]]:
     """`indices` in a random order, dealt out to train, val and test."""
     ends = np.round(np.cumsum(_SHARES) * len(indices)).astype(int)
     return np.split(rng.permutation(indices), ends[:-1])

@@ -25,7 +25,7 @@ def part_of(split: str, train: int, test: int) -> range:
 
 def make_labelled(
     images: UInt8[np.ndarray, "N H W"] | UInt8[np.ndarray, "N H W 3"],
-    labels: Integer[np.ndarray, "N"],
+    labels: Integer[np.ndarray, " N"],
     *,
     name: str,
     split: str,

@@ -158,7 +158,7 @@ class _Fetch:
     source: Any
     with_valid: bool
 
-    def __call__(self, index: int) -> dict[str, np.ndarray]:
+    def __call__(self, index: int) -> dict[str, np.ndarray | np.bool_]:
         valid = index < len(self.source)
         if valid:
             example = self.source[index]
@@ -168,7 +168,7 @@ class _Fetch:
             image, mask = np.zeros((height, width, 3), np.uint8), np.full((height, width), IGNORED, np.int32)
         if self.source.ignore_label is not None:
             mask = np.where(mask == self.source.ignore_label, np.int32(IGNORED), mask)
-        found = {"image": image, "mask": mask}
+        found: dict[str, np.ndarray | np.bool_] = {"image": image, "mask": mask}
         return {**found, "valid": np.bool_(valid)} if self.with_valid else found
 
 

@@ -147,8 +147,10 @@ def check_pairs(
     def check(index: int) -> tuple[Any, str]:
         try:
             image, answer = read(index)
-            wrong = _wrong_mask(image, answer, ignore_label, len(classes)) if target == "mask" else None
-            wrong = _wrong_label(answer, len(classes)) if target == "label" else wrong
+            if isinstance(answer, np.ndarray):
+                wrong = _wrong_mask(image, answer, ignore_label, len(classes))
+            else:
+                wrong = _wrong_label(answer, len(classes))
             if wrong:
                 raise BadFile(f"{called(index)}: {wrong}")
             own = image.shape[:2]
@@ -158,7 +160,10 @@ def check_pairs(
             return None, str(error)
 
     indices = range(count) if limit is None or limit >= count else [i * count // limit for i in range(limit)]
-    problems, kept, sizes, seen = list(broken), [], collections.Counter(), set()
+    problems = list(broken)
+    kept: list[int] = []
+    sizes: collections.Counter[tuple[int, int]] = collections.Counter()
+    seen: set[int] = set()
     memory: tuple[np.ndarray, np.ndarray] | None = None
     for index, (pair, problem) in zip(indices, _in_threads(check, indices), strict=True):
         if pair is None:
@@ -184,6 +189,7 @@ def check_pairs(
         raise UserError(
             f"{where}: pictures of {len(sizes)} sizes (width x height): {found}; give --data.size HEIGHT WIDTH"
         )
+    height, width = size or next(iter(sizes))
     if memory is not None:
         memory = memory[0][: len(kept)], memory[1][: len(kept)]
     return PairSource(
@@ -191,7 +197,7 @@ def check_pairs(
         split=split,
         classes=tuple(classes),
         ignore_label=ignore_label,
-        size=tuple(size or next(iter(sizes))),
+        size=(height, width),
         skipped=len(problems),
         read=read,
         kept=tuple(kept),
@@ -239,7 +245,7 @@ def _classes_in(answer: np.ndarray | np.integer, ignore_label: int | None) -> se
 
 
 def _resize_answer(answer: np.ndarray | np.integer, size: tuple[int, int]) -> np.ndarray | np.integer:
-    return resize_mask(answer, size) if np.ndim(answer) else answer
+    return resize_mask(answer, size) if isinstance(answer, np.ndarray) else answer
 
 
 def _memory(count: int, shape: tuple[int, int], target: Target) -> tuple[np.ndarray, np.ndarray] | None:

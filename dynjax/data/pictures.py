@@ -7,18 +7,19 @@ import contextlib
 import io
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # lossless only: a JPEG blurs class ids
 # What these suffixes promise. Left to itself Pillow goes by the content, and hands PostScript to Ghostscript.
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 MASK_FORMATS = ("PNG", "BMP", "TIFF")
+Stream = io.BufferedReader | io.BytesIO
 MOST_PIXELS = 89_000_000  # 270 MB as RGB; from 89.5 million on Pillow warns of attacks
 
 _LOSSY = ("jpeg", "tiff_jpeg", "webp")  # compressions of a TIFF, by Pillow's names
@@ -38,7 +39,7 @@ class BadFile(Exception):
     """One picture, mask or label that cannot be used. The text names the file and what is wrong with it."""
 
 
-def read_image(file: Path | io.BufferedIOBase, name: str = "") -> UInt8[np.ndarray, "H W 3"]:
+def read_image(file: Path | Stream, name: str = "") -> UInt8[np.ndarray, "H W 3"]:
     """A picture as RGB, upright. Raises BadFile, which calls an open file by `name`."""
     try:
         with open_picture(file) as picture:
@@ -50,7 +51,7 @@ def read_image(file: Path | io.BufferedIOBase, name: str = "") -> UInt8[np.ndarr
         raise BadFile(f"{name or file}: {_reason(error, IMAGE_FORMATS)}") from None
 
 
-def read_mask(file: Path | io.BufferedIOBase, name: str = "") -> Shaped[np.ndarray, "H W"]:
+def read_mask(file: Path | Stream, name: str = "") -> Shaped[np.ndarray, "H W"]:
     """Class ids as they are stored, grey or palette, upright. Raises BadFile, which calls an open file by `name`."""
     if isinstance(file, Path) and file.suffix.lower() not in MASK_SUFFIXES:
         raise BadFile(f"{file}: a mask must be lossless, one of {' '.join(MASK_SUFFIXES)}")
@@ -62,7 +63,7 @@ def read_mask(file: Path | io.BufferedIOBase, name: str = "") -> Shaped[np.ndarr
 
 
 @contextlib.contextmanager
-def open_picture(file: Path | io.BufferedIOBase, formats: Sequence[str] = IMAGE_FORMATS) -> Iterator[Image.Image]:
+def open_picture(file: Path | Stream, formats: tuple[str, ...] = IMAGE_FORMATS) -> Iterator[ImageFile.ImageFile]:
     """A picture of which only the header is read: one of `formats`, not too large, and alone in its file.
 
     Raises BadFile, without the file's name, and whatever Pillow raises.
@@ -95,7 +96,7 @@ def open_picture(file: Path | io.BufferedIOBase, formats: Sequence[str] = IMAGE_
         yield picture
 
 
-def _reason(error: Exception, formats: Sequence[str]) -> str:
+def _reason(error: Exception, formats: tuple[str, ...]) -> str:
     """Decoders raise OSError, ValueError, SyntaxError, struct.error and more."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
@@ -114,7 +115,7 @@ def _upright(picture: Image.Image) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
-def _class_ids(picture: Image.Image) -> np.ndarray:
+def _class_ids(picture: ImageFile.ImageFile) -> np.ndarray:
     if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
         raise BadFile(f"mask has pixels of mode {picture.mode}, class ids need one channel (grey or palette)")
     if picture.info.get("compression") in _LOSSY:
@@ -127,24 +128,26 @@ def _class_ids(picture: Image.Image) -> np.ndarray:
     return (255 - ids if inverted else ids) // scale if scale > 1 or inverted else ids
 
 
-def _stored_as(picture: Image.Image) -> tuple[int, bool]:
+def _stored_as(picture: ImageFile.ImageFile) -> tuple[int, bool]:
     """By how much Pillow multiplies grey values while it reads, and whether it inverts them first.
 
     Grey of 2 and 4 bits is spread over 0 to 255, and in a TIFF 0 may stand for white: right for pictures, not for ids.
     """
     arguments = picture.tile[0].args if picture.tile else ""
-    raw = arguments if isinstance(arguments, str) else arguments[0]
-    known = re.fullmatch(r"(1|L|P)(?:;([124])?(I?)R?)?|I(?:;\d+[A-Z]*)?", str(raw))
+    raw = str(arguments[0] if isinstance(arguments, tuple) else arguments)
+    known = re.fullmatch(r"(1|L|P)(?:;([124])?(I?)R?)?|I(?:;\d+[A-Z]*)?", raw)
     if not known or (picture.format == "BMP" and not _bmp_bits_fit(picture, raw)):
         raise BadFile(f"a {picture.format} mask stored as {raw}: save it with 8 bits a pixel")
     mode, bits, inverted = known.groups()
     return {"2": 85, "4": 17}.get(bits, 1) if mode == "L" else 1, inverted == "I"
 
 
-def _bmp_bits_fit(picture: Image.Image, raw: str) -> bool:
+def _bmp_bits_fit(picture: ImageFile.ImageFile, raw: str) -> bool:
     """Whether a BMP has the bits a pixel that Pillow takes it to have: by a grey palette it may be misled."""
-    place = picture.fp.tell()
-    picture.fp.seek(28)
-    bits = int.from_bytes(picture.fp.read(2), "little")
-    picture.fp.seek(place)
+    file = picture.fp
+    assert file is not None  # it is open until the pixels are read
+    place = file.tell()
+    file.seek(28)
+    bits = int.from_bytes(file.read(2), "little")
+    file.seek(place)
     return bits == {"1": 1, "P;1": 1, "P;4": 4}.get(raw, 8)

@@ -128,8 +128,8 @@ def splits_of(available: Iterable[str]) -> dict[str, str]:
         raise UserError(
             f"a set with the splits {', '.join(sorted(available)) or 'none'} cannot be used: it has no train"
         )
-    cuts = [key for key, part in (("val", val), ("test", test)) if part is None]
-    parts = {"train": "train", "val": val, "test": test}
+    parts = {"train": "train"} | {key: part for key, part in (("val", val), ("test", test)) if part is not None}
+    cuts = [key for key in ("val", "test") if key not in parts]
     for position, key in enumerate(cuts):
         end = 100 - 10 * (len(cuts) - 1 - position)
         parts[key] = f"train[{end - 10}%:{end}%]"

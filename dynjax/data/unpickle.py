@@ -7,7 +7,7 @@ are only read, by `pickletools.genops`; what NumPy writes for an array is recogn
 import dataclasses
 import pickletools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -137,8 +137,7 @@ class _Reader:
     def collect(self, name: str) -> None:
         """The opcodes that put values into tuples, lists and dicts."""
         if name in _TUPLES:
-            values = tuple(self.pop() for _ in range(_TUPLES[name]))[::-1]
-            self.stack.append(values)
+            self.stack.append(tuple(self.pop() for _ in range(_TUPLES[name]))[::-1])
         elif name == "TUPLE":
             self.stack.append(tuple(self.since_mark()))
         elif name == "LIST":
@@ -197,7 +196,7 @@ def _array(value: Any) -> Any:
     return _of_bytes(content, shape, "F" if by_column == 1 else "C")
 
 
-def _of_bytes(content: bytes, shape: tuple, order: str) -> UInt8[np.ndarray, "..."]:
+def _of_bytes(content: bytes, shape: tuple[int, ...], order: Literal["C", "F"]) -> UInt8[np.ndarray, "..."]:
     size = 1
     for length in shape:
         if type(length) is not int or not 0 <= length <= len(content):

@@ -2,13 +2,25 @@
 
 import dataclasses
 import importlib
+from typing import TypeGuard
 
 from flax import nnx
 
-from dynjax.config import ModelConfig, UserError
+from dynjax.config import (
+    CodesConfig,
+    ModelConfig,
+    NextScaleConfig,
+    PixelCNNConfig,
+    PixelTransformerConfig,
+    UserError,
+    VQVAEConfig,
+)
 
 OF_DYNAMICS = frozenset({"dynamics", "gate", "tiles", "tile", "groups", "kernels", "experts", "least"})
 """Fields of configurations that the static twin does not depend on."""
+
+Drawing = PixelCNNConfig | PixelTransformerConfig | NextScaleConfig | CodesConfig
+"""Models that draw pictures."""
 
 
 def segments(config: ModelConfig) -> bool:
@@ -16,14 +28,14 @@ def segments(config: ModelConfig) -> bool:
     return config.family == "unet" or getattr(config, "task", "") == "segmentation"
 
 
-def generates(config: ModelConfig) -> bool:
+def generates(config: ModelConfig) -> TypeGuard[Drawing]:
     """Whether the model draws pictures, and predicts nothing about one."""
-    return config.family in ("pixelcnn", "pixeltransformer", "nextscale", "codes")
+    return isinstance(config, Drawing)
 
 
-def reconstructs(config: ModelConfig) -> bool:
+def reconstructs(config: ModelConfig) -> TypeGuard[VQVAEConfig]:
     """Whether the model gives back the picture that it is given."""
-    return config.family == "vqvae"
+    return isinstance(config, VQVAEConfig)
 
 
 def build(config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
@@ -39,8 +51,8 @@ def build(config: ModelConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params:
 
 def static_twin(config: ModelConfig) -> ModelConfig:
     """The same net without dynamics; of a model of codes, that of the model that predicts them."""
-    if hasattr(config, "prior"):
-        return dataclasses.replace(config, prior=static_twin(config.prior))
+    if isinstance(config, CodesConfig):
+        return dataclasses.replace(config, prior=dataclasses.replace(config.prior, dynamics="static", gate="learned"))
     return dataclasses.replace(config, dynamics="static", gate="learned")
 
 

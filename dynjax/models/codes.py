@@ -48,11 +48,11 @@ class Codes(nnx.Module):
     def likelihood(self) -> Likelihood:
         return self.prior.likelihood
 
-    def __call__(self, x: Int[Array, "B h w 1"], label: Int[Array, "B"] | None = None) -> Float[Array, "B h w P"]:
+    def __call__(self, x: Int[Array, "B h w 1"], label: Int[Array, " B"] | None = None) -> Float[Array, "B h w P"]:
         return self.prior(x, label) if self.classes else self.prior(x)
 
     def predictions(
-        self, x: Int[Array, "B h w 1"], label: Int[Array, "B"] | None = None
+        self, x: Int[Array, "B h w 1"], label: Int[Array, " B"] | None = None
     ) -> list[Float[Array, "B h w P"]]:
         """Those of `prior`, where it has several; else what it gives."""
         given = (x, label) if self.classes else (x,)

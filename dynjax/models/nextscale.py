@@ -219,11 +219,11 @@ class NextScale(nnx.Module):
             params = [interleave(part, *fine.shape[1:3]) for part in parts]
         return params
 
-    def __call__(self, x: Int[Array, "B H W C"], label: Int[Array, "B"] | None = None) -> Float[Array, "B H W P"]:
+    def __call__(self, x: Int[Array, "B H W C"], label: Int[Array, " B"] | None = None) -> Float[Array, "B H W P"]:
         return self._predict(x, label, [lambda refine, seen: refine(seen)[0]])[0]
 
     def predictions(
-        self, x: Int[Array, "B H W C"], label: Int[Array, "B"] | None = None
+        self, x: Int[Array, "B H W C"], label: Int[Array, " B"] | None = None
     ) -> list[Float[Array, "B H W P"]]:
         """What the plain networks give of every pixel, and what the rich ones give: both are trained, on all pixels."""
 
@@ -239,8 +239,8 @@ class NextScale(nnx.Module):
         return self._predict(x, label, [plain, rich])
 
     def draw(
-        self, noise: Any, label: Int[Array, "B"] | None = None, known: sampling.Known | None = None
-    ) -> tuple[Int[Array, "B H W C"], Int[Array, "B"], Int[Array, "B H W"], list[Int[Array, "B H W C"]]]:
+        self, noise: Any, label: Int[Array, " B"] | None = None, known: sampling.Known | None = None
+    ) -> tuple[Int[Array, "B H W C"], Int[Array, " B"], Int[Array, "B H W"], list[Int[Array, "B H W C"]]]:
         """Pictures, how many tiles of each were refined, how often each pixel was predicted (1 plainly, 2 richly), and
         how they came to be: the coarsest, and the three steps of each finer scale, all at full size.
 

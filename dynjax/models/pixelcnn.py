@@ -103,7 +103,7 @@ class PixelCNN(nnx.Module):
         """Number of units, and pixels of each."""
         return self.shape[0], self.shape[1]
 
-    def __call__(self, x: Int[Array, "B H W C"], label: Int[Array, "B"] | None = None) -> Float[Array, "B H W P"]:
+    def __call__(self, x: Int[Array, "B H W C"], label: Int[Array, " B"] | None = None) -> Float[Array, "B H W P"]:
         return self.window(x, self.start(x.shape[0], x.shape[1]), jnp.zeros(x.shape[0], jnp.int32), label)[0]
 
     def _enter(self, x: Array) -> Array:
@@ -149,7 +149,7 @@ class PixelCNN(nnx.Module):
         return self.head(nnx.relu(self.hidden(nnx.relu(h))))
 
     def window(
-        self, x: Int[Array, "B R W C"], cache: Cache, first: Int[Array, "B"], label: Int[Array, "B"] | None = None
+        self, x: Int[Array, "B R W C"], cache: Cache, first: Int[Array, " B"], label: Int[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B R W P"], Cache]:
         """Parameters of R rows after those that `cache` stands for, and what these rows would leave in a cache."""
         condition, entered = self._conditions(label), self._enter(x)
@@ -162,7 +162,7 @@ class PixelCNN(nnx.Module):
             h = layer.horizontal(h, left, given, condition)
         return self._finish(h), {"input": entered, "layers": seen}
 
-    def advance(self, cache: Cache, trail: Cache, count: Int[Array, "B"]) -> Cache:
+    def advance(self, cache: Cache, trail: Cache, count: Int[Array, " B"]) -> Cache:
         """`cache` after the first `count` rows of a window, which left `trail`."""
         last = jnp.maximum(count - 1, 0)
 
@@ -174,7 +174,7 @@ class PixelCNN(nnx.Module):
         return jax.tree.map(lambda n, o: jnp.where(moved.reshape(-1, *[1] * (n.ndim - 1)), n, o), new, cache)
 
     def draw_unit(
-        self, cache: Cache, first: Int[Array, ""], label: Int[Array, "B"] | None, draw: Callable[[Array, Any], Array]
+        self, cache: Cache, first: Int[Array, ""], label: Int[Array, " B"] | None, draw: Callable[[Array, Any], Array]
     ) -> tuple[Int[Array, "B W C"], Cache]:
         """One row, pixel by pixel, and the cache after it; `draw(params (B, P), column)` gives a pixel (B, C)."""
         condition = self._conditions(label)

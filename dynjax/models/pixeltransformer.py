@@ -147,14 +147,14 @@ class PixelTransformer(nnx.Module):
         """Number of units, and pixels of each."""
         return self.shape[0] * self.shape[1], 1
 
-    def __call__(self, x: Int[Array, "B H W C"], label: Int[Array, "B"] | None = None) -> Float[Array, "B H W P"]:
+    def __call__(self, x: Int[Array, "B H W C"], label: Int[Array, " B"] | None = None) -> Float[Array, "B H W P"]:
         examples, pixels = x.shape[0], self.units[0]
         flat = x.reshape(examples, pixels, 1, self.shape[2])
         params, _ = self.window(flat, self.start(examples, 0), jnp.zeros(examples, jnp.int32), label)
         return params.reshape(examples, *self.shape[:2], -1)
 
     def predictions(
-        self, x: Int[Array, "B H W C"], label: Int[Array, "B"] | None = None
+        self, x: Int[Array, "B H W C"], label: Int[Array, " B"] | None = None
     ) -> list[Float[Array, "B H W P"]]:
         """What the head gives after every block: with exits all of them are trained. Without, the last alone."""
         if self.exits is None:
@@ -199,7 +199,7 @@ class PixelTransformer(nnx.Module):
         return self.head(self.norm(h))
 
     def window(
-        self, x: Int[Array, "B R 1 C"], cache: Cache, first: Int[Array, "B"], label: Int[Array, "B"] | None = None
+        self, x: Int[Array, "B R 1 C"], cache: Cache, first: Int[Array, " B"], label: Int[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B R 1 P"], Cache]:
         """Parameters of R pixels from number `first` on, and what these would leave in a cache."""
         h, entered = self._begin(x, cache, first, label)
@@ -234,7 +234,7 @@ class PixelTransformer(nnx.Module):
         tile = (1 / self.shape[0], 1 / self.shape[1])
         wrapping.account(exits, Decision(keep, probability, "tile exit"), unit, whole, tile)
 
-    def advance(self, cache: Cache, trail: Cache, count: Int[Array, "B"]) -> Cache:
+    def advance(self, cache: Cache, trail: Cache, count: Int[Array, " B"]) -> Cache:
         """`cache` after the first `count` pixels of a window, which left `trail`."""
         # Keys and values of pixels that are not final yet are written anew before anybody looks at them.
         last = jnp.maximum(count - 1, 0)
@@ -242,7 +242,7 @@ class PixelTransformer(nnx.Module):
         return trail | {"before": jnp.where((count > 0)[:, None], before, cache["before"])}
 
     def draw_unit(
-        self, cache: Cache, first: Int[Array, ""], label: Int[Array, "B"] | None, draw: Callable[[Array, Any], Array]
+        self, cache: Cache, first: Int[Array, ""], label: Int[Array, " B"] | None, draw: Callable[[Array, Any], Array]
     ) -> tuple[Int[Array, "B 1 C"], Cache]:
         """One pixel, and the cache after it; `draw(params (B, P), place)` gives a pixel (B, C)."""
         examples = cache["before"].shape[0]

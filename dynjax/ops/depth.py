@@ -3,6 +3,7 @@
 Letters: B examples, H W pixels, h w tiles, C channels, K classes, S stages.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -12,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax import execute
-from dynjax.decision import Decision
+from dynjax.decision import Decision, Granularity
 from dynjax.gates import Threshold, log_entropy, max_tiles, one_hot_argmax, pool_tiles, threshold
 from dynjax.ops import wrapping
 from dynjax.ops.receptive import receptive_radius
@@ -38,7 +39,8 @@ class Skip(nnx.Module):
     def __init__(self, block: Callable, gate: Callable, *, otherwise: Callable | None = None):
         wrapping.refuse_nested("Skip", block)
         self.block, self.gate, self.otherwise = block, gate, otherwise
-        self.execution, self.strategy = "masked", "auto"
+        self.execution: execute.Execution = "masked"
+        self.strategy: execute.Strategy = "auto"
 
     def set_view(
         self,
@@ -48,7 +50,7 @@ class Skip(nnx.Module):
         use_running_average: bool | None = None,
     ) -> None:
         # The last two are for gates and blocks; named here, since nnx.view refuses names that no module has.
-        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        wrapping.set_ways(self, execution, strategy)
 
     def __call__(self, x: Float[Array, "B ..."]) -> Array:
         hint = "use SampleGate, or FixedGate of shape (B,)"
@@ -136,7 +138,9 @@ class Exits(nnx.Module):
         self.stages, self.heads = nnx.List(stages), nnx.List(heads)
         self.confidence, self.at, self.patience, self.size = confidence, at, patience, size
         self.threshold = Threshold(jnp.zeros(()))
-        self.execution, self.strategy, self.deterministic = "masked", "auto", False
+        self.execution: execute.Execution = "masked"
+        self.strategy: execute.Strategy = "auto"
+        self.deterministic = False
 
     def set_view(
         self,
@@ -145,7 +149,7 @@ class Exits(nnx.Module):
         deterministic: bool | None = None,
         use_running_average: bool | None = None,
     ) -> None:
-        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        wrapping.set_ways(self, execution, strategy)
         self.deterministic = self.deterministic if deterministic is None else deterministic
 
     def predictions(self, x: execute.Tree) -> list[Array]:
@@ -157,8 +161,8 @@ class Exits(nnx.Module):
         return outs
 
     def doubt(
-        self, logits: Float[Array, "B *pixels K"], agreed: Float[Array, "B"] | None = None
-    ) -> Float[Array, "B *tiles"]:
+        self, logits: Float[Array, "B *pixels K"], agreed: Float[Array, " B"] | None = None
+    ) -> Float[Array, " B *tiles"]:
         """How far one head is from stopping: it goes on where this is at least the threshold.
 
         The logit of one minus the confidence, above that logit at `at`; with "patience" the agreements that are
@@ -175,12 +179,12 @@ class Exits(nnx.Module):
             return self.patience - 1 - (jnp.zeros_like(sure) if agreed is None else agreed) + jnp.exp(unsure)
         return unsure - sure - start
 
-    def _mean(self, x: Float[Array, "B *pixels"]) -> Float[Array, "B *tiles"]:
+    def _mean(self, x: Float[Array, " B *pixels"]) -> Float[Array, " B *tiles"]:
         if self.size is None:
             return x.mean(tuple(range(1, x.ndim)))
         return pool_tiles(x[..., None], self.size)[..., 0]
 
-    def _log_mean(self, log_x: Float[Array, "B *pixels"]) -> Float[Array, "B *tiles"]:
+    def _log_mean(self, log_x: Float[Array, " B *pixels"]) -> Float[Array, " B *tiles"]:
         """Logarithm of the mean of exp(log_x): of sure pixels it may be less than float32 tells from 0."""
         if self.size is None:
             most = log_x.max(tuple(range(1, log_x.ndim)), keepdims=True)
@@ -218,9 +222,9 @@ class Exits(nnx.Module):
     def _step(self, number, x, out, active):
         """One more stage and head where `active`; elsewhere the features pass on if they can, and the logits stay."""
         stage, head = (wrapping.ready(parts[number], self.execution) for parts in (self.stages, self.heads))
-        ways = dict(execution=self.execution, strategy=self.strategy)
+        samples = functools.partial(execute.samples, execution=self.execution, strategy=self.strategy)
         if self.size is None and number == len(self.stages) - 1:  # nobody needs the last features
-            return None, execute.samples(lambda x: head(stage(x)), x, active, otherwise=lambda _: out, **ways)
+            return None, samples(lambda x: head(stage(x)), x, active, otherwise=lambda _: out)
         spec = execute.shape_of(wrapping.still(stage), x)
         shapes = [jax.tree.map(lambda a: a.shape, tree) for tree in (x, spec)]
         rest = x if shapes[0] == shapes[1] else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), spec)
@@ -230,10 +234,10 @@ class Exits(nnx.Module):
                 features = stage(x)
                 return features, head(features)
 
-            return execute.samples(both, x, active, otherwise=lambda _: (rest, out), **ways)
-        ways["size"] = self.size
-        x = execute.tiles(stage, x, active, radius=receptive_radius(stage, x), otherwise=lambda _: rest, **ways)
-        return x, execute.tiles(head, x, active, radius=receptive_radius(head, x), otherwise=lambda _: out, **ways)
+            return samples(both, x, active, otherwise=lambda _: (rest, out))
+        tiles = functools.partial(execute.tiles, size=self.size, execution=self.execution, strategy=self.strategy)
+        x = tiles(stage, x, active, radius=receptive_radius(stage, x), otherwise=lambda _: rest)
+        return x, tiles(head, x, active, radius=receptive_radius(head, x), otherwise=lambda _: out)
 
     def _account(self, inputs, keep, probability, tile):
         unit, whole = [], []
@@ -247,5 +251,5 @@ class Exits(nnx.Module):
                 unit.append(
                     sum(window_macs(b, v, self.size, receptive_radius(b, v)) for b, v in ((stage, x), (head, after)))
                 )
-        granularity = "exit" if self.size is None else "tile exit"
+        granularity: Granularity = "exit" if self.size is None else "tile exit"
         wrapping.account(self, Decision(keep, probability, granularity), tuple(unit), tuple(whole), tile)

@@ -102,7 +102,8 @@ class MixtureOfDepths(nnx.Module):
                 f"{type(block).__name__} takes no such arguments: wrap it in a function that does"
             ) from error
         self.block, self.gate = block, gate
-        self.execution, self.strategy = "masked", "auto"
+        self.execution: execute.Execution = "masked"
+        self.strategy: execute.Strategy = "auto"
 
     def set_view(
         self,
@@ -112,7 +113,7 @@ class MixtureOfDepths(nnx.Module):
         use_running_average: bool | None = None,
     ) -> None:
         # The last two are for gates and blocks; named here, since nnx.view refuses names that no module has.
-        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        wrapping.set_ways(self, execution, strategy)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         tokens = x.shape[1]

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dynjax import cost, execute, gates
-from dynjax.decision import Decision
+from dynjax.decision import Decision, Granularity
 from dynjax.gates import GateParam, Threshold
 from dynjax.ops import wrapping
 
@@ -133,7 +133,7 @@ class RandomRouter(nnx.Module):
         return Decision(keep, jnp.full(shape, 1 / self.experts), _granularity(x, self.top))
 
 
-def _granularity(x: jax.Array, top: int) -> str:
+def _granularity(x: jax.Array, top: int) -> Granularity:
     """What a router's decision is about: tokens, or examples, of which only `top` = 1 is one of the experts."""
     if x.ndim == 3:
         return "token branch"
@@ -258,7 +258,7 @@ class Experts(nnx.Module):
         weight = jnp.where(taken, jnp.take_along_axis(weight, chosen, 1), 0)
         return jnp.where(taken[..., None], y * weight[..., None].astype(y.dtype), 0).sum(1)
 
-    def _blocks(self, tokens: Float[Array, "n C"], sizes: Int[Array, "E"], block: int) -> Float[Array, "n C"]:
+    def _blocks(self, tokens: Float[Array, "n C"], sizes: Int[Array, " E"], block: int) -> Float[Array, "n C"]:
         """Every expert on its own rows of `tokens`, `block` rows at a time; as many blocks as are needed."""
         start, blocks = jnp.cumsum(sizes) - sizes, -(-sizes // block)
         last = jnp.cumsum(blocks)
@@ -275,7 +275,7 @@ class Experts(nnx.Module):
 
 def places(
     keep: Float[Array, "N E"], most: int
-) -> tuple[Int[Array, "N k"], Bool[Array, "N k"], Int[Array, "N k"], Int[Array, "E"]]:
+) -> tuple[Int[Array, "N k"], Bool[Array, "N k"], Int[Array, "N k"], Int[Array, " E"]]:
     """Where the pairs (token, expert) that are kept lie when they are ordered by expert, then by token.
 
     For each token `most` experts, which of them it takes, their places (N * most where it does not), and for each

@@ -189,7 +189,8 @@ class DynamicFilter(nnx.Module):
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+    rows, columns = (value, value) if isinstance(value, int) else value
+    return rows, columns
 
 
 def _projection(in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Linear | None:

@@ -53,7 +53,7 @@ def pondernet_distribution(lambdas: Float[Array, "... S"]) -> Float[Array, "... 
     return _weights(lambdas, pondernet_rule)
 
 
-def geometric_prior(rate: float, steps: int) -> Float[Array, "S"]:
+def geometric_prior(rate: float, steps: int) -> Float[Array, " S"]:
     """PonderNet's prior: geometric, 1/`rate` steps in the mean, cut after `steps`.
 
     Deviation: the last step takes the tail, as in `pondernet_distribution`, so that it is one and the KL can be 0.
@@ -63,7 +63,7 @@ def geometric_prior(rate: float, steps: int) -> Float[Array, "S"]:
     return pondernet_distribution(jnp.full((steps,), rate))
 
 
-def kl_to_prior(p: Float[Array, "... S"], prior: Float[Array, "S"]) -> Float[Array, "..."]:
+def kl_to_prior(p: Float[Array, "... S"], prior: Float[Array, " S"]) -> Float[Array, "..."]:
     """KL(p || prior) in nats, the regulariser of PonderNet (section 2)."""
     prior = prior.reshape((1,) * (p.ndim - 1) + (-1,))
     log_p, log_prior = (jnp.log(jnp.maximum(q, 1e-9)) for q in (p, prior))
@@ -71,7 +71,7 @@ def kl_to_prior(p: Float[Array, "... S"], prior: Float[Array, "S"]) -> Float[Arr
 
 
 def pondernet_loss(
-    losses: Float[Array, "B S"], p: Float[Array, "B S"], prior: Float[Array, "S"], beta: float = 0.01
+    losses: Float[Array, "B S"], p: Float[Array, "B S"], prior: Float[Array, " S"], beta: float = 0.01
 ) -> Float[Array, ""]:
     """The mean of each step's task loss under `p`, plus `beta` times its KL to the prior (PonderNet, section 2)."""
     return ((p * losses).sum(-1) + beta * kl_to_prior(p, prior)).mean()
@@ -83,7 +83,7 @@ def halting_distribution(decision: Decision) -> Float[Array, "B ... S"]:
     return running - jnp.concatenate([running[..., 1:], jnp.zeros_like(running[..., :1])], -1)
 
 
-def ponder_cost(decision: Decision) -> Float[Array, "B"]:
+def ponder_cost(decision: Decision) -> Float[Array, " B"]:
     """ACT's ponder cost N + R per example, of several tiles their mean (Graves 2016, section 2; Figurnov et al. 2017).
 
     N steps are run, without a gradient; the remainder R is the weight of the last one. In MACs, and for PonderNet as

@@ -111,35 +111,35 @@ def set_curriculum(model: nnx.Module, progress: Float[Array, ""] | float) -> Non
             held[...] = curriculum_mask(progress, held.shape[0]) == 0
 
 
-def curriculum_mask(progress: Float[Array, ""] | float, blocks: int) -> Float[Array, "K"]:
+def curriculum_mask(progress: Float[Array, ""] | float, blocks: int) -> Float[Array, " K"]:
     """1 for the last ceil(progress * K) of K = `blocks` blocks, at least one, which the policy decides about; 0 for
     those before, which all run (BlockDrop, section 3: training starts with the last block and adds those before)."""
     free = jnp.clip(jnp.ceil(jnp.asarray(progress, jnp.float32) * blocks - 1e-4), 1, blocks)
     return (jnp.arange(blocks) >= blocks - free).astype(jnp.float32)
 
 
-def hold(decision: Decision, held: Bool[Array, "K"]) -> Decision:
+def hold(decision: Decision, held: Bool[Array, " K"]) -> Decision:
     """`decision`, with everything kept for sure where `held`."""
     keep, probability = (jnp.where(held[None], 1, chosen) for chosen in (decision.keep, decision.probability))
     return dataclasses.replace(decision, keep=keep, probability=probability)
 
 
-def log_probability(decision: Decision) -> Float[Array, "B"]:
+def log_probability(decision: Decision) -> Float[Array, " B"]:
     """Log of the probability of what was drawn, all K choices independent (BlockDrop, section 3)."""
     kept, p = jax.lax.stop_gradient(decision.keep), jnp.clip(decision.probability, 1e-6, 1 - 1e-6)
     return jnp.log(kept * p + (1 - kept) * (1 - p)).sum(-1)
 
 
 def blockdrop_reward(
-    correct: Bool[Array, "B"] | Float[Array, "B"], kept: Float[Array, "B"], gamma: float
-) -> Float[Array, "B"]:
+    correct: Bool[Array, " B"] | Float[Array, " B"], kept: Float[Array, " B"], gamma: float
+) -> Float[Array, " B"]:
     """1 - kept^2 for a correct prediction, where `kept` is the share of the blocks that ran; -gamma for a wrong one
     (BlockDrop, section 3)."""
     return jnp.where(correct, 1 - kept**2, -gamma)
 
 
 def reinforce_loss(
-    log_probability: Float[Array, "B"], reward: Float[Array, "B"], baseline: Float[Array, "B"]
+    log_probability: Float[Array, " B"], reward: Float[Array, " B"], baseline: Float[Array, " B"]
 ) -> Float[Array, ""]:
     """Its gradient is that of minus the expected reward (Williams 1992): -mean((reward - baseline) log p).
 

@@ -1,6 +1,7 @@
 """How far an output pixel of a block reaches, and whether tiles of the block can be computed on their own."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -142,9 +143,9 @@ def _maps(side: int, channels: int, dtype: np.dtype) -> _Maps:
             places.append(place)
             values.append(base.copy())
             values[-1][place] += change
-    values = np.stack(values)
-    values = values if jnp.issubdtype(dtype, jnp.floating) else np.nan_to_num(values)
-    return _Maps(values.astype(dtype), tuple(places), around.astype(dtype))
+    stacked = np.stack(values)
+    stacked = stacked if jnp.issubdtype(dtype, jnp.floating) else np.nan_to_num(stacked)
+    return _Maps(stacked.astype(dtype), tuple(places), around.astype(dtype))
 
 
 def _spread(y: np.ndarray, maps: _Maps, tolerance: float) -> tuple[int, int]:
@@ -248,7 +249,7 @@ def _stand_in(number: int, shape: tuple[int, ...], dtype, positive: bool) -> np.
     random = np.random.default_rng(number)
     if len(shape) < 2:
         return random.uniform(0.5, 1.5, shape).astype(dtype)
-    values = random.normal(size=shape) * (2 / max(np.prod(shape[:-1]), 1)) ** 0.5
+    values = random.normal(size=shape) * (2 / max(math.prod(shape[:-1]), 1)) ** 0.5
     return (np.abs(values) if positive else values).astype(dtype)
 
 

@@ -77,7 +77,7 @@ class Flow(NamedTuple):
     """What comes along a path: features, and for which examples (1; else 0, and the features are zeros)."""
 
     features: Float[Array, "B H W C"]
-    arrived: Float[Array, "B"]
+    arrived: Float[Array, " B"]
 
 
 class Cell(nnx.Module):
@@ -204,7 +204,7 @@ def _along(path: Callable, h: jax.Array, opens: jax.Array, weight: jax.Array, sa
     return samples(weighted, (h, weight), opens, otherwise=lambda _: jnp.zeros(spec.shape, spec.dtype))
 
 
-def _scaled(weight: Float[Array, "B"], x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+def _scaled(weight: Float[Array, " B"], x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     """`x` times a weight of each example; 0 where that is 0."""
     weight = weight.astype(x.dtype)[:, None, None, None]
     return weight * execute.finite(x, unless=weight != 0)

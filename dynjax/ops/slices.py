@@ -109,7 +109,7 @@ def span(start: int, size: int) -> Pick:
     return lambda array, axis: lax.slice_in_dim(array, start, start + size, axis=axis)
 
 
-def pick_groups(chosen: Int[Array, "n"], groups: int) -> Pick:
+def pick_groups(chosen: Int[Array, " n"], groups: int) -> Pick:
     """Picks the groups `chosen` of as many channels each."""
 
     def pick(array, axis):

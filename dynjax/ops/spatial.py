@@ -4,14 +4,26 @@ Letters: B examples, H W pixels, h w tiles, C channels.
 """
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax import cost, execute, windows
+from dynjax.decision import Decision
 from dynjax.ops import wrapping
 from dynjax.ops.receptive import receptive_radius
+
+
+@runtime_checkable
+class OfTiles(Protocol):
+    """A gate that decides about tiles."""
+
+    size: int
+    """Side of a tile in pixels."""
+
+    def __call__(self, x: Array, /) -> Decision: ...
 
 
 class Tiles(nnx.Module):
@@ -41,15 +53,17 @@ class Tiles(nnx.Module):
         self, block: Callable, gate: Callable, *, otherwise: Callable | None = None, radius: int | None = None
     ):
         wrapping.refuse_nested("Tiles", block)
-        if getattr(gate, "size", None) is None:
+        if not isinstance(gate, OfTiles) or gate.size is None:
             raise ValueError(
                 "Tiles needs a gate with a tile size: TileGate(channels, size=16, rngs=rngs), "
                 "or FixedGate(keep, size=16)"
             )
         if radius is not None and radius < 0:
             raise ValueError(f"radius={radius} must be at least 0 pixels, or None to have it found")
-        self.block, self.gate, self.otherwise, self.radius = block, gate, otherwise, radius
-        self.execution, self.strategy = "masked", "auto"
+        self.block, self.otherwise, self.radius = block, otherwise, radius
+        self.gate: OfTiles = gate
+        self.execution: execute.Execution = "masked"
+        self.strategy: execute.Strategy = "auto"
 
     def set_view(
         self,
@@ -59,7 +73,7 @@ class Tiles(nnx.Module):
         use_running_average: bool | None = None,
     ) -> None:
         # The last two are for gates and blocks; named here, since nnx.view refuses names that no module has.
-        self.execution, self.strategy = execution or self.execution, strategy or self.strategy
+        wrapping.set_ways(self, execution, strategy)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
         if x.ndim != 4:

@@ -282,7 +282,7 @@ def _shared_norm(norm: nnx.BatchNorm, channels: int, x: Array) -> Array:
 # Training at several widths
 
 
-def sandwich_widths(widths: Sequence[float | int], key: jax.Array, n: int) -> Int[Array, "n"]:
+def sandwich_widths(widths: Sequence[float | int], key: jax.Array, n: int) -> Int[Array, " n"]:
     """Which widths to train in one step, as indices: the widest, the narrowest, and n - 2 others at random.
 
     The sandwich rule (Yu & Huang 2019, arXiv:1903.05134). Deviation: others are drawn among `widths`,

@@ -2,16 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, get_args, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import jax
 from flax import nnx
 
 from dynjax import cost, execute
-from dynjax.decision import Decision, record, unseen
+from dynjax.decision import Block, Decision, record, unseen
 from dynjax.execute import Execution, Strategy
-
-Block = TypeVar("Block", bound=Callable)
 
 EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)

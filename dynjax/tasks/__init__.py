@@ -1,6 +1,7 @@
 """Tasks: what is to be predicted, its loss and its scores. A training loop takes any of them."""
 
 import dataclasses
+import types
 from typing import Any
 
 from dynjax import models
@@ -16,6 +17,7 @@ def refuse_unused(config: Config) -> None:
     """
     from dynjax.tasks import autoregressive, classification, reconstruction, segmentation
 
+    task: types.ModuleType
     if models.reconstructs(config.model):
         task = reconstruction
     elif models.generates(config.model):

@@ -4,7 +4,7 @@ Letters: B examples, H W pixels.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,19 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from dynjax import budget
 from dynjax.config import ModelConfig
-from dynjax.models.likelihoods import quantise
+from dynjax.models.likelihoods import Likelihood, quantise
+from dynjax.sampling import Autoregressive
+
+
+@runtime_checkable
+class OfIntegers(Autoregressive, Protocol):
+    """A model whose likelihood says how probable integers are."""
+
+    @property
+    def likelihood(self) -> Likelihood: ...
+
+    @property
+    def classes(self) -> int: ...
 
 
 def uses(model: ModelConfig) -> set[str]:
@@ -22,14 +34,14 @@ def uses(model: ModelConfig) -> set[str]:
     return set()
 
 
-def integers(model: nnx.Module, image: Array) -> Array:
+def integers(model: OfIntegers, image: Array) -> Array:
     """Pictures of bytes (B, H, W, 3) as the integers that the model has: values of pixels, or codes."""
     if hasattr(model, "encode"):
         return model.encode(image)
     return quantise(image, model.likelihood.values, model.shape[2])
 
 
-def nats(model: nnx.Module, x: Array, label: Array) -> Float[Array, "B"]:
+def nats(model: OfIntegers, x: Array, label: Array) -> Float[Array, " B"]:
     """-log p of each picture x of integers that the model has; `label` -1 is no class."""
     params = model(x, label) if model.classes else model(x)
     return -model.likelihood.log_prob(params, x).sum((1, 2))
@@ -39,7 +51,7 @@ DOUBT = (-8.0, 3.0)
 """Thresholds of exits that are trained for: logits of the entropy's share, from nearly all going on to few."""
 
 
-def training_nats(model: nnx.Module, image: Array, label: Array, key: PRNGKeyArray) -> Float[Array, "B"]:
+def training_nats(model: OfIntegers, image: Array, label: Array, key: PRNGKeyArray) -> Float[Array, " B"]:
     """As `nats`; of a model that has several `predictions` of every pixel, their mean.
 
     Of a model with exits the mean of this and of `nats` under a threshold drawn from `key`: who comes later must have
@@ -49,9 +61,11 @@ def training_nats(model: nnx.Module, image: Array, label: Array, key: PRNGKeyArr
     if not hasattr(model, "predictions"):
         return nats(model, x, label)
     each = model.predictions(x, label) if model.classes else model.predictions(x)
-    mean = sum(-model.likelihood.log_prob(params, x).sum((1, 2)) for params in each) / len(each)
+    first, *others = [-model.likelihood.log_prob(params, x).sum((1, 2)) for params in each]
+    mean = sum(others, first) / len(each)
     if getattr(getattr(model, "prior", model), "exits", None) is None:
         return mean
+    assert isinstance(model, nnx.Module)
     budget.set_threshold(model, jax.random.uniform(key, minval=DOUBT[0], maxval=DOUBT[1]))
     leaving = nats(model, x, label)
     budget.set_threshold(model, jnp.float32(budget.LOWEST))
@@ -72,21 +86,21 @@ class AutoregressiveTask:
     budget: ClassVar[None] = None
 
     def loss(
-        self, model: nnx.Module, batch: dict[str, Any], key: PRNGKeyArray, progress: Float[Array, ""] | float
+        self, model: OfIntegers, batch: dict[str, Any], key: PRNGKeyArray, progress: Float[Array, ""] | float
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Bits per dimension of a batch {"image" (B, H, W, 3), "label" (B,)}, and metrics."""
         bits = training_nats(model, batch["image"], batch["label"], key).mean() / (np.log(2) * np.prod(model.shape))
         return bits, {"loss": bits, "bits_per_dim": bits, "macs_fraction": jnp.float32(1)}
 
-    def prepare(self, model: nnx.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    def prepare(self, model: OfIntegers, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with "x", its pictures as integers. Where an encoder makes them, that is no work of the model's."""
         return batch | {"x": integers(model, batch["image"])}
 
-    def infer(self, model: nnx.Module, batch: dict[str, Any]) -> Float[Array, "B H W P"]:
+    def infer(self, model: OfIntegers, batch: dict[str, Any]) -> Float[Array, "B H W P"]:
         """Parameters of every pixel's distribution."""
         return model(batch["x"], batch["label"]) if model.classes else model(batch["x"])
 
-    def counts(self, model: nnx.Module, output: Array, batch: dict[str, Any]) -> Float[Array, "2"]:
+    def counts(self, model: OfIntegers, output: Array, batch: dict[str, Any]) -> Float[Array, "2"]:
         """Bits and dimensions of the batch's pictures; blank ones, with label -1, are not in them."""
         valid = batch["label"] >= 0
         nats = -model.likelihood.log_prob(output, batch["x"]).sum((1, 2))

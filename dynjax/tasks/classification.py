@@ -45,7 +45,7 @@ def uses(model: ModelConfig) -> set[str]:
     return used if by_budget else used - {"budget.weight"}
 
 
-def cross_entropy(logits: Float[Array, "B K"], label: Int[Array, "B"], smoothing: float = 0.0) -> Float[Array, "B"]:
+def cross_entropy(logits: Float[Array, "B K"], label: Int[Array, " B"], smoothing: float = 0.0) -> Float[Array, " B"]:
     """-log softmax(logits)[label] per example, in float32; 0 where the label is -1.
 
     With `smoothing`, that share of the label is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567,
@@ -59,7 +59,7 @@ def cross_entropy(logits: Float[Array, "B K"], label: Int[Array, "B"], smoothing
     return jnp.where(label >= 0, losses, 0.0)
 
 
-def confusion_matrix(logits: Float[Array, "B K"], label: Int[Array, "B"]) -> Int[Array, "K K"]:
+def confusion_matrix(logits: Float[Array, "B K"], label: Int[Array, " B"]) -> Int[Array, "K K"]:
     """Examples of the class of each row that were given the class of each column, int32; label -1 is in none."""
     classes = logits.shape[-1]
     truth = jax.nn.one_hot(label, classes, dtype=jnp.int32)
@@ -107,7 +107,9 @@ class ClassificationTask:
         count = jnp.maximum((label >= 0).sum(), 1)
         set_temperature(model, annealed_temperature(progress))
         set_curriculum(model, progress / CURRICULUM)
-        spent, budget_loss, more = {"macs_fraction": 1.0}, 0.0, {}
+        spent: dict[str, Any] = {"macs_fraction": 1.0}
+        more: dict[str, Array] = {}
+        budget_loss: Array | float = 0.0
         if hasattr(model, "predictions"):
             outputs, decisions = trace.traced(lambda model, image: model.predictions(image))(model, image)
             losses = self._each(outputs, label)
@@ -166,6 +168,7 @@ class ClassificationTask:
         `target` is the budget under which it drew; without noise it decides at the same threshold.
         """
         frozen = nnx.view(model, deterministic=True, use_running_average=True, raise_if_not_found=False)
+        assert self.budget is not None  # under which it drew
         if self.budget.sampled:
             budget.set_threshold(model, budget.sampled_threshold(target))
         greedy, most_probable = trace.traced(frozen)(image)
@@ -179,7 +182,7 @@ class ClassificationTask:
         rewards = reward(logits, drawn), reward(greedy, chosen)
         return self.losses.reinforce * reinforce_loss(log_probability(drawn), *rewards)
 
-    def confusion(self, logits: Float[Array, "B K"], label: Int[Array, "B"]) -> Int[Array, "K K"]:
+    def confusion(self, logits: Float[Array, "B K"], label: Int[Array, " B"]) -> Int[Array, "K K"]:
         """`confusion_matrix` of a batch."""
         return confusion_matrix(logits, label)
 

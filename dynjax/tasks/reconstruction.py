@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dynjax.config import ModelConfig
-from dynjax.models.vqvae import Reconstruction
+from dynjax.models.vqvae import VQVAE, Reconstruction
 
 
 def uses(model: ModelConfig) -> set[str]:
@@ -37,7 +36,7 @@ class ReconstructionTask:
     budget: ClassVar[None] = None
 
     def loss(
-        self, model: nnx.Module, batch: dict[str, Any], key: PRNGKeyArray, progress: Float[Array, ""] | float
+        self, model: VQVAE, batch: dict[str, Any], key: PRNGKeyArray, progress: Float[Array, ""] | float
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Squared error, codebook and commitment (van den Oord et al. 2017, eq. 3) of a batch {"image" (B, H, W, 3)}.
 
@@ -49,15 +48,15 @@ class ReconstructionTask:
         psnr = -10 * jnp.log10(error)
         return loss, {"loss": loss, "psnr": psnr, "commitment": found.commitment, "macs_fraction": jnp.float32(1)}
 
-    def prepare(self, model: nnx.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    def prepare(self, model: VQVAE, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch as it is."""
         return batch
 
-    def infer(self, model: nnx.Module, batch: dict[str, Any]) -> Reconstruction:
+    def infer(self, model: VQVAE, batch: dict[str, Any]) -> Reconstruction:
         """The pictures once more."""
         return model(batch["image"])
 
-    def counts(self, model: nnx.Module, found: Reconstruction, batch: dict[str, Any]) -> Float[Array, "N"]:
+    def counts(self, model: VQVAE, found: Reconstruction, batch: dict[str, Any]) -> Float[Array, " N"]:
         """Squared error and numbers of the batch's pictures, and uses of every code; blank ones, with label -1, are not
         in them."""
         valid = (batch["label"] >= 0).astype(jnp.float32)

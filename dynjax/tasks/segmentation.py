@@ -36,7 +36,7 @@ def uses(model: ModelConfig) -> set[str]:
 def cross_entropy(
     logits: Float[Array, "B H W C"],
     mask: Int[Array, "B H W"],
-    class_weights: Sequence[float] | Float[Array, "C"] | None = None,
+    class_weights: Sequence[float] | Float[Array, " C"] | None = None,
     smoothing: float = 0.0,
 ) -> Float[Array, ""]:
     """Mean over the pixels that count of -log softmax(logits)[label], weighted by class; 0 if none counts.
@@ -110,7 +110,7 @@ def scores(confusion: Num[np.ndarray, "C C"]) -> dict[str, Any]:
     }
 
 
-def class_frequencies(source: Any, examples: int = 500) -> Float[np.ndarray, "C"]:
+def class_frequencies(source: Any, examples: int = 500) -> Float[np.ndarray, " C"]:
     """Share of each class among the pixels that count, over at most so many examples, spread evenly over a data source.
 
     ValueError for a label outside the classes and for a source without a pixel that counts.
@@ -130,7 +130,7 @@ def class_frequencies(source: Any, examples: int = 500) -> Float[np.ndarray, "C"
     return counts / counts.sum()
 
 
-def class_weights(kind: str, frequencies: Float[np.ndarray, "C"]) -> tuple[float, ...] | None:
+def class_weights(kind: str, frequencies: Float[np.ndarray, " C"]) -> tuple[float, ...] | None:
     """Weights of classes, 1 on average over pixels: "none" (None), "sqrt" (1/sqrt(frequency)), "inverse" (1/frequency).
 
     Weights stop at LARGEST_CLASS_WEIGHT, which is also what a class never seen gets; the others are all the larger, in
@@ -178,8 +178,10 @@ class SegmentationTask:
         The model is in its training view, and its statistics and random counts move on; for the budget see
         `spending.within_budget`.
         """
+        spent, more = {"macs_fraction": 1.0}, {}
+        budget_loss: Array | float = 0.0
         if self.budget is None:
-            logits, spent, budget_loss, more = model(batch["image"]), {"macs_fraction": 1.0}, 0.0, {}
+            logits = model(batch["image"])
         else:
             logits, decisions, spent, budget_loss = spending.within_budget(
                 lambda model, image: model(image), model, batch["image"], self.budget, key, progress

@@ -51,7 +51,7 @@ def within_budget(
     `target`, and the gates' threshold moves with it; the model is left at the threshold of the row's own target, ready
     to be evaluated or saved.
     """
-    target = spends.target
+    target: Array | float = spends.target
     if spends.sampled:
         # The square: low budgets are the hard ones, so they come more often.
         target = target + (1 - target) * jax.random.uniform(key) ** 2
