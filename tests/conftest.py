@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import tempfile
 
 CACHE = pathlib.Path.home() / ".cache" / "dynjax" / "xla"
 
@@ -33,3 +34,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tracing makes many small objects that live: by default Python would go through all of them a hundred times.
 gc.freeze()
 gc.set_threshold(20_000, 20, 100)
+
+
+def pytest_configure(config):
+    """A folder that all workers share, for what is trained once."""
+    if "DYNJAX_TESTS_TRAINED" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="dynjax-tests-")
+        os.environ["DYNJAX_TESTS_TRAINED"] = folder.name
+        config.add_cleanup(folder.cleanup)
