@@ -31,10 +31,6 @@ import jax  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Tracing makes many small objects that live: by default Python would go through all of them a hundred times.
-gc.freeze()
-gc.set_threshold(20_000, 20, 100)
-
 
 def pytest_configure(config):
     """A folder that all workers share, for what is trained once."""
@@ -42,3 +38,8 @@ def pytest_configure(config):
         folder = tempfile.TemporaryDirectory(prefix="dynjax-tests-")
         os.environ["DYNJAX_TESTS_TRAINED"] = folder.name
         config.add_cleanup(folder.cleanup)
+
+
+# Tracing makes many small objects that live: by default Python would go through all of them a hundred times.
+gc.freeze()
+gc.set_threshold(20_000, 20, 100)
