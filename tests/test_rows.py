@@ -1,11 +1,12 @@
+import dataclasses
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_commands import make
+from test_commands import last_scores, make
 
-from dynjax import log, models
+from dynjax import models, train
 from dynjax.config import UserError
 from experiments import rows
 
@@ -58,15 +59,18 @@ def in_tiny_form():
 
 @pytest.mark.parametrize("name", list(in_tiny_form()))
 def test_the_tiny_form_trains_two_steps(name, tmp_path, camvid):
-    changes, config = {}, rows.tiny(rows.get_row(name))
+    config, row = rows.tiny(rows.get_row(name)), tmp_path / "row"
     if config.data.name == "camvid":
-        changes["path"] = str(camvid)
-    if config.model.family == "codes":
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(camvid)))
+        train.train(config, row, quiet=True)
+    elif config.model.family == "codes":
         vqvae = make(tmp_path / "vqvae", name.split("_")[0] + "_vqvae")
         scores = last_scores(vqvae)
         assert scores["psnr"] > 0 and 1 <= scores["perplexity"] <= config.model.vqvae.codes
-        changes["init_from"] = str(vqvae)
-    scores = last_scores(make(tmp_path / "row", name, **changes))
+        make(row, name, init_from=str(vqvae))
+    else:
+        make(row, name)
+    scores = last_scores(row)
     assert 0 < scores["macs_fraction"] <= 1 + 1e-6
     if models.reconstructs(config.model):
         assert scores["psnr"] > 0
@@ -77,12 +81,6 @@ def test_the_tiny_form_trains_two_steps(name, tmp_path, camvid):
     segments = config.model.family == "unet"
     assert 0 <= scores["miou" if segments else "accuracy"] <= 1
     assert len(scores["iou" if segments else "recall"]) == (11 if segments else 10)
-
-
-def last_scores(workdir):
-    """What training wrote last of the evaluation on val."""
-    records = [record for record in log.read_metrics(workdir) if "val/macs_fraction" in record]
-    return {name.removeprefix("val/"): value for name, value in records[-1].items()}
 
 
 def test_rows_of_a_family_differ_in_what_they_are_for():
