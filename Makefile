@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.requirements
 DEMO := runs/demo
 
-.PHONY: venv demo test test-slow lint format bench notebooks results clean
+.PHONY: venv demo test test-slow soak lint format bench notebooks results clean
 
 venv: $(STAMP)
 
@@ -29,6 +29,10 @@ test: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+
+# How reliable it is, in counts: kills, signals, damaged files, random decisions; minutes. Writes benchmarks/results/soak.csv.
+soak: venv
+	$(BIN)/python tests/soak.py --minutes 10
 
 lint: venv
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import tempfile
 
 CACHE = pathlib.Path.home() / ".cache" / "dynjax" / "xla"
 
@@ -30,6 +31,15 @@ import pytest  # noqa: E402
 # Not through XLA_FLAGS: commands that tests start should see the machine as it is.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    """A folder that all workers share, for what is trained once."""
+    if "DYNJAX_TESTS_TRAINED" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="dynjax-tests-")
+        os.environ["DYNJAX_TESTS_TRAINED"] = folder.name
+        config.add_cleanup(folder.cleanup)
+
 
 # Tracing makes many small objects that live: by default Python would go through all of them a hundred times.
 gc.freeze()

@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from test_commands import last_scores, make
 
 from dynjax import models, tasks, train
 from dynjax.config import UserError
@@ -58,15 +59,18 @@ def in_tiny_form():
 
 @pytest.mark.parametrize("name", list(in_tiny_form()))
 def test_the_tiny_form_trains_two_steps(name, tmp_path, camvid):
-    config = rows.tiny(rows.get_row(name))
+    config, row = rows.tiny(rows.get_row(name)), tmp_path / "row"
     if config.data.name == "camvid":
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(camvid)))
-    if config.model.family == "codes":
-        vqvae = rows.tiny(rows.get_row(name.split("_")[0] + "_vqvae"))
-        config = dataclasses.replace(config, init_from=str(tmp_path / "vqvae"))
-        scores = train.train(vqvae, tmp_path / "vqvae", quiet=True)
-        assert scores["psnr"] > 0 and 1 <= scores["perplexity"] <= vqvae.model.codes
-    scores = train.train(config, tmp_path / "row", quiet=True)
+        train.train(config, row, quiet=True)
+    elif config.model.family == "codes":
+        vqvae = make(tmp_path / "vqvae", name.split("_")[0] + "_vqvae")
+        scores = last_scores(vqvae)
+        assert scores["psnr"] > 0 and 1 <= scores["perplexity"] <= config.model.vqvae.codes
+        make(row, name, init_from=str(vqvae))
+    else:
+        make(row, name)
+    scores = last_scores(row)
     assert 0 < scores["macs_fraction"] <= 1 + 1e-6
     if models.reconstructs(config.model):
         assert scores["psnr"] > 0
