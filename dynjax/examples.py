@@ -51,7 +51,7 @@ def shape_apart(block: Callable[[Any], Any], x: Any) -> Any:
 
 def _mixing(jaxpr: jex.Jaxpr) -> str:
     """The first operation on real numbers that goes over the examples."""
-    for eqn in jaxpr.eqns:
+    for eqn in _needed(jaxpr):
         for value in eqn.params.values():
             for inner in value if isinstance(value, tuple) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
@@ -62,6 +62,17 @@ def _mixing(jaxpr: jex.Jaxpr) -> str:
         if real and any(n and n % _EXAMPLES == 0 for n in _lengths(eqn, shapes)):
             return eqn.primitive.name
     return ""
+
+
+def _needed(jaxpr: jex.Jaxpr) -> list:
+    """Operations that something comes of. A shape may have been asked for by looking at one example, and a padding of
+    no pixels is made of slices all the same."""
+    live, found = set(map(id, jaxpr.outvars)), []
+    for eqn in reversed(jaxpr.eqns):
+        if any(id(v) in live and getattr(v.aval, "size", 1) for v in eqn.outvars):
+            found.append(eqn)
+            live |= set(map(id, eqn.invars))
+    return found[::-1]
 
 
 def _lengths(eqn, shapes) -> list[int]:

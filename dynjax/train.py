@@ -305,8 +305,8 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
     refuse_unused(config)
     with meshes.together():
         checkpoint.check_workdir(workdir, config)
-        if jax.process_index() == 0 and Path(workdir).is_dir():
-            with lock.hold(workdir):  # before minutes of reading data
+        if jax.process_index() == 0 and (Path(workdir) / lock.FILE).exists():
+            with lock.hold(workdir):  # refused before minutes of reading data; nothing is made yet
                 pass
     if config.model.family == "codes" and not config.init_from:
         raise UserError(f"row {config.row} needs --init-from, the workdir of a trained VQ-VAE (rows *_vqvae)")

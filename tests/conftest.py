@@ -44,12 +44,3 @@ def pytest_configure(config):
 # Tracing makes many small objects that live: by default Python would go through all of them a hundred times.
 gc.freeze()
 gc.set_threshold(20_000, 20, 100)
-
-
-@pytest.fixture
-def optimised():
-    """Whatever is compiled in the test is compiled as users have it; other tests do without XLA's optimizations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)

@@ -69,3 +69,14 @@ def test_wrappers_of_examples_ask_when_compact():
     ):
         with pytest.raises(ValueError, match="mixes the examples of a batch"):
             jax.eval_shape(lambda x, model=model: still(model, "compact")(x), x)
+
+
+def test_what_nothing_comes_of_does_not_count():
+    """A shape looked up on one example, and edges of which no pixel is taken."""
+    x = jnp.arange(12.0).reshape(3, 2, 2)
+
+    def block(x):
+        assert jax.eval_shape(jnp.sin, x[0]).shape == (2, 2)
+        return jnp.pad(x, ((0, 0), (1, 0), (0, 0)), mode="edge")[:, 1:]
+
+    assert shape_apart(block, x).shape == x.shape

@@ -221,9 +221,10 @@ def multiplies(program):
     return [{name for name in bodies if within(name, what)} for what in ("dot|convolution", "while")]
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("strategy", ["loop", "buckets"])
 @pytest.mark.parametrize("examples", [1, 2, 5])
-def test_the_compiled_program_multiplies_only_where_something_was_decided(examples, strategy, optimised):
+def test_the_compiled_program_multiplies_only_where_something_was_decided(examples, strategy):
     """XLA moves work out of loops: at one example all of a block, once, so that it was run whatever was kept.
 
     It moves it to beside the loop, into the branch that is taken where little is kept, and not to the program's entry.

@@ -17,7 +17,7 @@ import dynjax as dj
 from dynjax.decision import Decision
 from dynjax.ops.kernels import CondConv
 
-pytestmark = pytest.mark.usefixtures("optimised")
+pytestmark = pytest.mark.optimised
 
 
 def tell(granularity, size=None, **more):
