@@ -54,7 +54,10 @@ class Stop:
 
         def ask(number: int, frame: Any) -> None:
             self._asked.set()
-            restore()
+            # Python's own, and not those of before: a command's ends it at once, also for this signal, which it may look
+            # at only now.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
         for number in before:
             signal.signal(number, ask)

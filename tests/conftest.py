@@ -26,7 +26,6 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax  # noqa: E402
-import pytest  # noqa: E402
 
 # Not through XLA_FLAGS: commands that tests start should see the machine as it is.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -501,3 +501,18 @@ def test_a_workdir_of_another_configuration(tmp_path):
     other = dataclasses.replace(standin.config(steps=1), optimizer=OptimizerConfig(learning_rate=0.5))
     with pytest.raises(UserError, match=r"optimizer.learning_rate is 0.002 there and 0.5 here"):
         standin.fit(other, tmp_path)
+
+
+def test_one_signal_is_not_answered_twice():
+    """The handler of a command ends it at once: it must not be back while the first signal is still on its way."""
+    hit = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: hit.append(number))
+    try:
+        stop = Stop()
+        with stop.signals():
+            signal.raise_signal(signal.SIGINT)
+            assert stop() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.raise_signal(signal.SIGINT)
+        assert hit == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
