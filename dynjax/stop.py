@@ -54,8 +54,8 @@ class Stop:
 
         def ask(number: int, frame: Any) -> None:
             self._asked.set()
-            # Python's own, and not those of before: a command's ends it at once, also for this signal, which it may look
-            # at only now.
+            # Python's own, and not those of before: a command's ends it at once, also for this signal, at which it may
+            # look only now.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
