@@ -342,14 +342,15 @@ def of_pictures(arguments: Arguments, raw: list[str]) -> None:
     validate = train.validator(task, source, config)
     one = {"image": jnp.asarray(source[0]["image"][None]), "label": jnp.zeros(1, jnp.int32)}
     infer = traced(lambda model, batch: task.infer(model, batch))
-    full = twin = infer(model, task.prepare(model, one))[1].full_macs
+    full = twin = nnx.eval_shape(lambda model, one: infer(model, task.prepare(model, one))[1], model, one).full_macs
     found, reports = {}, {}
     if steers(model):
         static = dataclasses.replace(config, model=models.static_twin(config.model))
         twin = static_macs(checkpoint.build(static, len(source.classes)))
         val = source_of(config, "val", classes)
         held_out = calibration_batches(val, *calibration_size(len(val), arguments))
-        pictures = [np.asarray(integers(model, jnp.asarray(images))) for images in held_out]
+        encode = nnx.jit(integers)
+        pictures = [np.asarray(encode(model, jnp.asarray(images))) for images in held_out]
         for budget, deployed in solve(model, twin, sorted(set(arguments.budgets)), pictures).items():
             reports[budget] = deployed.report
             found[budget] = validate(nnx.view(deployed.model, execution="masked", raise_if_not_found=False))

@@ -1,5 +1,6 @@
 """Budgeted and anytime curves: by hand, and against the model that really stops."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,8 +46,9 @@ def test_one_pass_says_what_the_model_does():
     assert outputs.correct.shape == (3, len(source))
     images = jnp.asarray(np.stack([source[i]["image"] for i in range(40)]))
     labels = np.array([source[i]["label"] for i in range(40)])
+    run = jax.jit(lambda images, threshold: dj.traced(at(threshold, model))(images))
     for threshold in (float(np.quantile(outputs.doubt[:2], 0.6)), -30.0):
-        logits, trace = dj.traced(at(threshold, model))(images)
+        logits, trace = run(images, threshold)
         stops = outputs.stops(threshold)[:40]
         np.testing.assert_allclose(trace.macs(), outputs.macs[stops], rtol=1e-6)
         np.testing.assert_array_equal(logits.argmax(-1) == labels, outputs.correct[stops, np.arange(40)])

@@ -74,8 +74,8 @@ def test_exits_are_trained_with_some_who_left(codes):
     assert len(found) > 1
     draws = model.prior if codes else model
     assert {float(gate.threshold[...]) for gate in draws.exits.gates} == {budget.LOWEST}
-    x = integers(model, batch["image"])
-    assert len(model.predictions(x)) == 3
+    predicted = nnx.eval_shape(lambda model, image: model.predictions(integers(model, image)), model, batch["image"])
+    assert len(predicted) == 3
 
 
 def transformer_macs(pixels, features, layers, values):

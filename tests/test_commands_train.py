@@ -21,11 +21,12 @@ from experiments import train as command
 ROOT = Path(__file__).parents[1]
 TINY = "--model.widths 8 12 --model.blocks 1 0 --model.tiles 4 --data.size 48 48 --data.examples 20".split()
 TINY += ["--batch-size", "8"]
+SMALL = "--model.widths 4 8 --model.blocks 1 1 --data.size 8 8 --data.examples 20 --batch-size 8".split()
 
 
 def start(workdir: Path, steps: int) -> subprocess.Popen:
-    """The command in a process of its own, with the one device of this machine."""
-    arguments = [sys.executable, "-m", "experiments.train", "digits_unet_tiles", "--workdir", str(workdir), *TINY]
+    """The command in a process of its own, with the devices that it finds; the smallest row, four times."""
+    arguments = [sys.executable, "-m", "experiments.train", "digits_resnet_skip", "--workdir", str(workdir), *SMALL]
     arguments += ["--steps", str(steps), "--checkpoint-every", "7", "--evaluate-every", "20"]
     return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

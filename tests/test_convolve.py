@@ -172,7 +172,7 @@ def test_identity_taps_give_the_pixels_that_the_kernels_belong_to(side):
         pixels = x[:, ::down, ::across]
         taps = jnp.zeros((side, side)).at[side // 2, side // 2].set(1)
         kernels = jnp.broadcast_to(taps[..., None], (*pixels.shape[:3], side, side, 1))
-        y = convolve.per_pixel(x, kernels, strides=stride, dilation=dilation)
+        y = jax.jit(lambda x, k, s=stride, d=dilation: convolve.per_pixel(x, k, strides=s, dilation=d))(x, kernels)
         np.testing.assert_array_equal(y, pixels, err_msg=f"{size} pixels, stride {stride}, dilation {dilation}")
 
 

@@ -172,12 +172,13 @@ def test_patience_at_threshold_0_is_that_of_the_paper():
     heads = [lambda x, k=k: jax.nn.one_hot(x[:, k], 3) * (20.0 + k) for k in range(5)]
     for patience, runs in [(1, [3, 2, 2]), (2, [4, 5, 3]), (4, [5, 5, 5])]:
         model = still(dj.Exits(stages, heads, confidence="patience", patience=patience))
-        logits, trace = dj.traced(model)(labels)
+        run = jax.jit(lambda x, threshold, model=model: dj.traced(at(threshold, model))(x))
+        logits, trace = run(labels, 0.0)
         np.testing.assert_array_equal(trace.decisions[""].keep.sum(-1), runs)
         np.testing.assert_array_equal(logits.max(-1), 20 + np.asarray(runs) - 1)
         np.testing.assert_array_equal(trace.decisions[""].keep[:, 0], 1)
-        assert (dj.traced(at(30.0, model))(labels)[1].decisions[""].keep.sum(-1) == 1).all()
-        assert (dj.traced(at(-30.0, model))(labels)[1].decisions[""].keep.sum(-1) == 5).all()
+        assert (run(labels, 30.0)[1].decisions[""].keep.sum(-1) == 1).all()
+        assert (run(labels, -30.0)[1].decisions[""].keep.sum(-1) == 5).all()
 
 
 def test_random_exits_take_their_rate_and_no_gradient():
@@ -191,7 +192,8 @@ def test_random_exits_take_their_rate_and_no_gradient():
 
 def test_macs_of_exits():
     model, x = make(classifier), image(2, 8, 8, CHANNELS)
-    trace = dj.traced(at(30.0, still(model)))(x)[1]
+    run = jax.jit(lambda x, threshold: dj.traced(at(threshold, still(model)))(x)[1])
+    trace = run(x, 30.0)
     first = 2 * cost.macs(nnx.Conv(CHANNELS, CHANNELS, (3, 3), rngs=nnx.Rngs(0)), x[:1]) + 3 * CHANNELS
     np.testing.assert_allclose(trace.macs(), [first] * 2)
     everything = sum(cost.macs(still(part), value) for part, value in [
@@ -199,7 +201,7 @@ def test_macs_of_exits():
         (model.heads[0], x[:1]), (model.heads[1], image(1, 4, 4, 6)), (model.heads[2], image(1, 4, 4, 6)),
     ])  # fmt: skip
     assert trace.full_macs == everything and trace.static_macs == 0
-    np.testing.assert_allclose(dj.traced(at(-30.0, still(model)))(x)[1].macs(), [everything] * 2)
+    np.testing.assert_allclose(run(x, -30.0).macs(), [everything] * 2)
 
 
 def test_while_training_everything_is_run():
@@ -298,21 +300,21 @@ def test_doubt_of_heads_that_are_very_sure():
     """The logit of 1 - p is logsumexp of the others minus the largest, here minus the difference; 0.1 has -2.197."""
     gaps = np.array([14.0, 16, 20, 60, 300])
     logits = jnp.stack([jnp.asarray(gaps, jnp.float32), jnp.zeros(5)], 1)
-    found = heads_alone().doubt(logits)
+    found = jax.jit(heads_alone().doubt)(logits)
     np.testing.assert_allclose(found[:4], [-11.803, -13.803, -17.803, -57.803], atol=1e-3)
     np.testing.assert_allclose(found, -gaps + np.log(9), rtol=1e-5)
     # H = sum of -p log p in nats, of log 2; far off it is (gap + 1) exp(-gap).
     share = np.log1p(gaps) - gaps - np.log(np.log(2))
-    np.testing.assert_allclose(heads_alone(confidence="entropy").doubt(logits), share + np.log(9), rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(heads_alone(confidence="entropy").doubt)(logits), share + np.log(9), rtol=1e-4)
     # Of several pixels 1 - p is averaged, per picture or per tile of two.
     pixels = logits[jnp.array([1, 2, 3, 3])].reshape(1, 2, 2, 2)
     rows = [np.log((np.exp(-16.0) + np.exp(-20.0)) / 2), -60.0]
-    found = heads_alone(confidence="max_prob").doubt(pixels)
+    found = jax.jit(heads_alone(confidence="max_prob").doubt)(pixels)
     np.testing.assert_allclose(found, rows[0] - np.log(2) + np.log(9), rtol=1e-5)
     wide = jnp.repeat(pixels, 2, 1)  # 4 rows
-    found = heads_alone(size=2).doubt(wide)[0, :, 0]
+    found = jax.jit(heads_alone(size=2).doubt)(wide)[0, :, 0]
     np.testing.assert_allclose(found, np.array(rows) + np.log(9), rtol=1e-5)
-    assert np.isfinite(jax.grad(lambda x: heads_alone(confidence="entropy").doubt(x).sum())(logits)).all()
+    assert np.isfinite(jax.jit(jax.grad(lambda x: heads_alone(confidence="entropy").doubt(x).sum()))(logits)).all()
 
 
 def test_a_budget_is_met_among_heads_that_are_very_sure():

@@ -45,7 +45,7 @@ def test_top_k_routing_is_the_softmax_over_the_top_logits():
     logits = np.asarray(x) @ np.asarray(model.gate.kernel)
     second = np.sort(logits, -1)[..., -2:-1]
     expected = softmax(np.where(logits >= second, logits, -np.inf))
-    y, trace = dj.traced(model)(x)
+    y, trace = jax.jit(dj.traced(model))(x)
     decision = trace.decisions[""]
     assert decision.granularity == "token branch" and decision.most == 2
     np.testing.assert_array_equal(decision.keep, logits >= second)
@@ -58,7 +58,7 @@ def test_switch_routing_weighs_one_expert_by_its_probability():
     model, x = still(mixture(top=1)), image(9, FEATURES)
     p = softmax(np.asarray(x) @ np.asarray(model.gate.kernel))
     expected = np.where(p == p.max(-1, keepdims=True), p, 0)
-    y, trace = dj.traced(model)(x)
+    y, trace = jax.jit(dj.traced(model))(x)
     assert trace.decisions[""].granularity == "branch"
     np.testing.assert_allclose(y, by_hand(model, np.asarray(x), expected), rtol=1e-4, atol=1e-5)
 
@@ -212,12 +212,12 @@ def test_the_threshold_lowers_the_number_of_experts():
 def test_macs_of_the_compact_program():
     x = image(3, 8, FEATURES)
     model = still(mixture(top=2), "compact")
-    trace = dj.traced(still(model, "masked"))(x)[1]
+    trace = jax.eval_shape(dj.traced(still(model, "masked")), x)[1]
     assert cost.macs(still(model, strategy="buckets", execution="compact"), x) == 3 * trace.full_macs
     # The loop's blocks: their number is known at run time only. One block of 8 tokens through one expert is this much.
     one = cost.macs(still(model, strategy="loop", execution="compact"), x, while_trips=1)
     assert one == 3 * trace.static_macs + 16 * 2 * FEATURES * HIDDEN
-    examples = dj.traced(still(mixture(top=1)))(image(3, FEATURES))[1]
+    examples = jax.eval_shape(dj.traced(still(mixture(top=1))), image(3, FEATURES))[1]
     assert examples.full_macs == FEATURES * EXPERTS + 2 * FEATURES * HIDDEN
 
 

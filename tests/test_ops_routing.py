@@ -221,7 +221,7 @@ def test_a_closed_path_runs_nothing(modules):
 def test_macs_of_a_cell_are_those_of_its_open_parts(modules):
     x = image(8, 7, 6, CHANNELS)
     cell = dj.Cell(modules[0], Weighted(jnp.asarray(COMBINATIONS * 0.5)), up=modules[1], down=modules[2])
-    trace = dj.traced(still(cell))(x)[1]
+    trace = jax.jit(dj.traced(still(cell)))(x)[1]
     one = x[:1]
     operation, up, down = (cost.macs(still(module), one) for module in modules)
     spent = COMBINATIONS.any(1) * operation + COMBINATIONS @ [up, 0, down]
@@ -248,7 +248,7 @@ def test_without_a_gate_all_paths_are_open_and_nothing_is_decided(modules):
     x = image(2, 5, 5, CHANNELS)
     static = dj.Cell(modules[0], up=modules[1], down=modules[2])
     every = dj.Cell(modules[0], Weighted(jnp.ones((2, 3))), up=modules[1], down=modules[2])
-    out, trace = dj.traced(still(static))(x)
+    out, trace = jax.jit(dj.traced(still(static)))(x)
     assert not trace.decisions
     for path, flow in still(every)(x).items():
         np.testing.assert_allclose(out[path].features, flow.features, rtol=1e-5, atol=1e-6)
