@@ -49,7 +49,8 @@ def finish(process: subprocess.Popen) -> dict:
 
 
 def test_killed_and_interrupted_at_random_steps_ends_with_the_same_bits(tmp_path):
-    steps, kill, stop = 40, random.randint(1, 13), random.randint(22, 32)  # far enough for the log of the first to end
+    # Stopped past what the first has logged, and well before the end.
+    steps, kill, stop = 100, random.randint(1, 13), random.randint(40, 60)
     whole = finish(start(tmp_path / "whole", steps))
 
     workdir = tmp_path / "broken"
