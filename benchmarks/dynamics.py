@@ -23,10 +23,10 @@ from matplotlib.figure import Figure
 import dynjax as dj
 from benchmarks import tables
 from benchmarks.executors import Stack, median_ms
-from dynjax.decision import Decision
+from dynjax.core.decision import Decision
 from dynjax.ops.halting import Halt
 from dynjax.ops.policy import PolicySkip
-from dynjax.report import LINES, MARKERS, style
+from dynjax.show.report import LINES, MARKERS, style
 
 KEPT = (1.0, 0.5, 0.25, 0.125)
 BATCH, BLOCKS = 32, 8

@@ -24,7 +24,7 @@ from flax import nnx
 
 from benchmarks import tables
 from dynjax import execute
-from dynjax.ops.receptive import receptive_radius
+from dynjax.core.receptive import receptive_radius
 
 KEPT = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0)
 

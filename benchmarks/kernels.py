@@ -23,7 +23,8 @@ from jax import lax
 
 from benchmarks import tables
 from benchmarks.executors import median_ms
-from dynjax import convolve, cost
+from dynjax import cost
+from dynjax.core import convolve
 from dynjax.ops.filters import DDF, Involution
 from dynjax.ops.kernels import CondConv, DynamicConv, HyperConv, ODConv
 

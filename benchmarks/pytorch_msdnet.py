@@ -155,9 +155,10 @@ def main(raw: list[str]) -> None:
     from flax import nnx
 
     from benchmarks import tables
-    from dynjax import checkpoint, models
+    from dynjax import models
     from dynjax.data import calibration_batches, make_source
-    from dynjax.evaluate import solve, static_macs
+    from dynjax.run import checkpoint
+    from dynjax.run.evaluate import solve, static_macs
 
     config, model, step = tables.trained(arguments.workdir, ROW, "data/cifar10", arguments.path)
     if config.model.family != "msdnet":

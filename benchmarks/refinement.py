@@ -29,16 +29,17 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from benchmarks import tables
-from dynjax import checkpoint, sampling
-from dynjax.budget import LOWEST
 from dynjax.config import UserError
+from dynjax.core.budget import LOWEST
+from dynjax.core.deploy import Solver
+from dynjax.core.gates import Threshold
+from dynjax.core.trace import traced
 from dynjax.data import make_source
-from dynjax.deploy import Solver
-from dynjax.evaluate import static_macs
-from dynjax.gates import Threshold
-from dynjax.report import style
+from dynjax.ops import sampling
+from dynjax.run import checkpoint
+from dynjax.run.evaluate import static_macs
+from dynjax.show.report import style
 from dynjax.tasks.autoregressive import integers
-from dynjax.trace import traced
 from experiments import cli
 
 GATES = {"entropy": "learned", "uniform": "grid", "random": "random"}

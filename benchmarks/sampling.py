@@ -20,8 +20,10 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import tables
-from dynjax import film, models, sampling
+from dynjax import models
 from dynjax.config import UserError
+from dynjax.ops import sampling
+from dynjax.show import film
 from experiments import cli
 
 BASE = "pixel"

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from dynjax import checkpoint
 from dynjax.config import Config, UserError
+from dynjax.run import checkpoint
 from experiments.evaluate import with_path
 
 

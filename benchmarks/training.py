@@ -18,7 +18,7 @@ from benchmarks.executors import median_ms
 from dynjax import budget
 from dynjax.config import Config
 from dynjax.models import unet
-from dynjax.step import TrainState, make_optimizer, make_step
+from dynjax.run.step import TrainState, make_optimizer, make_step
 from dynjax.tasks.segmentation import SegmentationTask
 from experiments import rows
 

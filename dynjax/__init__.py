@@ -3,12 +3,13 @@
 A gate decides, an executor carries the decision out, a trace accounts for it, and a budget steers it.
 """
 
-from dynjax import budget, cost, execute
-from dynjax.budget import budget_loss
-from dynjax.controls import FixedGate, GridGate, RandomGate, SampledPaths
-from dynjax.decision import Decision
-from dynjax.deploy import Deployed, deploy
-from dynjax.gates import BranchGate, ChannelGate, EntropyGate, PathGate, SampleGate, TileGate
+from dynjax.core import budget, cost, execute
+from dynjax.core.budget import budget_loss
+from dynjax.core.controls import FixedGate, GridGate, RandomGate, SampledPaths
+from dynjax.core.decision import Decision
+from dynjax.core.deploy import Deployed, deploy
+from dynjax.core.gates import BranchGate, ChannelGate, EntropyGate, PathGate, SampleGate, TileGate
+from dynjax.core.trace import Trace, traced
 from dynjax.ops import (
     Cell,
     Channels,
@@ -27,6 +28,5 @@ from dynjax.ops import (
     TokenGate,
     dynamize,
 )
-from dynjax.trace import Trace, traced
 
 __version__ = "0.1.0"

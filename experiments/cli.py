@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from dynjax import files
 from dynjax.config import UserError
+from dynjax.run import files
 
 T = TypeVar("T")
 
@@ -143,7 +143,7 @@ def _blame_the_others(error: Exception) -> None:
 
     if not jax.distributed.is_initialized():
         return
-    from dynjax import mesh
+    from dynjax.run import mesh
 
     traceback.print_exc()
     said = "".join(traceback.format_exception(error))

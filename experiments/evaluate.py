@@ -15,9 +15,9 @@ import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
-from dynjax import files
-from dynjax.checks import LARGEST_SIDE
 from dynjax.config import Config, UserError
+from dynjax.run import files
+from dynjax.run.checks import LARGEST_SIDE
 from experiments import cli
 
 COMMAND = "experiments.evaluate"
@@ -127,8 +127,8 @@ def with_path(config: Config, path: str) -> Config:
 def source_of(config: Config, split: str, classes: tuple[str, ...]) -> Any:
     """A split of the data, with the classes of the run: a split need not have all of them. Raises UserError where it
     has others."""
-    from dynjax.checkpoint import other_classes
     from dynjax.data import make_source
+    from dynjax.run.checkpoint import other_classes
 
     source = make_source(config.data, split, classes=classes)
     if classes and (different := other_classes(classes, tuple(source.classes))):
@@ -148,7 +148,8 @@ def unmet(row: str, budget: float, spent: Any, whole: float) -> str:
 
 def find_twin(config: Config, classes: int, workdir: str) -> tuple[Any, bool]:
     """The static twin of a row's model, and whether it is trained: from `workdir`, from --init-from, or fresh."""
-    from dynjax import checkpoint, models
+    from dynjax import models
+    from dynjax.run import checkpoint
 
     if workdir or (config.init_from and (Path(config.init_from) / "config.json").exists()):
         found, twin, _ = checkpoint.load(workdir or config.init_from)
@@ -216,7 +217,7 @@ def summarise(title: str, row: str, found: Any, task: Any, twin_score: float | N
     """The table that the command ends in."""
     import jax
 
-    from dynjax.report import curve_table, latency_table
+    from dynjax.show.report import curve_table, latency_table
 
     points = found.points
     lines = [title, curve_table(points, task.score_name)]
@@ -238,8 +239,8 @@ def summarise(title: str, row: str, found: Any, task: Any, twin_score: float | N
 
 def draw_segmentation(workdir: Path, found: Any, middle: float, source: Any, batch_size: int, title: str) -> str:
     """heatmaps.png and examples/; says what it wrote."""
-    from dynjax import report
-    from dynjax.evaluate import examples
+    from dynjax.run.evaluate import examples
+    from dynjax.show import report
 
     shown = examples(found, middle, source, batch_size)
     report.plot_heatmaps(
@@ -253,7 +254,7 @@ def draw_classification(workdir: Path, found: Any, middle: float, source: Any, t
     """compute_by_class.png and extremes.png; says what it wrote."""
     import numpy as np
 
-    from dynjax import gallery
+    from dynjax.show import gallery
 
     title = f"{title}, budget {middle:g}"
     macs = found.scored[middle].macs
@@ -280,9 +281,10 @@ def draw_classification(workdir: Path, found: Any, middle: float, source: Any, t
 
 def draw_exits(workdir: Path, model: Any, val: Any, batches: Any, static: tuple | None, size: int, title: str) -> str:
     """budgeted.csv, anytime.csv and exits.png of a model with exits; says what it wrote, nothing of another model."""
-    from dynjax import anytime, gallery
     from dynjax.data import make_loader
-    from dynjax.evaluate import write_curve
+    from dynjax.run import anytime
+    from dynjax.run.evaluate import write_curve
+    from dynjax.show import gallery
 
     if anytime.find_exits(model) is None:
         return ""
@@ -303,7 +305,7 @@ def draw_exits(workdir: Path, model: Any, val: Any, batches: Any, static: tuple 
 
 def about(config: Config, source: Any, task: Any, split: str, step: int, raw: list[str]) -> dict[str, Any]:
     """What evaluation.json says of every evaluation, whatever was found."""
-    from dynjax import report
+    from dynjax.show import report
 
     return {
         "row": config.row,
@@ -325,13 +327,15 @@ def of_pictures(arguments: Arguments, raw: list[str]) -> None:
     import numpy as np
     from flax import nnx
 
-    from dynjax import checkpoint, models, report, train
+    from dynjax import models
+    from dynjax.core.trace import traced
     from dynjax.data import calibration_batches
-    from dynjax.evaluate import solve, static_macs
+    from dynjax.run import checkpoint, train
+    from dynjax.run.evaluate import solve, static_macs
+    from dynjax.show import report
     from dynjax.tasks import make_task
     from dynjax.tasks.autoregressive import integers
     from dynjax.tasks.spending import steers
-    from dynjax.trace import traced
 
     config, model, step = checkpoint.load(arguments.workdir)
     config = dataclasses.replace(with_path(config, arguments.data.path), batch_size=arguments.batch_size)
@@ -388,9 +392,11 @@ def main(raw: list[str]) -> None:
     check(arguments)
     from flax import nnx
 
-    from dynjax import checkpoint, models, report
+    from dynjax import models
     from dynjax.data import calibration_batches, make_loader
-    from dynjax.evaluate import evaluate, make_runner, read_curve, score, write_curve
+    from dynjax.run import checkpoint
+    from dynjax.run.evaluate import evaluate, make_runner, read_curve, score, write_curve
+    from dynjax.show import report
     from dynjax.tasks import make_task
     from dynjax.tasks.spending import steers
 

@@ -56,10 +56,10 @@ def at_budget(
     said where that spends more than the budget. Raises UserError."""
     from flax import nnx
 
-    from dynjax.budget import set_threshold
+    from dynjax.core.budget import set_threshold
+    from dynjax.core.deploy import compact
     from dynjax.data import calibration_batches
-    from dynjax.deploy import compact
-    from dynjax.evaluate import solve, static_macs
+    from dynjax.run.evaluate import solve, static_macs
 
     if config.model.dynamics == "static":
         if budget not in (None, 1.0):
@@ -125,7 +125,7 @@ def make_run(model: Any, size: tuple[int, int], segments: bool) -> Any:
     import jax
     from flax import nnx
 
-    from dynjax.trace import traced
+    from dynjax.core.trace import traced
 
     graphdef, state = nnx.split(model)
 
@@ -144,7 +144,7 @@ def draw(out: Path, name: str, picture: Any, prediction: Any, heat: Any, classes
     import numpy as np
     from PIL import Image
 
-    from dynjax import report
+    from dynjax.show import report
 
     ids = Image.fromarray(prediction.astype(np.uint8))
     report.save_mask(out / f"{name}_mask.png", np.asarray(ids.resize(picture.size, Image.Resampling.NEAREST)), classes)
@@ -201,7 +201,8 @@ def open_table(out: Path, files: contextlib.ExitStack) -> Any:
 def main(raw: list[str]) -> int:
     arguments = cli.parse(Arguments, raw, command=COMMAND)
     check(arguments)
-    from dynjax import checkpoint, models
+    from dynjax import models
+    from dynjax.run import checkpoint
 
     _, classes = checkpoint.read_config(arguments.workdir)
     config, model, step = checkpoint.load(arguments.workdir)

@@ -20,8 +20,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from dynjax import files
 from dynjax.config import UserError
+from dynjax.run import files
 from experiments import cli
 from experiments.evaluate import Record, is_budget, read_record
 
@@ -189,7 +189,7 @@ class Drawn:
 def _read_points(workdir: Path, record: Record) -> dict[float, dict[str, Any]]:
     """By budget, what was measured: of curve.csv and latency.csv, or, of a row that draws pictures and has none, of
     evaluation.json. Raises UserError."""
-    from dynjax.evaluate import read_curve
+    from dynjax.run.evaluate import read_curve
 
     if "score" in next(iter(record.scores.values())):
         try:
@@ -343,7 +343,7 @@ def row_protocol(row: str) -> str:
 
 def changes(workdir: str) -> str:
     """Where a run is otherwise than its row says: "Run with --steps 100. Stopped at step 60." or nothing."""
-    from dynjax import checkpoint
+    from dynjax.run import checkpoint
     from experiments.rows import ROWS
 
     if not (Path(workdir) / "config.json").exists():

@@ -111,7 +111,7 @@ def make_draw(model: Any, name: str, seed: int, batch: int, **options: Any) -> A
     import jax
     from flax import nnx
 
-    from dynjax import sampling
+    from dynjax.ops import sampling
 
     graphdef, state = nnx.split(model)
 
@@ -130,7 +130,7 @@ def make_steps(model: Any, seed: int) -> Any:
     import jax
     from flax import nnx
 
-    from dynjax import sampling
+    from dynjax.ops import sampling
 
     graphdef, state = nnx.split(model)
 
@@ -155,10 +155,11 @@ def within_budget(model: Any, budget: float | None, seed: int, config: Config, c
     import numpy as np
     from flax import nnx
 
-    from dynjax import checkpoint, models
-    from dynjax.budget import LOWEST, set_threshold
-    from dynjax.deploy import compact
-    from dynjax.evaluate import solve, static_macs
+    from dynjax import models
+    from dynjax.core.budget import LOWEST, set_threshold
+    from dynjax.core.deploy import compact
+    from dynjax.run import checkpoint
+    from dynjax.run.evaluate import solve, static_macs
     from dynjax.tasks.spending import steers
 
     if not steers(model):
@@ -190,7 +191,7 @@ def spent_on(model: Any, images: Any, batch: int) -> Any:
     import numpy as np
     from flax import nnx
 
-    from dynjax.trace import traced
+    from dynjax.core.trace import traced
 
     graphdef, state = nnx.split(nnx.view(model, execution="masked", raise_if_not_found=False))
 
@@ -215,9 +216,11 @@ def main(raw: list[str]) -> None:
     from flax import nnx
     from tqdm.auto import tqdm
 
-    from dynjax import checkpoint, film, models
+    from dynjax import models
     from dynjax.models.likelihoods import to_bytes
-    from dynjax.sampling import Known, Sampled
+    from dynjax.ops.sampling import Known, Sampled
+    from dynjax.run import checkpoint
+    from dynjax.show import film
     from dynjax.tasks.spending import steers
 
     cli.check_folder(arguments.out, "out")

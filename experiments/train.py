@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int | None:
         print(f"{__doc__.strip()}\n\nrows: {' '.join(rows.ROWS)}\npython -m {COMMAND} ROW --help lists its fields.")
         return None
     config, workdir = parse(arguments)
-    from dynjax import log, mesh, train
+    from dynjax.run import log, mesh, train
 
     cli.use_all_cores(config.batch_size, config.optimizer.accumulate)
     mesh.initialize()

@@ -365,6 +365,6 @@ for name, milliseconds in times.items():
 #
 # - Other dynamics go in the same way: `dj.Skip` skips blocks for whole pictures, `dj.Select` picks one of several
 #   blocks, for each picture or tile, `dj.Exits` stops early.
-# - `dynjax.train.fit` is a training loop with everything this one lacks: averaged parameters, checkpoints that resume
-#   to the exact batch, several devices.
+# - `dynjax.run.train.fit` is a training loop with everything this one lacks: averaged parameters, checkpoints that
+#   resume to the exact batch, several devices.
 # - `make demo` and the rows in `experiments/` do all of this with a larger network, and against controls.

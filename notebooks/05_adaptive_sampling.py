@@ -33,12 +33,13 @@ import optax
 from flax import nnx
 
 import dynjax as dj
-from dynjax import models, sampling
+from dynjax import models
 from dynjax.config import DataConfig, NextScaleConfig, PixelCNNConfig
+from dynjax.core.deploy import Solver
 from dynjax.data import make_source
-from dynjax.deploy import Solver
-from dynjax.film import tile
 from dynjax.models.likelihoods import quantise, to_bytes
+from dynjax.ops import sampling
+from dynjax.show.film import tile
 from dynjax.tasks.autoregressive import training_nats
 
 FAST = bool(os.environ.get("DYNJAX_FAST"))

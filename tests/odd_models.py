@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import jaxtyping
 from flax import nnx
 
-from dynjax import checks, models
+from dynjax import models
 from dynjax.config import ModelConfig, UserError
+from dynjax.run import checks
 
 NUMBERS = (0, -1, 1, 2, 3, 7, 10, 70_000, 10**9)
 

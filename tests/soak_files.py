@@ -31,9 +31,9 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from dynjax import checkpoint, log, train  # noqa: E402
 from dynjax.config import UserError  # noqa: E402
 from dynjax.data import camvid  # noqa: E402
+from dynjax.run import checkpoint, log, train  # noqa: E402
 from experiments import evaluate, predict, results, rows  # noqa: E402
 
 AT_ONCE = 10

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dynjax import checkpoint, log
+from dynjax.run import checkpoint, log
 
 ROOT = Path(__file__).parents[1]
 STEPS = 40

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dynjax import checkpoint, mesh, train
 from dynjax.config import AugmentConfig, Config, OptimizerConfig
 from dynjax.data import make_loader
+from dynjax.run import checkpoint, mesh, train
 
 
 class Net(nnx.Module):

@@ -9,9 +9,10 @@ import pytest
 from blocks import make
 from flax import nnx
 
-from dynjax import budget, models, tasks, train
+from dynjax import budget, models, tasks
 from dynjax.config import CodesConfig, PixelCNNConfig, PixelTransformerConfig, UserError, VQVAEConfig
 from dynjax.data import make_source
+from dynjax.run import train
 from dynjax.tasks.autoregressive import AutoregressiveTask, integers
 from experiments import rows
 

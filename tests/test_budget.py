@@ -9,7 +9,7 @@ from flax import nnx
 
 import dynjax as dj
 from dynjax import budget
-from dynjax.decision import Decision
+from dynjax.core.decision import Decision
 
 
 def trace(*decisions, static=0.0):

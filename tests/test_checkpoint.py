@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynjax import checkpoint, lock
 from dynjax.config import BudgetConfig, Config, DataConfig, UserError
+from dynjax.run import checkpoint, lock
 
 
 def state(seed: int = 0) -> dict:

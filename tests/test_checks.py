@@ -5,8 +5,8 @@ import dataclasses
 import odd_models
 import pytest
 
-from dynjax import checkpoint, checks
 from dynjax.config import UserError
+from dynjax.run import checkpoint, checks
 from experiments import rows
 
 

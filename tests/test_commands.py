@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynjax import log, train
+from dynjax.run import log, train
 from experiments import cli, evaluate, predict, results, rows
 
 pytestmark = pytest.mark.xdist_group("commands")  # one worker, so that the row is trained once

@@ -16,8 +16,9 @@ from flax import nnx
 from PIL import Image
 from test_commands import evaluated, pictures, run_evaluate, static, workdir  # noqa: F401
 
-from dynjax import checkpoint, report, train
 from dynjax.config import DataConfig, UserError
+from dynjax.run import checkpoint, train
+from dynjax.show import report
 from experiments import cli, evaluate, predict, results, rows
 from experiments import train as command
 

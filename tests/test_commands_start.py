@@ -108,7 +108,7 @@ def pair(victim: int) -> list[subprocess.Popen]:
         port = free.getsockname()[1]
     work = f"""
 import os, sys
-from dynjax import mesh
+from dynjax.run import mesh
 from experiments import cli, start
 if start.CHILD not in os.environ:
     sys.exit(start.watch(sys.orig_argv))

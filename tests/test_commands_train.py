@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dynjax import budget, checkpoint, log, train
+from dynjax import budget
+from dynjax.run import checkpoint, log, train
 from experiments import cli, rows
 from experiments import train as command
 

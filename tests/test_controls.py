@@ -11,7 +11,7 @@ from flax import nnx
 import dynjax as dj
 from dynjax import budget, config, models
 from dynjax.config import UserError
-from dynjax.controls import SampledPaths
+from dynjax.core.controls import SampledPaths
 from dynjax.ops import RandomRouter
 from experiments import rows
 

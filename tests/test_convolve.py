@@ -10,7 +10,8 @@ import pytest
 from blocks import image
 from jax import lax
 
-from dynjax import convolve, cost
+from dynjax import cost
+from dynjax.core import convolve
 
 STRATEGIES = ("loop", "grouped")
 # x, kernel (kh, kw, I, D), options

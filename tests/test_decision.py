@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dynjax.decision import Decision, Decisions, record
+from dynjax.core.decision import Decision, Decisions, record
 
 
 def decision(keep, granularity, unit, whole, probability=None):

@@ -10,7 +10,7 @@ from flax import nnx
 
 import dynjax as dj
 from dynjax import budget
-from dynjax.deploy import Report, Solver, compact
+from dynjax.core.deploy import Report, Solver, compact
 
 
 class Net(nnx.Module):

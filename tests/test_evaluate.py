@@ -9,7 +9,7 @@ from flax import nnx
 import dynjax as dj
 from dynjax.config import LossConfig, UserError
 from dynjax.data import make_loader
-from dynjax.evaluate import (
+from dynjax.run.evaluate import (
     Point,
     alternate,
     evaluate,

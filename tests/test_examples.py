@@ -11,7 +11,7 @@ from blocks import CHANNELS, RADIUS, image, make, still
 from flax import nnx
 
 import dynjax as dj
-from dynjax.examples import shape_apart
+from dynjax.core.examples import shape_apart
 
 
 def batch_norm(x):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from blocks import image
 
-from dynjax import cost, execute, windows
+from dynjax import cost, execute
+from dynjax.core import windows
 
 KERNEL = image(3, 3, 2, 2, seed=7)
 

@@ -8,8 +8,8 @@ import damage_json
 import jax.numpy as jnp
 import pytest
 
-from dynjax import checkpoint, files, log
 from dynjax.config import UserError
+from dynjax.run import checkpoint, files, log
 from experiments import evaluate, predict, results, rows
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynjax import film
+from dynjax.show import film
 
 
 def pictures(number, size=(4, 5)):

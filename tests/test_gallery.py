@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynjax import gallery
-from dynjax.anytime import ExitPoint
+from dynjax.run.anytime import ExitPoint
+from dynjax.show import gallery
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from flax import nnx
 from flax.errors import TraceContextError
 
 import dynjax as dj
-from dynjax import budget, cost, gates
+from dynjax import budget, cost
+from dynjax.core import gates
 
 KEY = jax.random.key(0)
 LOGITS = jnp.asarray([-40.0, -2.0, 0.0, 1.0, 40.0])

@@ -6,8 +6,8 @@ import resource
 
 import pytest
 
-from dynjax import log
 from dynjax.config import UserError
+from dynjax.run import log
 
 
 def make(workdir, start=0, quiet=True):

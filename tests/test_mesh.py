@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from dynjax import mesh
 from dynjax.config import UserError
+from dynjax.run import mesh
 
 
 @pytest.fixture(autouse=True)

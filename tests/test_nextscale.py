@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dynjax import budget, sampling
+from dynjax import budget
 from dynjax.config import NextScaleConfig
 from dynjax.models import nextscale
+from dynjax.ops import sampling
 
 
 def make(shape=(4, 4, 1), threshold=0.0, **changes):

@@ -9,7 +9,7 @@ from flax import nnx
 
 import dynjax as dj
 from dynjax import execute
-from dynjax.decision import Decision
+from dynjax.core.decision import Decision
 from dynjax.ops.halting import Halt
 
 HUGE = 1e30

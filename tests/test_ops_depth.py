@@ -12,7 +12,7 @@ from test_ops_spatial import Squeeze, assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost
-from dynjax.deploy import Solver
+from dynjax.core.deploy import Solver
 
 # Skip
 

@@ -11,8 +11,8 @@ from test_ops_spatial import assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost
+from dynjax.core.receptive import receptive_radius
 from dynjax.ops.filters import DDF, DynamicFilter, Involution
-from dynjax.ops.receptive import receptive_radius
 
 
 def array(variable):

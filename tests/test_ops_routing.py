@@ -14,7 +14,7 @@ from test_ops_spatial import Squeeze, assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost, execute
-from dynjax.decision import Decision
+from dynjax.core.decision import Decision
 from dynjax.ops import Flow
 
 

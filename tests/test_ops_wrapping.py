@@ -9,7 +9,7 @@ from blocks import CHANNELS, Pointwise, image, make, still
 from flax import nnx
 
 import dynjax as dj
-from dynjax.decision import Decision, Granularity
+from dynjax.core.decision import Decision, Granularity
 
 
 class Tell(nnx.Module):

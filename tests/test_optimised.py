@@ -14,7 +14,7 @@ from flax import nnx
 from test_ops_spatial import assert_same
 
 import dynjax as dj
-from dynjax.decision import Decision
+from dynjax.core.decision import Decision
 from dynjax.ops.kernels import CondConv
 
 pytestmark = pytest.mark.optimised

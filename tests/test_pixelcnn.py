@@ -7,8 +7,9 @@ import pytest
 from blocks import make
 from flax import nnx
 
-from dynjax import budget, cost, deploy, models, traced
+from dynjax import budget, cost, models, traced
 from dynjax.config import PixelCNNConfig, PixelTransformerConfig
+from dynjax.core import deploy
 
 SHAPE = (4, 5, 1)
 CONFIGS = {

@@ -12,8 +12,8 @@ from test_ops_spatial import assert_same, gated, patterns
 
 import dynjax as dj
 from dynjax import execute
+from dynjax.core.receptive import receptive_radius
 from dynjax.ops import filters
-from dynjax.ops.receptive import receptive_radius
 
 
 def median(x):

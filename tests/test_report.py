@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynjax import report
-from dynjax.deploy import Report
-from dynjax.evaluate import Example, Point
+from dynjax.core.deploy import Report
+from dynjax.run.evaluate import Example, Point
+from dynjax.show import report
 
 
 def point(budget, score=0.5):

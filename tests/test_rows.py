@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 from test_commands import last_scores, make
 
-from dynjax import models, tasks, train
+from dynjax import models, tasks
 from dynjax.config import UserError
+from dynjax.run import train
 from experiments import rows
 
 

@@ -7,9 +7,10 @@ import pytest
 from blocks import make
 from flax import nnx
 
-from dynjax import budget, models, sampling
+from dynjax import budget, models
 from dynjax.config import PixelCNNConfig, PixelTransformerConfig
-from dynjax.sampling import Known
+from dynjax.ops import sampling
+from dynjax.ops.sampling import Known
 
 SHAPE = (6, 5, 1)
 CONFIGS = {

@@ -11,7 +11,7 @@ from flax.errors import TraceContextError
 
 import dynjax as dj
 from dynjax import cost
-from dynjax.decision import Decision
+from dynjax.core.decision import Decision
 from dynjax.ops.kernels import CondConv
 
 LINEAR = CHANNELS**2

@@ -16,11 +16,11 @@ import pytest
 import standin
 from flax import nnx
 
-from dynjax import checkpoint, lock, log, step, train
 from dynjax.config import BudgetConfig, OptimizerConfig, UserError
 from dynjax.ops import Experts
 from dynjax.ops.kernels import CondConv
-from dynjax.stop import Stop, Stopped
+from dynjax.run import checkpoint, lock, log, step, train
+from dynjax.run.stop import Stop, Stopped
 
 HERE = Path(__file__).parent
 

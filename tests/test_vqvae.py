@@ -7,10 +7,11 @@ import pytest
 from blocks import make
 from flax import nnx
 
-from dynjax import models, sampling
+from dynjax import models
 from dynjax.config import CodesConfig, PixelCNNConfig, PixelTransformerConfig, VQVAEConfig
 from dynjax.models import vqvae
 from dynjax.models.blocks import gather_pixels
+from dynjax.ops import sampling
 from dynjax.tasks.reconstruction import ReconstructionTask
 
 SMALL = VQVAEConfig(shape=(8, 12, 1), halvings=2, codes=5, code_features=3, features=4, blocks=1)

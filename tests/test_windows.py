@@ -10,7 +10,8 @@ import pytest
 from blocks import CHANNELS, RADIUS, image, make, still
 from flax import nnx
 
-from dynjax import cost, windows
+from dynjax import cost
+from dynjax.core import windows
 
 STRIPPED = [kind for kind in RADIUS if kind not in (blocks.Pooled, blocks.Even)]
 SIZE = 4

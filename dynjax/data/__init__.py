@@ -45,13 +45,13 @@ def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Seque
     except RuntimeError as error:  # ~ where nobody knows a home
         raise UserError(f"data.path={path}: {error}") from None
     if name == "digits":
-        from dynjax.data.digits import make_digits
+        from dynjax.data.digit_scenes import make_digits
 
         examples = SCENES if config.examples is None else config.examples
         return make_digits(split, examples=examples, difficulty=config.difficulty, seed=seed, size=config.size)
     size, limit = config.size, config.examples if split == "train" else None
     if name == "digits8":
-        from dynjax.data.digits8 import make_digits8
+        from dynjax.data.digits import make_digits8
 
         return make_digits8(split, size=size, limit=limit)
     count = len(classes) if classes else config.classes

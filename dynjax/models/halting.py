@@ -8,8 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from dynjax.config import HaltConfig
-from dynjax.controls import RandomGate
-from dynjax.gates import SampleGate, TileGate
+from dynjax.core.controls import RandomGate
+from dynjax.core.gates import SampleGate, TileGate
 from dynjax.models.blocks import Mix, gather_pixels, pixels
 from dynjax.ops.halting import Halt
 

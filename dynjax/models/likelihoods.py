@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dynjax.gates import log_entropy
+from dynjax.core.gates import log_entropy
 
 Noise = dict[str, Array]
 """Arrays whose first axes are those of the pixels."""

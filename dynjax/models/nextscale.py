@@ -21,13 +21,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dynjax import execute, sampling
 from dynjax.config import NextScaleConfig, PixelCNNConfig
-from dynjax.controls import GridGate, RandomGate
-from dynjax.gates import EntropyGate
+from dynjax.core import execute, wrapping
+from dynjax.core.controls import GridGate, RandomGate
+from dynjax.core.gates import EntropyGate
 from dynjax.models.likelihoods import Likelihood, make_likelihood
 from dynjax.models.pixelcnn import PixelCNN
-from dynjax.ops import wrapping
+from dynjax.ops import sampling
 
 GIVEN, STEPS = (0, 0), ((1, 1), (0, 1), (1, 0))
 """Of every 2x2 pixels, the row and column of the one that the coarser picture has, and of those that are added."""

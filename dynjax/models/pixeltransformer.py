@@ -20,12 +20,11 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dynjax import cost, execute
 from dynjax.config import PixelTransformerConfig
-from dynjax.decision import Decision
-from dynjax.gates import EntropyGate
+from dynjax.core import cost, execute, wrapping
+from dynjax.core.decision import Decision
+from dynjax.core.gates import EntropyGate
 from dynjax.models.likelihoods import Likelihood, make_likelihood
-from dynjax.ops import wrapping
 
 Cache = dict[str, Array]
 

@@ -14,8 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from dynjax.config import ResNetConfig
-from dynjax.controls import RandomGate
-from dynjax.gates import BranchGate, ChannelGate, SampleGate
+from dynjax.core.controls import RandomGate
+from dynjax.core.gates import BranchGate, ChannelGate, SampleGate
 from dynjax.models.blocks import Block, Mix, gather_pixels, pixels
 from dynjax.models.exits import CONFIDENCE, ExitNet
 from dynjax.ops import Channels, Exits, Skip, Slimmable, dynamize

@@ -16,8 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from dynjax.config import RoutedConfig
-from dynjax.controls import SampledPaths
-from dynjax.gates import PathGate
+from dynjax.core.controls import SampledPaths
+from dynjax.core.gates import PathGate
 from dynjax.models.blocks import gather_pixels, pixels
 from dynjax.models.unet import repeat_pixels, spread_pixels
 from dynjax.ops import Cell, Supernet

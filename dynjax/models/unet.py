@@ -14,8 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from dynjax.config import UNetConfig
-from dynjax.controls import RandomGate
-from dynjax.gates import BranchGate, SampleGate, TileGate
+from dynjax.core.controls import RandomGate
+from dynjax.core.gates import BranchGate, SampleGate, TileGate
 from dynjax.models.blocks import Block, Mix, PlainBlock, gather_pixels, pixels
 from dynjax.ops import Select, Skip, Tiles, dynamize
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from dynjax.config import VQVAEConfig
-from dynjax.gates import straight_through
+from dynjax.core.gates import straight_through
 from dynjax.models.blocks import gather_pixels
 
 

@@ -1,14 +1,15 @@
 """Wrappers: small modules that put one kind of dynamics around any module."""
 
-from dynjax.ops.depth import Exits, Skip
-from dynjax.ops.depths import MixtureOfDepths, TokenGate, selection_loss
 from dynjax.ops.dynamize import dynamize
+from dynjax.ops.exits import Exits
 from dynjax.ops.experts import Experts, RandomRouter, Router, router_z_loss
 from dynjax.ops.halting import Halt
 from dynjax.ops.policy import PolicySkip
 from dynjax.ops.routing import Cell, Flow, Select
-from dynjax.ops.spatial import Tiles
+from dynjax.ops.skip import Skip
 from dynjax.ops.supernet import Supernet
+from dynjax.ops.tiles import Tiles
+from dynjax.ops.tokens import MixtureOfDepths, TokenGate, selection_loss
 from dynjax.ops.width import Channels, Slimmable
 
 __all__ = [

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynjax import execute
-from dynjax.gates import SampleGate, TileGate
-from dynjax.ops import wrapping
-from dynjax.ops.depth import Skip
-from dynjax.ops.spatial import Tiles
+from dynjax.core import execute, wrapping
+from dynjax.core.gates import SampleGate, TileGate
+from dynjax.ops.skip import Skip
+from dynjax.ops.tiles import Tiles
 
 _GATES = {Skip: SampleGate, Tiles: TileGate}
 

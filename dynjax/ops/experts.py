@@ -11,10 +11,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dynjax import cost, execute, gates
-from dynjax.decision import Decision, Granularity
-from dynjax.gates import GateParam, Threshold
-from dynjax.ops import wrapping
+from dynjax.core import cost, execute, gates, wrapping
+from dynjax.core.decision import Decision, Granularity
+from dynjax.core.gates import GateParam, Threshold
 
 LARGEST_BLOCK = 128
 """Tokens that the loop computes at once."""

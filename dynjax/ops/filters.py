@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax import convolve
+from dynjax.core import convolve
 
 
 class Involution(nnx.Module):

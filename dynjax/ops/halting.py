@@ -12,12 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dynjax import execute
-from dynjax.decision import Decision
-from dynjax.gates import straight_through
-from dynjax.ops import wrapping
-from dynjax.ops.receptive import receptive_radius
-from dynjax.ops.spatial import window_macs
+from dynjax.core import execute, wrapping
+from dynjax.core.decision import Decision
+from dynjax.core.gates import straight_through
+from dynjax.core.receptive import receptive_radius, window_macs
 
 # Pure functions. A rule takes the halting probability after one step, the mass that no earlier step took, and whether
 # no step can follow; it gives the weight of this step (the mass that it takes) and whether to stop after it.

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax import convolve
-from dynjax.decision import Decision, record
+from dynjax.core import convolve
+from dynjax.core.decision import Decision, record
 from dynjax.ops.attention import Activation, Attention, annealed_temperature, set_temperature
 from dynjax.ops.dynamize import dynamize
 

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dynjax import execute
-from dynjax.decision import Decision
-from dynjax.ops import wrapping
+from dynjax.core import execute, wrapping
+from dynjax.core.decision import Decision
 
 
 class PolicySkip(nnx.Module):

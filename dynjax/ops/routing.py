@@ -13,11 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax import execute
-from dynjax.decision import Decision
-from dynjax.ops import wrapping
-from dynjax.ops.receptive import receptive_radius
-from dynjax.ops.spatial import window_macs
+from dynjax.core import execute, wrapping
+from dynjax.core.decision import Decision
+from dynjax.core.receptive import receptive_radius, window_macs
 
 
 class Select(nnx.Module):

@@ -16,9 +16,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dynjax import execute
-from dynjax.decision import unseen
-from dynjax.ops import wrapping
+from dynjax.core import execute, wrapping
+from dynjax.core.decision import unseen
 from dynjax.ops.slices import Pick, Role, layers_of, narrow, narrow_norm, pick_groups, roles, run, span, weights_of
 
 # Groups of channels per example

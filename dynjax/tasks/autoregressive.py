@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dynjax import budget
 from dynjax.config import ModelConfig
+from dynjax.core import budget
 from dynjax.models.likelihoods import Likelihood, quantise
-from dynjax.sampling import Autoregressive
+from dynjax.ops.sampling import Autoregressive
 
 
 @runtime_checkable

@@ -14,9 +14,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
-from dynjax import budget, trace
 from dynjax.config import BudgetConfig, LossConfig, ModelConfig
-from dynjax.decision import Decision
+from dynjax.core import budget, trace
+from dynjax.core.decision import Decision
 from dynjax.ops.attention import annealed_temperature, set_temperature
 from dynjax.ops.halting import geometric_prior, halting_distribution, kl_to_prior
 from dynjax.ops.policy import PolicySkip, blockdrop_reward, log_probability, reinforce_loss, set_curriculum

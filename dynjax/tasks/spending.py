@@ -7,9 +7,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dynjax import budget, trace
 from dynjax.config import BudgetConfig, LossConfig, ModelConfig
-from dynjax.gates import Threshold
+from dynjax.core import budget, trace
+from dynjax.core.gates import Threshold
 from dynjax.ops.experts import router_z_loss
 
 

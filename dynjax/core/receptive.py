@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dynjax import execute, windows
-from dynjax.ops import wrapping
+from dynjax.core import cost, execute, windows, wrapping
 
 _PROBES = (33, 73)
 """Sides of the maps on which a block is probed, smallest first. What crosses the first is not looked at further."""
@@ -270,3 +269,14 @@ def _culprit(block: Callable) -> str:
             if isinstance(module, nnx.GroupNorm | nnx.InstanceNorm | nnx.MultiHeadAttention):
                 return f" ({type(module).__name__} at {'/'.join(map(str, path))!r})"
     return " (global pooling, attention, noise, or a normalisation over the map)"
+
+
+def window_macs(block: Callable, x: jax.Array | jax.ShapeDtypeStruct, size: int, radius: int) -> float:
+    """MACs that the compact execution spends on one tile of `size` pixels, its border included."""
+    block, side = wrapping.still(block), size + 2 * radius
+    closed = windows.trace(block, x.shape, x.dtype)
+    window = jax.ShapeDtypeStruct((1, side, side, x.shape[-1]), x.dtype)
+    if not windows.supported(closed, size=size, radius=radius):
+        return cost.macs(block, window)
+    inside = jax.ShapeDtypeStruct((1, side, side, 1), bool)
+    return cost.macs(lambda w, i: windows.run_strip(closed, w, i, size=size, radius=radius), window, inside)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dynjax import budget as budgets
-from dynjax.trace import traced
+from dynjax.core import budget as budgets
+from dynjax.core.trace import traced
 
 
 @dataclasses.dataclass(frozen=True)

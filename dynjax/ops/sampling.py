@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
-from dynjax import execute
+from dynjax.core import execute
 
 Noise = Any
 

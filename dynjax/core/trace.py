@@ -15,8 +15,8 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
-from dynjax import cost
-from dynjax.decision import INSIDE, Decision, Decisions, watched
+from dynjax.core import cost
+from dynjax.core.decision import INSIDE, Decision, Decisions, watched
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,7 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
-from dynjax.decision import Decision, Granularity
+from dynjax.core.decision import Decision, Granularity
 
 OPEN = 2.0
 """Logit that gates start from: about 0.88 of the units are kept."""

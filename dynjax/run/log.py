@@ -15,8 +15,8 @@ from typing import IO, Any
 
 import jax
 
-from dynjax import files
 from dynjax.config import UserError
+from dynjax.run import files
 
 
 def read_metrics(workdir: str | Path) -> list[dict]:

@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float
 
-from dynjax.budget import solve_threshold
+from dynjax.core.budget import solve_threshold
+from dynjax.core.trace import traced
 from dynjax.ops import Exits
-from dynjax.trace import traced
 
 
 @runtime_checkable

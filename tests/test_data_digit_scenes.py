@@ -6,12 +6,12 @@ from PIL import Image
 from scipy import ndimage
 
 from dynjax.config import DataConfig, UserError
-from dynjax.data import digits, make_source
+from dynjax.data import digit_scenes, make_source
 
 
 def scenes(split="train", count=20, **options):
     options = {"examples": 2000, "difficulty": 0.5, "seed": 0, **options}
-    source = digits.make_digits(split, **options)
+    source = digit_scenes.make_digits(split, **options)
     return source, [source[i] for i in range(count)]
 
 
@@ -30,7 +30,7 @@ def test_scene_is_a_function_of_seed_split_and_index():
 def test_too_many_scenes_are_rendered_again(monkeypatch):
     source, (scene,) = scenes(count=1)
     assert len(source._kept) == 1
-    monkeypatch.setattr(digits, "KEEP_BYTES", 1000)
+    monkeypatch.setattr(digit_scenes, "KEEP_BYTES", 1000)
     source, (again,) = scenes(count=1)
     assert len(source._kept) == 0
     np.testing.assert_array_equal(scene["image"], again["image"])
@@ -49,16 +49,16 @@ def test_shapes_classes_and_lengths():
 
 
 def test_splits_share_no_digit_and_no_pixel_of_a_photograph():
-    indices = [np.concatenate(digits.split_digits(split)) for split in digits.SPLITS]
+    indices = [np.concatenate(digit_scenes.split_digits(split)) for split in digit_scenes.SPLITS]
     assert len(np.unique(np.concatenate(indices))) == sum(map(len, indices)) == 1797 - 24
-    _, labels = digits.handwritten()
-    for split in digits.SPLITS:
-        for label, part in enumerate(digits.split_digits(split)):
+    _, labels = digit_scenes.handwritten()
+    for split in digit_scenes.SPLITS:
+        for label, part in enumerate(digit_scenes.split_digits(split)):
             assert len(part) > 30 and (labels[part] == label).all()
-    for photo in digits._photos():
+    for photo in digit_scenes._photos():
         cover = np.zeros(photo.size[::-1], int)
-        for split in digits.SPLITS:
-            left, top, right, bottom = digits._photo_part(photo, split)
+        for split in digit_scenes.SPLITS:
+            left, top, right, bottom = digit_scenes._photo_part(photo, split)
             cover[top:bottom, left:right] += 1
         assert (cover == 1).all()
 
@@ -66,7 +66,7 @@ def test_splits_share_no_digit_and_no_pixel_of_a_photograph():
 def test_scenes_range_from_nearly_empty_to_crowded():
     _, found = scenes(count=60)
     masks = np.stack([scene["mask"] for scene in found])
-    ink = (masks != digits.BACKGROUND).mean(axis=(1, 2))
+    ink = (masks != digit_scenes.BACKGROUND).mean(axis=(1, 2))
     assert 0 < ink.min() < 0.06 and ink.max() > 0.15
     classes = [len(np.unique(mask)) - 1 for mask in masks]
     assert min(classes) == 1 and max(classes) >= 5
@@ -76,12 +76,12 @@ def test_scenes_range_from_nearly_empty_to_crowded():
 @pytest.mark.parametrize("difficulty, least", [(0.0, 0.45), (0.5, 0.3), (1.0, 0.15)])
 def test_strokes_stand_out_from_what_is_around_them(difficulty, least):
     """Connected strokes differ in median lightness from the ring around them by at least the look's contrast."""
-    assert digits._look(difficulty).contrast == pytest.approx(least)
+    assert digit_scenes._look(difficulty).contrast == pytest.approx(least)
     found = scenes(count=20, difficulty=difficulty)[1]
     differences = []
     for scene in found:
-        lightness = scene["image"].astype(np.float32) @ digits._LUMA / 255
-        ink = scene["mask"] != digits.BACKGROUND
+        lightness = scene["image"].astype(np.float32) @ digit_scenes._LUMA / 255
+        ink = scene["mask"] != digit_scenes.BACKGROUND
         strokes, count = ndimage.label(ink)
         for stroke in range(1, count + 1):
             inside = strokes == stroke
@@ -93,10 +93,12 @@ def test_strokes_stand_out_from_what_is_around_them(difficulty, least):
 
 
 def test_difficulty_lowers_contrast_and_thins_strokes():
-    easy, hard = digits._look(0.0), digits._look(1.0)
+    easy, hard = digit_scenes._look(0.0), digit_scenes._look(1.0)
     assert easy.contrast > hard.contrast and easy.stroke < hard.stroke
     assert easy.clutter < hard.clutter and easy.spacing > hard.spacing and easy.turn < hard.turn
-    ink = [np.mean([(s["mask"] != digits.BACKGROUND).mean() for s in scenes(difficulty=d)[1]]) for d in (0.0, 1.0)]
+    ink = [
+        np.mean([(s["mask"] != digit_scenes.BACKGROUND).mean() for s in scenes(difficulty=d)[1]]) for d in (0.0, 1.0)
+    ]
     assert ink[0] > ink[1]
 
 
@@ -137,16 +139,16 @@ def test_bad_values(wrong, text):
 
 
 def test_a_missing_photograph_is_named(monkeypatch):
-    monkeypatch.setattr(digits, "_PHOTOS", (("sklearn", "datasets/images/nowhere.jpg"),))
-    digits._photos.cache_clear()
+    monkeypatch.setattr(digit_scenes, "_PHOTOS", (("sklearn", "datasets/images/nowhere.jpg"),))
+    digit_scenes._photos.cache_clear()
     with pytest.raises(UserError, match=r"nowhere\.jpg of the installed package sklearn"):
         scenes(count=0)
-    digits._photos.cache_clear()
+    digit_scenes._photos.cache_clear()
 
 
 def test_ink_is_where_it_is_asked_for():
     dot = Image.fromarray(np.pad(np.full((2, 2), 255, np.uint8), 5))
-    ink, top, left = digits._ink(dot, 40.0, 30.0, 32.0, 0.0, 0.4, (96, 96))
+    ink, top, left = digit_scenes._ink(dot, 40.0, 30.0, 32.0, 0.0, 0.4, (96, 96))
     rows, columns = np.nonzero(ink >= 0.5)
     assert abs(rows.mean() + top + 0.5 - 40) < 0.6 and abs(columns.mean() + left + 0.5 - 30) < 0.6
     assert 6 <= np.ptp(rows) + 1 <= 12  # two pixels of eight, four times as large

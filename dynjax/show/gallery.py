@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float, Integer, UInt8
 from matplotlib.figure import Figure
 
-from dynjax.anytime import ExitPoint
-from dynjax.report import LINES, MARKERS, engineering, style
+from dynjax.run.anytime import ExitPoint
+from dynjax.show.report import LINES, MARKERS, engineering, style
 
 
 def plot_classes(

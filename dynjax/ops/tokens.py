@@ -14,11 +14,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from dynjax import cost, execute
-from dynjax.decision import Decision
-from dynjax.gates import GateParam, Threshold, threshold, top_k
-from dynjax.ops import wrapping
-from dynjax.trace import Trace
+from dynjax.core import cost, execute, wrapping
+from dynjax.core.decision import Decision
+from dynjax.core.gates import GateParam, Threshold, threshold, top_k
+from dynjax.core.trace import Trace
 
 
 class TokenGate(nnx.Module):

@@ -29,8 +29,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynjax import checks, files, mesh, models
+from dynjax import models
 from dynjax.config import Config, UserError
+from dynjax.run import checks, files, mesh
 
 KEEP = 3
 """How many checkpoints stay on disk; the newest may turn out to be unreadable."""

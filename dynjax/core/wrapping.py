@@ -7,9 +7,9 @@ from typing import Any, Protocol, get_args, runtime_checkable
 import jax
 from flax import nnx
 
-from dynjax import cost, execute
-from dynjax.decision import Block, Decision, record, unseen
-from dynjax.execute import Execution, Strategy
+from dynjax.core import cost, execute
+from dynjax.core.decision import Block, Decision, record, unseen
+from dynjax.core.execute import Execution, Strategy
 
 EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)

@@ -21,12 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dynjax import budget, checkpoint, checks, lock, log, models
-from dynjax import mesh as meshes
-from dynjax.checkpoint import Run
+from dynjax import models
 from dynjax.config import Config, UserError
-from dynjax.step import TrainState, make_optimizer, make_step
-from dynjax.stop import Stop, Stopped
+from dynjax.core import budget
+from dynjax.run import checkpoint, checks, lock, log
+from dynjax.run import mesh as meshes
+from dynjax.run.checkpoint import Run
+from dynjax.run.step import TrainState, make_optimizer, make_step
+from dynjax.run.stop import Stop, Stopped
 
 
 class Interrupted(Exception):

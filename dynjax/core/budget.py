@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.decision import Decision
-from dynjax.gates import HIGHEST, LOWEST, GateParam, Threshold
-from dynjax.trace import Trace
+from dynjax.core.decision import Decision
+from dynjax.core.gates import HIGHEST, LOWEST, GateParam, Threshold
+from dynjax.core.trace import Trace
 
 gate_filter = nnx.OfType(GateParam)
 """Selects the parameters of gates: `nnx.split(model, gate_filter, ...)`."""

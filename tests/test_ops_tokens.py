@@ -13,9 +13,9 @@ from test_ops_spatial import assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost, execute
-from dynjax.decision import Decision
+from dynjax.core.decision import Decision
+from dynjax.core.trace import Trace
 from dynjax.ops import selection_loss
-from dynjax.trace import Trace
 
 FEATURES = 4
 

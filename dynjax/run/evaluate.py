@@ -17,12 +17,12 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from dynjax import cost
-from dynjax.budget import LOWEST
 from dynjax.config import UserError
-from dynjax.deploy import Deployed, Solver
-from dynjax.sampling import Autoregressive
-from dynjax.trace import traced
+from dynjax.core import cost
+from dynjax.core.budget import LOWEST
+from dynjax.core.deploy import Deployed, Solver
+from dynjax.core.trace import traced
+from dynjax.ops.sampling import Autoregressive
 
 WARM_UP = 3
 

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from dynjax.deploy import Report
-from dynjax.evaluate import Example, Latency, Point
+from dynjax.core.deploy import Report
+from dynjax.run.evaluate import Example, Latency, Point
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers: one per curve, with a marker of its own.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

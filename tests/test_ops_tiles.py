@@ -13,8 +13,7 @@ from flax import nnx
 
 import dynjax as dj
 from dynjax import execute
-from dynjax.ops.receptive import probe, receptive_radius
-from dynjax.ops.spatial import window_macs
+from dynjax.core.receptive import probe, receptive_radius, window_macs
 
 
 def grid(shape, size):

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dynjax import windows
-from dynjax.examples import shape_apart
+from dynjax.core import windows
+from dynjax.core.examples import shape_apart
 
 Execution = Literal["masked", "compact"]
 Tree = Any

@@ -12,7 +12,7 @@ from jaxtyping import Float, Integer, Num, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dynjax.report import style
+from dynjax.show.report import style
 
 GAP, PAPER = 2, 128  # pixels between pictures, and their grey
 

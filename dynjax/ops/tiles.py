@@ -6,14 +6,12 @@ Letters: B examples, H W pixels, h w tiles, C channels.
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax import cost, execute, windows
-from dynjax.decision import Decision
-from dynjax.ops import wrapping
-from dynjax.ops.receptive import receptive_radius
+from dynjax.core import execute, wrapping
+from dynjax.core.decision import Decision
+from dynjax.core.receptive import receptive_radius, window_macs
 
 
 @runtime_checkable
@@ -109,14 +107,3 @@ class Tiles(nnx.Module):
             execution=self.execution,
             strategy=self.strategy,
         )
-
-
-def window_macs(block: Callable, x: jax.Array | jax.ShapeDtypeStruct, size: int, radius: int) -> float:
-    """MACs that the compact execution spends on one tile of `size` pixels, its border included."""
-    block, side = wrapping.still(block), size + 2 * radius
-    closed = windows.trace(block, x.shape, x.dtype)
-    window = jax.ShapeDtypeStruct((1, side, side, x.shape[-1]), x.dtype)
-    if not windows.supported(closed, size=size, radius=radius):
-        return cost.macs(block, window)
-    inside = jax.ShapeDtypeStruct((1, side, side, 1), bool)
-    return cost.macs(lambda w, i: windows.run_strip(closed, w, i, size=size, radius=radius), window, inside)

@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax import gates
-from dynjax.decision import AXES, Decision, Granularity
+from dynjax.core import gates
+from dynjax.core.decision import AXES, Decision, Granularity
 
 
 class SampledPaths(nnx.Module):
