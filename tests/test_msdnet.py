@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from blocks import at, make, still
 from flax import nnx
-from test_ops_spatial import assert_same, three_ways
+from test_ops_tiles import assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost, models

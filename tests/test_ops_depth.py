@@ -8,7 +8,7 @@ import pytest
 from blocks import CHANNELS, at, image, make, still
 from flax import nnx
 from jaxtyping import TypeCheckError
-from test_ops_spatial import Squeeze, assert_same, three_ways
+from test_ops_tiles import Squeeze, assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost

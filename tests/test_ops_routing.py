@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from blocks import CHANNELS, at, image, make, still
 from flax import nnx
-from test_ops_spatial import Squeeze, assert_same, three_ways
+from test_ops_tiles import Squeeze, assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost, execute

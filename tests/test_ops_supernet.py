@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from blocks import at, image, make, still
 from flax import nnx
-from test_ops_spatial import assert_same
+from test_ops_tiles import assert_same
 
 import dynjax as dj
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from blocks import CHANNELS, image, make, still
 from flax import nnx
-from test_ops_spatial import assert_same, gated, patterns
+from test_ops_tiles import assert_same, gated, patterns
 
 import dynjax as dj
 from dynjax import execute
