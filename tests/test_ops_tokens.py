@@ -156,7 +156,7 @@ def test_gradients_reach_router_and_block():
 
 def test_the_selection_loss_is_the_cross_entropy_of_what_was_chosen():
     keep, p = np.array([[1.0, 0, 0]]), np.array([[0.9, 0.2, 0.5]])
-    decisions = {"a": Decision(jnp.asarray(keep), jnp.asarray(p), "token"), "b": Decision(keep, p, "path")}
+    decisions = {"a": Decision(jnp.asarray(keep), jnp.asarray(p), "token"), "b": Decision(keep, p, "example")}
     expected = -(np.log(0.9) + np.log(0.8) + np.log(0.5)) / 3
     np.testing.assert_allclose(selection_loss(Trace(decisions, 0.0, 1.0, 1)), expected, rtol=1e-6)
     assert selection_loss(Trace({}, 0.0, 1.0, 1)) == 0
@@ -180,7 +180,7 @@ def test_errors():
     with pytest.raises(ValueError, match=hint):
         dj.MixtureOfDepths(block, dj.FixedGate(np.ones((1, 4))))(x)
     with pytest.raises(ValueError, match=r"gives shape \(2, 5, 2\) for \(2, 5, 4\); it must keep the shape"):
-        dj.MixtureOfDepths(lambda x, mask: x[..., :2], dj.FixedGate(np.ones((1, 5)), granularity="token"))(x)
+        dj.MixtureOfDepths(lambda x, mask: x[..., :2], dj.FixedGate(np.ones((1, 5)), place="token"))(x)
     with pytest.raises(ValueError, match=r"capacity=0 must be in \(0, 1\]"):
         make(lambda rngs: dj.TokenGate(FEATURES, capacity=0, rngs=rngs))
     with pytest.raises(ValueError, match=r"features=4, but its input has shape \(2, 5, 3\): give it features=3"):
