@@ -75,8 +75,8 @@ def test_a_decision_of_a_fitting_shape_about_something_else_is_refused_by_name(n
             model(x)
             continue
         message = (
-            f"{name.split()[0]} needs a decision per {own} by the rule '{rules[0].name}', of shape .*; "
-            f"its gate gave one per {place} by the rule '{rule.name}', of shape"
+            rf"{name.split()[0]} needs a decision per {own} \(rule: {rules[0].name}\) of shape .* its gate gave .* "
+            rf"per {place} \(rule: {rule.name}\); "
         )
         with pytest.raises(ValueError, match=message):
             model(x)
@@ -89,7 +89,7 @@ def test_gates_say_what_they_decide():
     groups = make(lambda rngs: dj.ChannelGate(CHANNELS, 2, rngs=rngs))
     one = make(lambda rngs: dj.Router(CHANNELS, 2, top=1, rngs=rngs))
     for gate, x in ((groups, maps), (several, rows), (dj.RandomGate(0.5, units=2, rngs=nnx.Rngs(0)), maps)):
-        with pytest.raises(ValueError, match=r"Select needs a decision .*'one', .* by the rule '(each|some)',"):
+        with pytest.raises(ValueError, match=r"Select needs .*rule: one.* per example \(rule: (each|some)\);"):
             still(dj.Select(_blocks(), gate))(x)
     assert (still(one)(rows).place, still(one)(rows).rule) == ("example", ONE)
     with pytest.raises(ValueError, match="Skip: its gate gave a ndarray and no Decision; use SampleGate"):

@@ -66,8 +66,8 @@ class Wrapper(nnx.Module):
         found = decision.place, decision.rule.name, decision.keep.shape
         if found[0] != place or found[1] not in fitting or found[2] != shape:
             raise ValueError(
-                f"{name} needs a decision per {place} by the rule {fitting[0]!r}, of shape {shape}; its gate gave one "
-                f"per {found[0]} by the rule {found[1]!r}, of shape {found[2]}; {hint}"
+                f"{name} needs a decision per {place} (rule: {fitting[0]}) of shape {shape}, its gate gave {found[2]} "
+                f"per {found[0]} (rule: {found[1]}); {hint}"
             )
         if decision.probability.shape != shape:
             raise ValueError(f"{name}: its gate gave keep {shape} and probability {decision.probability.shape}")

@@ -67,6 +67,11 @@ class Attention(Gate):
         self.temperature = Temperature(jnp.ones(())) if any(kind == "softmax" for _, kind in heads) else None
         self.rngs = nnx.Rngs(gate=rngs.params()) if random else None
 
+    def schedule(self, progress: Float[Array, ""] | float) -> None:
+        """Anneal the temperature of softmax attention."""
+        if self.temperature is not None:
+            self.temperature[...] = annealed_temperature(progress)
+
     def __call__(self, features: Float[Array, "B F"]) -> list[Float[Array, "B N"]]:
         """One array for each head, float32."""
         if features.shape[1] != self.features:

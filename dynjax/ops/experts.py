@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dynjax.core import cost, execute, gates
 from dynjax.core.decision import ONE, Decision, Place, Rule, some
 from dynjax.core.gates import Gate, GateParam, Threshold
+from dynjax.core.training import Call
 from dynjax.core.wrapper import Wrapper
 
 LARGEST_BLOCK = 128
@@ -81,6 +82,10 @@ class Router(Gate):
         self.loss = RouterLoss(jnp.zeros(()))
         self.rngs = nnx.Rngs(gate=rngs.params())
         self.top, self.least = top, least
+
+    def terms(self, call: Call) -> dict[str, Array]:
+        """`router_z`, the z-loss of the last training call."""
+        return {"router_z": self.loss[...]}
 
     def __call__(self, x: Float[Array, "B *T C"]) -> Decision:
         if x.shape[-1] != self.kernel.shape[0]:

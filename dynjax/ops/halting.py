@@ -15,6 +15,7 @@ from dynjax.core import execute, views, wrapper
 from dynjax.core.decision import EACH, PREFIX, Decision, Place
 from dynjax.core.gates import straight_through
 from dynjax.core.receptive import receptive_radius, window_macs
+from dynjax.core.training import Call
 from dynjax.core.wrapper import Wrapper
 
 # Pure functions. A rule takes the halting probability after one step, the mass that no earlier step took, and whether
@@ -159,6 +160,17 @@ class Halt(Wrapper):
         states, keep, mass = self._masked(self._start(x), freeze=self._size is not None)
         self._account(x, keep, mass)
         return [state for state, _ in states]
+
+    def weights(self, call: Call) -> Float[Array, "B S"] | None:
+        """PonderNet's loss is what to expect over the step at which it stops."""
+        return halting_distribution(call.own()[0]) if self.kind == "pondernet" else None
+
+    def terms(self, call: Call) -> dict[str, Array]:
+        """`ponder`, of PonderNet: the divergence from the geometric prior whose mean is the budget."""
+        if self.kind != "pondernet":
+            return {}
+        prior = geometric_prior(min(0.95, 1 / (call.target * self.max_steps)), self.max_steps)
+        return {"ponder": call.mean(kl_to_prior(halting_distribution(call.own()[0]), prior))}
 
     @property
     def _size(self) -> int | None:

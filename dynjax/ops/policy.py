@@ -12,7 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from dynjax.core.decision import EACH, Decision
+from dynjax.core.training import Call
 from dynjax.core.wrapper import Wrapper
+
+CURRICULUM = 0.3
+"""Share of the training over which a policy comes to decide about all blocks."""
 
 
 class PolicySkip(Wrapper):
@@ -57,6 +61,26 @@ class PolicySkip(Wrapper):
         self.otherwise = nnx.Dict({str(number): module for number, module in otherwise.items()})
         self.straight_through = straight_through
         self.held = Held(jnp.zeros((len(skip),), bool))
+
+    def schedule(self, progress: Float[Array, ""] | float) -> None:
+        """Let the policy decide about the last blocks alone, and about all from `CURRICULUM` on."""
+        self.held[...] = curriculum_mask(progress / CURRICULUM, self.held.shape[0]) == 0
+
+    def rewarded(self) -> bool:
+        """By REINFORCE the reward says what blocks are worth."""
+        return not self.straight_through
+
+    def terms(self, call: Call) -> dict[str, Array]:
+        """`reinforce`: what was drawn against the reward of what it would do without noise; wrong costs `wrong`."""
+        if self.straight_through:
+            return {}
+        greedy, most_probable = call.again()
+        (drawn,), (chosen,) = call.own(), call.own(most_probable)
+        rewards = [
+            blockdrop_reward(call.correct(output), decision.keep.mean(-1), call.weights["wrong"])
+            for output, decision in ((call.outputs[-1], drawn), (greedy, chosen))
+        ]
+        return {"reinforce": reinforce_loss(log_probability(drawn), *rewards)}
 
     def __call__(self, x: Float[Array, "B ..."]) -> Array:
         hint = f"use ChannelGate(features, {len(self.skip)}, rngs=rngs), or FixedGate(keep, rule=EACH)"

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from dynjax.core import cost, execute, views, wrapper
 from dynjax.core.decision import EACH, Decision
 from dynjax.core.gates import Gate, GateParam, Threshold, threshold, top_k
-from dynjax.core.trace import Trace
+from dynjax.core.training import Call
 from dynjax.core.wrapper import Wrapper
 
 
@@ -27,9 +27,9 @@ class TokenGate(Gate):
     `x` (B, T, features) gives a decision of shape (B, T), with sigmoid(logits) as the probability. The router of
     Mixture-of-Depths (Raposo et al. 2024, arXiv:2404.02258), a linear layer. While training, the top
     ceil(capacity * T) take part, whatever the threshold is. When deterministic a token does whose logit is at least the
-    threshold, so that it depends on no other token (section 3.5) and a budget can be solved; `selection_loss` teaches
-    the router to put its top k above 0. Deviation: tokens are normalised before the router, for what its logit compares
-    with must not depend on how far features have grown.
+    threshold, so that it depends on no other token (section 3.5) and a budget can be solved; a term of the loss, from
+    `MixtureOfDepths`, teaches the router to put its top k above 0. Deviation: tokens are normalised before the router,
+    for what its logit compares with must not depend on how far features have grown.
 
     Raises:
         ValueError: if `capacity` is not in (0, 1].
@@ -99,6 +99,18 @@ class MixtureOfDepths(Wrapper):
             ) from error
         self.block, self.gate = block, gate
 
+    def terms(self, call: Call) -> dict[str, Array]:
+        """`selection`, the cross-entropy between what the gate chose and what its probability foretold.
+
+        The auxiliary loss of the paper (section 3.5): it moves the top k above a logit of 0 and the others below, so
+        that each token can decide alone when deployed.
+        """
+        losses = []
+        for decision in call.own():
+            chosen, p = lax.stop_gradient(decision.keep), jnp.clip(decision.probability, 1e-7, 1 - 1e-7)
+            losses.append(-(chosen * jnp.log(p) + (1 - chosen) * jnp.log1p(-p)).mean())
+        return {"selection": jnp.stack(losses).mean()} if losses else {}
+
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         tokens = x.shape[1]
         hint = f"use TokenGate({x.shape[-1]}, capacity=0.125, rngs=rngs), or FixedGate(keep, place='token')"
@@ -157,17 +169,3 @@ def _compact(block: Callable, x: jax.Array, keep: jax.Array, weight: jax.Array, 
         return lax.cond(nearly_all, lambda: _mixed(block, x, keep, weight), loop)
 
     return execute.by_platform(strategy, one_by_one, lambda: several(x, keep, weight))
-
-
-def selection_loss(trace: Trace) -> Float[Array, ""]:
-    """Mean over token decisions of the cross-entropy between what the gate chose and what its probability foretold.
-
-    The auxiliary loss of Mixture-of-Depths (Raposo et al. 2024, arXiv:2404.02258, section 3.5): it moves the top k
-    above a logit of 0 and the others below, so that each token can decide alone when deployed. 0 without such gates.
-    """
-    losses = []
-    for decision in trace.decisions.values():
-        if decision.place == "token" and decision.rule == EACH:
-            chosen, p = lax.stop_gradient(decision.keep), jnp.clip(decision.probability, 1e-7, 1 - 1e-7)
-            losses.append(-(chosen * jnp.log(p) + (1 - chosen) * jnp.log1p(-p)).mean())
-    return jnp.stack(losses).mean() if losses else jnp.zeros(())
