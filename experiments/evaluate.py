@@ -149,6 +149,7 @@ def unmet(row: str, budget: float, spent: Any, whole: float) -> str:
 def find_twin(config: Config, classes: int, workdir: str) -> tuple[Any, bool]:
     """The static twin of a row's model, and whether it is trained: from `workdir`, from --init-from, or fresh."""
     from dynjax import models
+    from dynjax.core import views
     from dynjax.run import checkpoint
 
     if workdir or (config.init_from and (Path(config.init_from) / "config.json").exists()):
@@ -159,7 +160,7 @@ def find_twin(config: Config, classes: int, workdir: str) -> tuple[Any, bool]:
             raise UserError(f"--twin {workdir}: row {found.row} is {found.model.dynamics}, not static")
         return twin, True
     static = dataclasses.replace(config, model=models.static_twin(config.model))
-    return checkpoint.evaluation_view(checkpoint.build(static, classes)), False
+    return views.still(checkpoint.build(static, classes)), False
 
 
 def split_labels(compare: tuple[str, ...]) -> dict[str, str]:
@@ -328,6 +329,7 @@ def of_pictures(arguments: Arguments, raw: list[str]) -> None:
     from flax import nnx
 
     from dynjax import models
+    from dynjax.core import views
     from dynjax.core.trace import traced
     from dynjax.data import calibration_batches
     from dynjax.run import checkpoint, train
@@ -357,7 +359,7 @@ def of_pictures(arguments: Arguments, raw: list[str]) -> None:
         pictures = [np.asarray(encode(model, jnp.asarray(images))) for images in held_out]
         for budget, deployed in solve(model, twin, sorted(set(arguments.budgets)), pictures).items():
             reports[budget] = deployed.report
-            found[budget] = validate(nnx.view(deployed.model, execution="masked", raise_if_not_found=False))
+            found[budget] = validate(views.masked(deployed.model))
     else:
         found[1.0] = validate(model)
     title = f"{config.row}, {source.name} {arguments.split}, {len(source)} pictures; step {step}; {report.hardware()}"

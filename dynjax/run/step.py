@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from dynjax.config import Config
+from dynjax.core import views
 
 
 @jax.tree_util.register_dataclass
@@ -24,10 +25,6 @@ class TrainState:
     optimizer: optax.OptState
     ema: nnx.State | None
     key: jax.Array
-
-
-def training_view(model: nnx.Module) -> nnx.Module:
-    return nnx.view(model, deterministic=False, use_running_average=False, execution="masked", raise_if_not_found=False)
 
 
 def schedule(config: Config) -> Callable[[jax.Array], jax.Array]:
@@ -90,7 +87,7 @@ def make_step(graphdef: nnx.GraphDef, task: Any, optimizer: optax.GradientTransf
     def loss_fn(params: nnx.State, rest: nnx.State, part: Any, key: jax.Array, progress: jax.Array) -> tuple:
         if half:
             params, part = _to_bfloat16(params), _to_bfloat16(part)
-        model = training_view(nnx.merge(graphdef, params, rest, copy=True))
+        model = views.training(nnx.merge(graphdef, params, rest, copy=True))
         loss, metrics = task.loss(model, part, key, progress)
         return loss.astype(jnp.float32), (nnx.state(model, nnx.Not(nnx.Param)), {**metrics, "loss": loss})
 

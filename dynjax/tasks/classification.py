@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
 from dynjax.config import BudgetConfig, LossConfig, ModelConfig
-from dynjax.core import budget, trace
+from dynjax.core import budget, trace, views
 from dynjax.core.decision import Decision
 from dynjax.ops.attention import annealed_temperature, set_temperature
 from dynjax.ops.halting import geometric_prior, halting_distribution, kl_to_prior
@@ -167,7 +167,7 @@ class ClassificationTask:
 
         `target` is the budget under which it drew; without noise it decides at the same threshold.
         """
-        frozen = nnx.view(model, deterministic=True, use_running_average=True, raise_if_not_found=False)
+        frozen = views.still(model)
         assert self.budget is not None  # under which it drew
         if self.budget.sampled:
             budget.set_threshold(model, budget.sampled_threshold(target))
