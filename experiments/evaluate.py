@@ -150,6 +150,7 @@ def find_twin(config: Config, classes: int, workdir: str) -> tuple[Any, bool]:
     """The static twin of a row's model, and whether it is trained: from `workdir`, from --init-from, or fresh."""
     from dynjax import models
     from dynjax.run import checkpoint
+    from dynjax.run.build import build
 
     if workdir or (config.init_from and (Path(config.init_from) / "config.json").exists()):
         found, twin, _ = checkpoint.load(workdir or config.init_from)
@@ -159,7 +160,7 @@ def find_twin(config: Config, classes: int, workdir: str) -> tuple[Any, bool]:
             raise UserError(f"--twin {workdir}: row {found.row} is {found.model.dynamics}, not static")
         return twin, True
     static = dataclasses.replace(config, model=models.static_twin(config.model))
-    return checkpoint.evaluation_view(checkpoint.build(static, classes)), False
+    return checkpoint.evaluation_view(build(static, classes)), False
 
 
 def split_labels(compare: tuple[str, ...]) -> dict[str, str]:
@@ -331,7 +332,9 @@ def of_pictures(arguments: Arguments, raw: list[str]) -> None:
     from dynjax.core.trace import traced
     from dynjax.data import calibration_batches
     from dynjax.run import checkpoint, train
+    from dynjax.run.build import build
     from dynjax.run.evaluate import solve, static_macs
+    from dynjax.run.workdir import read_config
     from dynjax.show import report
     from dynjax.tasks import make_task
     from dynjax.tasks.autoregressive import integers
@@ -339,7 +342,7 @@ def of_pictures(arguments: Arguments, raw: list[str]) -> None:
 
     config, model, step = checkpoint.load(arguments.workdir)
     config = dataclasses.replace(with_path(config, arguments.data.path), batch_size=arguments.batch_size)
-    _, classes = checkpoint.read_config(arguments.workdir)
+    _, classes = read_config(arguments.workdir)
     source = source_of(config, arguments.split, classes)
     print(source.describe())
     task = make_task(config, source, training=False)
@@ -350,7 +353,7 @@ def of_pictures(arguments: Arguments, raw: list[str]) -> None:
     found, reports = {}, {}
     if steers(model):
         static = dataclasses.replace(config, model=models.static_twin(config.model))
-        twin = static_macs(checkpoint.build(static, len(source.classes)))
+        twin = static_macs(build(static, len(source.classes)))
         val = source_of(config, "val", classes)
         held_out = calibration_batches(val, *calibration_size(len(val), arguments))
         encode = nnx.jit(integers)
@@ -396,11 +399,12 @@ def main(raw: list[str]) -> None:
     from dynjax.data import calibration_batches, make_loader
     from dynjax.run import checkpoint
     from dynjax.run.evaluate import evaluate, make_runner, read_curve, score, write_curve
+    from dynjax.run.workdir import read_config
     from dynjax.show import report
     from dynjax.tasks import make_task
     from dynjax.tasks.spending import steers
 
-    family = checkpoint.read_config(arguments.workdir)[0].model
+    family = read_config(arguments.workdir)[0].model
     if models.generates(family) or models.reconstructs(family):
         of_pictures(arguments, raw)
         return
@@ -409,7 +413,7 @@ def main(raw: list[str]) -> None:
     }
     config, model, step = checkpoint.load(arguments.workdir)
     config = with_path(config, arguments.data.path)
-    _, classes = checkpoint.read_config(arguments.workdir)
+    _, classes = read_config(arguments.workdir)
     source, val = (source_of(config, split, classes) for split in (arguments.split, "val"))
     print(source.describe())
     task = make_task(config, source, training=False)

@@ -343,16 +343,16 @@ def row_protocol(row: str) -> str:
 
 def changes(workdir: str) -> str:
     """Where a run is otherwise than its row says: "Run with --steps 100. Stopped at step 60." or nothing."""
-    from dynjax.run import checkpoint
+    from dynjax.run.workdir import FREE_TO_CHANGE, config_to_dict, flat, read_config
     from experiments.rows import ROWS
 
     if not (Path(workdir) / "config.json").exists():
         return ""
-    config, _ = checkpoint.read_config(workdir)
+    config, _ = read_config(workdir)
     if config.row not in ROWS:
         return ""
-    row, run = (checkpoint.flat(checkpoint.config_to_dict(each)) for each in (ROWS[config.row](), config))
-    free = (*checkpoint.FREE_TO_CHANGE, *OWN)
+    row, run = (flat(config_to_dict(each)) for each in (ROWS[config.row](), config))
+    free = (*FREE_TO_CHANGE, *OWN)
     told = [name for name, value in run.items() if row.get(name) != value and name not in free]
     options = " ".join(f"--{name.replace('_', '-')} {run[name]}" for name in told)
     step = _read_evaluation(workdir).step
