@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynjax.config import Config, UserError
-from dynjax.run import files
+from dynjax.run import files, log
 from dynjax.run.checks import LARGEST_SIDE
 from experiments import cli
 
@@ -128,7 +128,7 @@ def source_of(config: Config, split: str, classes: tuple[str, ...]) -> Any:
     """A split of the data, with the classes of the run: a split need not have all of them. Raises UserError where it
     has others."""
     from dynjax.data import make_source
-    from dynjax.run.checkpoint import other_classes
+    from dynjax.run.workdir import other_classes
 
     source = make_source(config.data, split, classes=classes)
     if classes and (different := other_classes(classes, tuple(source.classes))):
@@ -178,15 +178,6 @@ def calibration_size(available: int, arguments: Arguments) -> tuple[int, int]:
     """Batch size and number of batches."""
     size = min(arguments.batch_size, available)
     return size, -(-min(arguments.calibration, available) // size)
-
-
-def without_nan(value: Any) -> Any:
-    """None in place of NaN (the IoU of a class that does not occur), which JSON has not."""
-    if isinstance(value, dict):
-        return {name: without_nan(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [without_nan(each) for each in value]
-    return None if value != value else value
 
 
 def commit() -> str:
@@ -379,7 +370,7 @@ def of_pictures(arguments: Arguments, raw: list[str]) -> None:
     summary = "\n".join(lines)
     record = about(config, source, task, arguments.split, step, raw) | {
         "calibration": {f"{budget:g}": dataclasses.asdict(each) for budget, each in reports.items()},
-        "scores": without_nan(scores),
+        "scores": log.finite(scores),
     }
     workdir = Path(arguments.workdir)
     try:
@@ -457,7 +448,7 @@ def main(raw: list[str]) -> None:
         "static_score": twin_score,
         "thresholds": {f"{budget:g}": float(each.threshold) for budget, each in found.reports.items()},
         "calibration": {f"{budget:g}": dataclasses.asdict(each) for budget, each in found.reports.items()},
-        "scores": {f"{budget:g}": without_nan(each.scores) for budget, each in found.scored.items()},
+        "scores": {f"{budget:g}": log.finite(each.scores) for budget, each in found.scored.items()},
         "layers": {f"{budget:g}": each.shares for budget, each in found.scored.items()},
     }
     summary = summarise(f"{title}; step {step}; {report.hardware()}", config.row, found, task, twin_score, static)

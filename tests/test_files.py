@@ -11,7 +11,7 @@ import pytest
 from dynjax.config import UserError
 from dynjax.run import checkpoint, files, log
 from dynjax.run.workdir import read_config, write_config
-from experiments import evaluate, predict, results, rows
+from experiments import evaluate, predict, results, rows, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,10 +176,10 @@ def test_a_table_of_results_that_is_none(tmp_path):
         b"row\nx\n",
         b"\xff\xfe\n",
         b"",
-        (",".join(f.name for f in dataclasses.fields(results.Result))).encode() + b"\nx\n",
+        (",".join(f.name for f in dataclasses.fields(table.Result))).encode() + b"\nx\n",
     ):
         path.write_bytes(content)
         try:
-            assert results.read(path) == []
+            assert table.read(path) == []
         except UserError as error:
             assert "\n" not in str(error)
