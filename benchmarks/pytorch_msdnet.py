@@ -158,7 +158,7 @@ def main(raw: list[str]) -> None:
     from dynjax import models
     from dynjax.core import views
     from dynjax.data import calibration_batches, make_source
-    from dynjax.run import checkpoint
+    from dynjax.run.build import build
     from dynjax.run.evaluate import solve, static_macs
 
     config, model, step = tables.trained(arguments.workdir, ROW, "data/cifar10", arguments.path)
@@ -166,7 +166,7 @@ def main(raw: list[str]) -> None:
         raise UserError(f"--workdir {arguments.workdir}: row {config.row} is no MSDNet; cifar10_msdnet7_exits is meant")
     val, test = (make_source(config.data, split) for split in ("val", "test"))
     # As everywhere, a budget is a share of the MACs of the same net with its last exit alone.
-    twin = checkpoint.build(dataclasses.replace(config, model=models.static_twin(config.model)), len(val.classes))
+    twin = build(dataclasses.replace(config, model=models.static_twin(config.model)), len(val.classes))
     whole = static_macs(views.still(twin), val.size)
     deployed = solve(model, whole, [*arguments.budgets, EVERYTHING], calibration_batches(val, 50, 20))
     reference = build()

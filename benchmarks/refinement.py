@@ -37,8 +37,9 @@ from dynjax.core.gates import Threshold
 from dynjax.core.trace import traced
 from dynjax.data import make_source
 from dynjax.ops import sampling
-from dynjax.run import checkpoint
+from dynjax.run.build import build
 from dynjax.run.evaluate import static_macs
+from dynjax.run.workdir import read_config
 from dynjax.show.report import style
 from dynjax.tasks.autoregressive import integers
 from experiments import cli
@@ -57,7 +58,7 @@ def changed(config: Any, model: nnx.Module, classes: int, **fields: Any) -> nnx.
     """The same weights where what draws is otherwise: behind another gate, or without."""
     new = dataclasses.replace(drawn_by(config.model), **fields)
     new = dataclasses.replace(config.model, prior=new) if config.model.family == "codes" else new
-    fresh = views.still(checkpoint.build(dataclasses.replace(config, model=new), classes))
+    fresh = views.still(build(dataclasses.replace(config, model=new), classes))
     wanted = {path for path, _ in nnx.to_flat_state(nnx.state(fresh, nnx.Not(Threshold)))}
     found = nnx.to_flat_state(nnx.state(model, nnx.Not(Threshold)))
     nnx.update(fresh, nnx.from_flat_state([(path, value) for path, value in found if path in wanted]))
@@ -129,7 +130,7 @@ def main(raw: list[str]) -> None:
     parser.add_argument("--pictures", type=int, default=10_000, help="of test, at most")
     arguments = parser.parse_args(raw)
     config, model, step = tables.trained(arguments.workdir, "mnist_nextscale", "data/mnist", arguments.path)
-    _, classes = checkpoint.read_config(arguments.workdir)
+    _, classes = read_config(arguments.workdir)
     draws = drawn_by(config.model)
     if draws.family not in SAMPLERS or draws.dynamics == "static" or model.classes:
         raise UserError(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynjax.config import Config, UserError
-from dynjax.run import files
+from dynjax.run import files, log
 from dynjax.run.checks import LARGEST_SIDE
 from experiments import cli
 
@@ -128,7 +128,7 @@ def source_of(config: Config, split: str, classes: tuple[str, ...]) -> Any:
     """A split of the data, with the classes of the run: a split need not have all of them. Raises UserError where it
     has others."""
     from dynjax.data import make_source
-    from dynjax.run.checkpoint import other_classes
+    from dynjax.run.workdir import other_classes
 
     source = make_source(config.data, split, classes=classes)
     if classes and (different := other_classes(classes, tuple(source.classes))):
@@ -151,6 +151,7 @@ def find_twin(config: Config, classes: int, workdir: str) -> tuple[Any, bool]:
     from dynjax import models
     from dynjax.core import views
     from dynjax.run import checkpoint
+    from dynjax.run.build import build
 
     if workdir or (config.init_from and (Path(config.init_from) / "config.json").exists()):
         found, twin, _ = checkpoint.load(workdir or config.init_from)
@@ -160,7 +161,7 @@ def find_twin(config: Config, classes: int, workdir: str) -> tuple[Any, bool]:
             raise UserError(f"--twin {workdir}: row {found.row} is {found.model.dynamics}, not static")
         return twin, True
     static = dataclasses.replace(config, model=models.static_twin(config.model))
-    return views.still(checkpoint.build(static, classes)), False
+    return views.still(build(static, classes)), False
 
 
 def split_labels(compare: tuple[str, ...]) -> dict[str, str]:
@@ -178,15 +179,6 @@ def calibration_size(available: int, arguments: Arguments) -> tuple[int, int]:
     """Batch size and number of batches."""
     size = min(arguments.batch_size, available)
     return size, -(-min(arguments.calibration, available) // size)
-
-
-def without_nan(value: Any) -> Any:
-    """None in place of NaN (the IoU of a class that does not occur), which JSON has not."""
-    if isinstance(value, dict):
-        return {name: without_nan(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [without_nan(each) for each in value]
-    return None if value != value else value
 
 
 def commit() -> str:
@@ -333,7 +325,9 @@ def of_pictures(arguments: Arguments, raw: list[str]) -> None:
     from dynjax.core.trace import traced
     from dynjax.data import calibration_batches
     from dynjax.run import checkpoint, train
+    from dynjax.run.build import build
     from dynjax.run.evaluate import solve, static_macs
+    from dynjax.run.workdir import read_config
     from dynjax.show import report
     from dynjax.tasks import make_task
     from dynjax.tasks.autoregressive import integers
@@ -341,7 +335,7 @@ def of_pictures(arguments: Arguments, raw: list[str]) -> None:
 
     config, model, step = checkpoint.load(arguments.workdir)
     config = dataclasses.replace(with_path(config, arguments.data.path), batch_size=arguments.batch_size)
-    _, classes = checkpoint.read_config(arguments.workdir)
+    _, classes = read_config(arguments.workdir)
     source = source_of(config, arguments.split, classes)
     print(source.describe())
     task = make_task(config, source, training=False)
@@ -352,7 +346,7 @@ def of_pictures(arguments: Arguments, raw: list[str]) -> None:
     found, reports = {}, {}
     if steers(model):
         static = dataclasses.replace(config, model=models.static_twin(config.model))
-        twin = static_macs(checkpoint.build(static, len(source.classes)))
+        twin = static_macs(build(static, len(source.classes)))
         val = source_of(config, "val", classes)
         held_out = calibration_batches(val, *calibration_size(len(val), arguments))
         encode = nnx.jit(integers)
@@ -378,7 +372,7 @@ def of_pictures(arguments: Arguments, raw: list[str]) -> None:
     summary = "\n".join(lines)
     record = about(config, source, task, arguments.split, step, raw) | {
         "calibration": {f"{budget:g}": dataclasses.asdict(each) for budget, each in reports.items()},
-        "scores": without_nan(scores),
+        "scores": log.finite(scores),
     }
     workdir = Path(arguments.workdir)
     try:
@@ -398,11 +392,12 @@ def main(raw: list[str]) -> None:
     from dynjax.data import calibration_batches, make_loader
     from dynjax.run import checkpoint
     from dynjax.run.evaluate import evaluate, make_runner, read_curve, score, write_curve
+    from dynjax.run.workdir import read_config
     from dynjax.show import report
     from dynjax.tasks import make_task
     from dynjax.tasks.spending import steers
 
-    family = checkpoint.read_config(arguments.workdir)[0].model
+    family = read_config(arguments.workdir)[0].model
     if models.generates(family) or models.reconstructs(family):
         of_pictures(arguments, raw)
         return
@@ -411,7 +406,7 @@ def main(raw: list[str]) -> None:
     }
     config, model, step = checkpoint.load(arguments.workdir)
     config = with_path(config, arguments.data.path)
-    _, classes = checkpoint.read_config(arguments.workdir)
+    _, classes = read_config(arguments.workdir)
     source, val = (source_of(config, split, classes) for split in (arguments.split, "val"))
     print(source.describe())
     task = make_task(config, source, training=False)
@@ -455,7 +450,7 @@ def main(raw: list[str]) -> None:
         "static_score": twin_score,
         "thresholds": {f"{budget:g}": float(each.threshold) for budget, each in found.reports.items()},
         "calibration": {f"{budget:g}": dataclasses.asdict(each) for budget, each in found.reports.items()},
-        "scores": {f"{budget:g}": without_nan(each.scores) for budget, each in found.scored.items()},
+        "scores": {f"{budget:g}": log.finite(each.scores) for budget, each in found.scored.items()},
         "layers": {f"{budget:g}": each.shares for budget, each in found.scored.items()},
     }
     summary = summarise(f"{title}; step {step}; {report.hardware()}", config.row, found, task, twin_score, static)

@@ -203,8 +203,9 @@ def main(raw: list[str]) -> int:
     check(arguments)
     from dynjax import models
     from dynjax.run import checkpoint
+    from dynjax.run.workdir import read_config
 
-    _, classes = checkpoint.read_config(arguments.workdir)
+    _, classes = read_config(arguments.workdir)
     config, model, step = checkpoint.load(arguments.workdir)
     config = with_path(config, arguments.data.path)
     known = read_evaluation(arguments.workdir, step)

@@ -158,7 +158,7 @@ def within_budget(model: Any, budget: float | None, seed: int, config: Config, c
     from dynjax import models
     from dynjax.core.budget import LOWEST, set_threshold
     from dynjax.core.views import compact
-    from dynjax.run import checkpoint
+    from dynjax.run.build import build
     from dynjax.run.evaluate import solve, static_macs
     from dynjax.tasks.spending import steers
 
@@ -170,7 +170,7 @@ def within_budget(model: Any, budget: float | None, seed: int, config: Config, c
         model = nnx.clone(compact(model))
         set_threshold(model, LOWEST)
         return model
-    twin = static_macs(checkpoint.build(dataclasses.replace(config, model=models.static_twin(config.model)), classes))
+    twin = static_macs(build(dataclasses.replace(config, model=models.static_twin(config.model)), classes))
     size = CALIBRATION // 4
     label = np.arange(size, dtype=np.int32) % model.classes if model.classes else None
     draw = make_draw(model, "coarse-to-fine" if hasattr(model, "draw") else "cached", seed, size)
@@ -222,11 +222,12 @@ def main(raw: list[str]) -> None:
     from dynjax.models.likelihoods import to_bytes
     from dynjax.ops.sampling import Known, Sampled
     from dynjax.run import checkpoint
+    from dynjax.run.workdir import read_config
     from dynjax.show import film
     from dynjax.tasks.spending import steers
 
     cli.check_folder(arguments.out, "out")
-    config, names = checkpoint.read_config(arguments.workdir)
+    config, names = read_config(arguments.workdir)
     if not models.generates(config.model):
         raise UserError(
             f"--workdir {arguments.workdir}: row {config.row} draws no pictures; the rows *_pixelcnn, "

@@ -10,7 +10,8 @@ from flax import nnx
 
 from dynjax.config import AugmentConfig, Config, OptimizerConfig
 from dynjax.data import make_loader
-from dynjax.run import checkpoint, mesh, train
+from dynjax.run import mesh, train
+from dynjax.run.arrays import named_arrays
 
 
 class Net(nnx.Module):
@@ -112,7 +113,7 @@ def fit(config: Config, workdir=None, *, model=None, task=None, loader=None, eva
 
 
 def arrays(fitted: train.Fitted) -> dict[str, np.ndarray]:
-    return {name: np.asarray(x) for name, x in checkpoint.named_arrays(nnx.state(fitted.model)).items()}
+    return {name: np.asarray(x) for name, x in named_arrays(nnx.state(fitted.model)).items()}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
 import contextlib
-import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -11,7 +9,9 @@ import numpy as np
 import pytest
 
 from dynjax.config import BudgetConfig, Config, DataConfig, UserError
-from dynjax.run import checkpoint, lock
+from dynjax.run import checkpoint
+from dynjax.run.arrays import fill, key_data, named_arrays
+from dynjax.run.workdir import check_workdir, write_config
 
 
 def state(seed: int = 0) -> dict:
@@ -27,7 +27,7 @@ def state(seed: int = 0) -> dict:
 
 
 def same(a, b) -> None:
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(checkpoint._key_data(x), checkpoint._key_data(y)), a, b)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(key_data(x), key_data(y)), a, b)
 
 
 def test_everything_comes_back(tmp_path):
@@ -35,7 +35,7 @@ def test_everything_comes_back(tmp_path):
     step, arrays, position = checkpoint.read_newest(tmp_path)
     assert (step, position) == (3, {"next": 7, "inner": [1, None]})
     assert set(arrays) == {"params.kernel", "params.list.0", "params.list.1", "count", "key"}
-    filled = checkpoint.fill(state(0), arrays)
+    filled = fill(state(0), arrays)
     same(filled, state(5))
     assert jax.random.uniform(filled["key"]) == jax.random.uniform(jax.random.key(5))
 
@@ -81,7 +81,7 @@ def test_any_damaged_file_is_noticed_or_does_no_harm(tmp_path, how):
         damage(how, whole / name)
         said = []
         step, arrays, position = checkpoint.read_newest(tmp_path, say=said.append)
-        same(checkpoint.fill(state(0), arrays), state(step))
+        same(fill(state(0), arrays), state(step))
         assert position == {1: "one", 2: "two"}[step]
         if step == 1:
             fell_back.append(name)
@@ -146,65 +146,17 @@ def test_other_errors_of_saving_are_not_hidden(tmp_path, monkeypatch):
     ],
 )
 def test_arrays_that_do_not_fit(change, message):
-    arrays = checkpoint.named_arrays(state())
+    arrays = named_arrays(state())
     change(arrays)
     with pytest.raises(ValueError, match=message):
-        checkpoint.fill(state(), arrays)
+        fill(state(), arrays)
 
 
 ROW = Config(row="a", data=DataConfig(size=(4, 6)), budget=BudgetConfig(target=0.25))
 
 
-def test_configuration_comes_back(tmp_path):
-    checkpoint.check_workdir(tmp_path / "deep" / "down", ROW)
-    checkpoint.write_config(tmp_path, ROW, ("sky", "road"))
-    assert checkpoint.read_config(tmp_path) == (ROW, ("sky", "road"))
-    checkpoint.check_workdir(tmp_path, dataclasses.replace(ROW, checkpoint_every=1, evaluate_every=3))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(row="b"), "was made by row a, this is row b"),
-        (dict(steps=5), "steps is 1000 there and 5 here"),
-        (dict(budget=BudgetConfig(target=0.5)), "budget.target is 0.25 there and 0.5 here"),
-        (dict(data=DataConfig(size=(4, 8))), r"data.size is \[4, 6\] there and \[4, 8\] here"),
-    ],
-)
-def test_workdir_of_another_run(tmp_path, changes, message):
-    checkpoint.write_config(tmp_path, ROW, ())
-    with pytest.raises(UserError, match=message):
-        checkpoint.check_workdir(tmp_path, dataclasses.replace(ROW, **changes))
-
-
-def test_workdir_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write in workdir .*file/w: Not a directory"):
-        checkpoint.check_workdir(tmp_path / "file" / "w", ROW)
-
-
-def test_no_workdir(tmp_path):
-    with pytest.raises(UserError, match=r"no config\.json"):
-        checkpoint.read_config(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["", "{}", '{"config": {"row": "a", "colour": 1}, "classes": []}', '{"config": 1}'])
-def test_config_that_is_none(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"cannot be read|unknown field 'colour'"):
-        checkpoint.read_config(tmp_path)
-
-
-def test_fields_added_later_take_their_default(tmp_path):
-    checkpoint.write_config(tmp_path, ROW, ())
-    stored = json.loads((tmp_path / "config.json").read_text())
-    del stored["config"]["precision"], stored["config"]["data"]["on_error"]
-    (tmp_path / "config.json").write_text(json.dumps(stored))
-    assert checkpoint.read_config(tmp_path)[0] == ROW
-
-
 def test_load_wants_a_checkpoint(tmp_path):
-    checkpoint.write_config(tmp_path, ROW, ("a", "b"))
+    write_config(tmp_path, ROW, ("a", "b"))
     with pytest.raises(UserError, match="has no checkpoint yet"):
         checkpoint.load(tmp_path)
 
@@ -249,7 +201,7 @@ def test_a_file_where_a_folder_should_be(tmp_path, name):
     (tmp_path / name).write_text("")
     assert checkpoint.steps(tmp_path) == []
     with pytest.raises(UserError, match=f"{name} is no folder: move it away"):
-        checkpoint.check_workdir(tmp_path, ROW)
+        check_workdir(tmp_path, ROW)
 
 
 def test_a_workdir_that_is_there_no_more(tmp_path):
@@ -264,36 +216,7 @@ def test_a_checkpoint_of_more_or_fewer_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     arrays, position = checkpoint.read(tmp_path, 1)
     assert position == "first"
-    same(checkpoint.fill(state(0), arrays), state(1))
-
-
-def test_one_at_a_time(tmp_path):
-    with lock.hold(tmp_path):
-        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on \S+: wait for it, or give another"):
-            with lock.hold(tmp_path):
-                pass
-    with pytest.raises(ZeroDivisionError), lock.hold(tmp_path):
-        raise ZeroDivisionError
-    holder = (
-        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(1, flush=True); time.sleep(99)"
-    )
-    process = subprocess.Popen([os.sys.executable, "-S", "-c", holder, tmp_path / "lock"], stdout=subprocess.PIPE)
-    process.stdout.read(1)
-    with pytest.raises(UserError, match="in use by another process"), lock.hold(tmp_path):
-        pass
-    process.kill()  # nothing is left behind
-    process.communicate()
-    with lock.hold(tmp_path):
-        pass
-
-
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    def none(*args):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(lock.fcntl, "flock", none)
-    with lock.hold(tmp_path):
-        pass
+    same(fill(state(0), arrays), state(1))
 
 
 @contextlib.contextmanager
@@ -321,5 +244,5 @@ def test_a_small_disk_is_full_in_one_line(tmp_path, monkeypatch, capfd, looks_fi
             left = checkpoint.steps(disk)
             assert {path.name for path in (disk / "checkpoints").iterdir()} == {str(step) for step in left}
             for step in left:
-                same(checkpoint.fill(state(0), checkpoint.read(disk, step)[0]), state(step))
+                same(fill(state(0), checkpoint.read(disk, step)[0]), state(step))
     assert capfd.readouterr().err == ""

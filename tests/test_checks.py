@@ -6,7 +6,8 @@ import odd_models
 import pytest
 
 from dynjax.config import UserError
-from dynjax.run import checkpoint, checks
+from dynjax.run import checks
+from dynjax.run.build import build
 from experiments import rows
 
 
@@ -60,4 +61,4 @@ def test_a_model_that_no_memory_holds():
     config = rows.get_row("digits_unet_static")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, widths=(60_000, 60_000, 64, 96)))
     with pytest.raises(UserError, match=r"row digits_unet_static: the model would take \d+\.\d GB, and there are"):
-        checkpoint.build(config, 3)
+        build(config, 3)

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from dynjax.run import log, train
-from experiments import cli, evaluate, predict, results, rows
+from experiments import cli, evaluate, predict, results, rows, table
 
 pytestmark = pytest.mark.xdist_group("commands")  # one worker, so that the row is trained once
 
@@ -255,7 +255,7 @@ def test_a_command_exits_with_status_2_and_no_traceback():
 def test_results_are_added_and_rendered(workdir, static, tmp_path):
     for folder in (workdir, static, workdir):
         results.main(["add", "--folder", str(tmp_path), "--workdir", str(folder)])
-    kept = results.read(tmp_path / "results.csv")
+    kept = table.read(tmp_path / "results.csv")
     assert [(line.row, line.budget) for line in kept] == [
         ("digits_unet_tiles", "0.6"),
         ("digits_unet_tiles", "1"),

@@ -17,7 +17,8 @@ from PIL import Image
 from test_commands import evaluated, pictures, run_evaluate, static, workdir  # noqa: F401
 
 from dynjax.config import DataConfig, UserError
-from dynjax.run import checkpoint, train
+from dynjax.run import train
+from dynjax.run.workdir import other_classes, read_config, write_config
 from dynjax.show import report
 from experiments import cli, evaluate, predict, results, rows
 from experiments import train as command
@@ -61,7 +62,7 @@ def class_folder(root, names, each=2):
 )
 def test_a_run_goes_on_with_its_own_classes_and_examples_alone(tmp_path, there, message):
     config, folder = class_folder(tmp_path / "data", ("a", "b")), tmp_path / "w"
-    checkpoint.write_config(folder, config, there, examples=6)
+    write_config(folder, config, there, examples=6)
     before = contents(folder)
     with pytest.raises(UserError, match=message):
         train.train(config, folder, quiet=True)
@@ -71,7 +72,7 @@ def test_a_run_goes_on_with_its_own_classes_and_examples_alone(tmp_path, there, 
 def test_the_data_and_the_twin_may_have_moved(tmp_path, monkeypatch):
     config, folder = class_folder(tmp_path / "data", ("a", "b")), tmp_path / "w"
     moved = dataclasses.replace(config.data, path=str(tmp_path / "elsewhere"))
-    checkpoint.write_config(folder, dataclasses.replace(config, data=moved, init_from="gone"), ("a", "b"), examples=4)
+    write_config(folder, dataclasses.replace(config, data=moved, init_from="gone"), ("a", "b"), examples=4)
     monkeypatch.setattr(train, "fit", lambda *args, **about: train.Fitted(nnx.Module(), about, 1))
     about = train.train(config, folder, quiet=True)
     assert (about["classes"], about["examples"]) == (("a", "b"), 4)
@@ -81,7 +82,7 @@ def test_a_twin_of_other_classes(tmp_path, static):  # noqa: F811
     shutil.copytree(static, tmp_path / "twin")
     told = json.loads((tmp_path / "twin" / "config.json").read_text())
     (tmp_path / "twin" / "config.json").write_text(json.dumps(told | {"classes": told["classes"][::-1]}))
-    config = checkpoint.read_config(static)[0]
+    config = read_config(static)[0]
     config = dataclasses.replace(config, row="digits_unet_tiles", init_from=str(tmp_path / "twin"))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dynamics="tiles"))
     with pytest.raises(UserError, match=r"trained for other classes: background, .* there and 0, 1, .* here"):
@@ -107,7 +108,7 @@ def test_no_folder_is_made_for_a_run_that_cannot_be(tmp_path, option):
 
 def test_many_classes_are_shown_around_the_first_that_differs():
     there = tuple(map(str, range(1000)))
-    said = checkpoint.other_classes(there, (*there[:700], "x", *there[701:]))
+    said = other_classes(there, (*there[:700], "x", *there[701:]))
     assert "700" in said and "x, 701" in said and len(said) < 300 and said.endswith("which differ from class 700 on")
 
 

@@ -11,7 +11,7 @@ import test_commands
 from PIL import Image
 
 from dynjax.config import UserError
-from experiments import evaluate, results, sample
+from experiments import evaluate, results, sample, table
 
 pytestmark = pytest.mark.xdist_group("sample")  # one worker, so that each row is trained once
 
@@ -191,7 +191,7 @@ def test_evaluate_says_bits_at_each_budget(scales, tmp_path, capsys):
     results.main(add)
     with pytest.raises(UserError, match=r"has no grid\.png"):
         results.main([*add, "--samples", str(tmp_path / "none")])
-    kept = results.read(tmp_path / "results.csv")
+    kept = table.read(tmp_path / "results.csv")
     assert [(line.budget, line.metric, line.speedup, line.met) for line in kept] == [
         ("0.7", "bits/dim", "", "yes"),
         ("1", "bits/dim", "", "yes"),

@@ -17,6 +17,9 @@ from flax import nnx
 from dynjax import budget
 from dynjax.core import views
 from dynjax.run import checkpoint, log, train
+from dynjax.run.arrays import named_arrays
+from dynjax.run.build import build
+from dynjax.run.workdir import read_config
 from experiments import cli, rows
 from experiments import train as command
 
@@ -203,12 +206,12 @@ def test_init_from_puts_the_twin_under_the_wrappers(static, row):
     """With everything kept the adaptive model is its twin."""
     _, twin, _ = checkpoint.load(static)
     config = parse(row, "--init-from", str(static))
-    model = views.still(checkpoint.build(config, 11, train._twin(config, checkpoint.read_config(static)[1])))
+    model = views.still(build(config, 11, train._twin(config, read_config(static)[1])))
     budget.set_threshold(model, -30.0)
     x = jax.random.bits(jax.random.key(0), (2, 48, 48, 3), np.uint8)
     adaptive, static_twin = (jax.jit(lambda x, net=net: net(x))(x) for net in (model, twin))
     np.testing.assert_allclose(adaptive, static_twin, rtol=1e-5, atol=1e-5)
-    statistics = checkpoint.named_arrays(nnx.state(twin, nnx.BatchStat))
+    statistics = named_arrays(nnx.state(twin, nnx.BatchStat))
     assert any(np.abs(array).max() > 0 for name, array in statistics.items() if name.endswith("mean"))
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from dynjax.config import UserError
 from dynjax.run import checkpoint, files, log
-from experiments import evaluate, predict, results, rows
+from dynjax.run.workdir import read_config, write_config
+from experiments import evaluate, predict, results, rows, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +75,11 @@ def test_folders_are_asked_and_not_made(tmp_path):
 
 @pytest.mark.parametrize("row", ["digits_unet_tiles", "digits_codes"])
 def test_damaged_configurations(tmp_path, row):
-    checkpoint.write_config(tmp_path, rows.ROWS[row](), ("a", "b"), 5)
+    write_config(tmp_path, rows.ROWS[row](), ("a", "b"), 5)
 
     def read(content):
         (tmp_path / "config.json").write_bytes(content)
-        return checkpoint.read_config(tmp_path)
+        return read_config(tmp_path)
 
     counts = damage_json.read_all(damage_json.mutants((tmp_path / "config.json").read_text(), count=300), read)
     assert counts["read"] and counts["refused"] > counts["read"]
@@ -175,10 +176,10 @@ def test_a_table_of_results_that_is_none(tmp_path):
         b"row\nx\n",
         b"\xff\xfe\n",
         b"",
-        (",".join(f.name for f in dataclasses.fields(results.Result))).encode() + b"\nx\n",
+        (",".join(f.name for f in dataclasses.fields(table.Result))).encode() + b"\nx\n",
     ):
         path.write_bytes(content)
         try:
-            assert results.read(path) == []
+            assert table.read(path) == []
         except UserError as error:
             assert "\n" not in str(error)

@@ -20,6 +20,7 @@ from dynjax.config import BudgetConfig, OptimizerConfig, UserError
 from dynjax.ops import Experts
 from dynjax.ops.kernels import CondConv
 from dynjax.run import checkpoint, lock, log, step, train
+from dynjax.run.arrays import named_arrays
 from dynjax.run.stop import Stop, Stopped
 
 HERE = Path(__file__).parent
@@ -244,7 +245,7 @@ def optimized(grads: float, **optimizer) -> tuple[dict, dict]:
         updates, _ = tx.update(jax.tree.map(lambda p: jnp.full_like(p, grads), params), tx.init(params), params)
         return jax.tree.map(jnp.add, params, updates)
 
-    return checkpoint.named_arrays(params), checkpoint.named_arrays(after(params))
+    return named_arrays(params), named_arrays(after(params))
 
 
 def test_what_decays():
@@ -264,7 +265,7 @@ def test_biases_with_an_axis_more_do_not_decay():
     tx = step.make_optimizer(standin.config(warmup=0.0, learning_rate=0.1, weight_decay=0.5), params, standin.is_gate)
     zeros, ones = (jax.tree.map(make, params) for make in (jnp.zeros_like, jnp.ones_like))
     updates = jax.jit(lambda zeros, ones: tx.update(zeros, tx.init(ones), ones)[0])(zeros, ones)
-    moved = {name for name, array in checkpoint.named_arrays(updates).items() if np.abs(array).max() > 0}
+    moved = {name for name, array in named_arrays(updates).items() if np.abs(array).max() > 0}
     assert not any("bias" in name for name in moved)
     assert sum("gate" not in name and "attention" not in name for name in moved) == 2 + 1 + 4
 

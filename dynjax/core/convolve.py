@@ -120,7 +120,7 @@ def per_pixel(
     channels = x.shape[3]
     # The padding of stride 1: with SAME for the stride, XLA would move the centres, and kernels belong to pixels.
     geometry = _geometry(x.shape[1:3], sides, 1, "SAME", dilation, 1)
-    geometry = dataclasses.replace(geometry, strides=_pair(strides, "strides"))
+    geometry = dataclasses.replace(geometry, strides=pair(strides, "strides"))
     if (batch, height, width) != (x.shape[0], *geometry.out_size(x.shape[1:3], sides)):
         raise ValueError(
             f"kernels of shape {kernels.shape} do not fit x of shape {x.shape} with strides={geometry.strides}: there "
@@ -256,23 +256,29 @@ class _Geometry:
 
 
 def _geometry(size, sides, strides, padding, dilation, groups) -> _Geometry:
-    strides, dilation = _pair(strides, "strides"), _pair(dilation, "dilation")
+    strides, pads, dilation = pair(strides, "strides"), pads_of(padding), pair(dilation, "dilation")
+    if isinstance(pads, str):
+        reach = [(side - 1) * gap + 1 for side, gap in zip(sides, dilation, strict=True)]
+        pads = tuple(lax.padtype_to_pads(size, reach, strides, pads))
+    return _Geometry(strides, pads, dilation, groups)
+
+
+def pads_of(padding: Padding) -> str | tuple[tuple[int, int], ...]:
+    """The padding as it is kept: SAME, VALID, or (low, high) for height and width. Raises ValueError."""
     if isinstance(padding, str):
         if padding not in ("SAME", "VALID"):
             raise ValueError(f"padding={padding!r} must be 'SAME', 'VALID', or numbers of pixels")
-        reach = [(side - 1) * gap + 1 for side, gap in zip(sides, dilation, strict=True)]
-        pads = lax.padtype_to_pads(size, reach, strides, padding)
-    else:
-        pairs = (padding, padding) if isinstance(padding, int) else padding
-        pads = [(pair, pair) if isinstance(pair, int) else pair for pair in pairs]
-    return _Geometry(strides, tuple((int(low), int(high)) for low, high in pads), dilation, groups)
+        return padding
+    sides = (padding, padding) if isinstance(padding, int) else padding
+    return tuple((side, side) if isinstance(side, int) else (int(side[0]), int(side[1])) for side in sides)
 
 
-def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < 1:
+def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+    """Numbers for height and width. Raises ValueError naming the option `name`."""
+    numbers = (value, value) if isinstance(value, int) else tuple(value)
+    if len(numbers) != 2 or min(numbers) < 1:
         raise ValueError(f"{name}={value} must be one number from 1, or two, for height and width")
-    return pair
+    return numbers
 
 
 def _taps(sides: Sequence[int]) -> list[tuple[int, int]]:

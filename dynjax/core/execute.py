@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dynjax.core import windows
 from dynjax.core.examples import shape_apart
+from dynjax.core.tiles import kept_tiles, tile_pixels
 
 Execution = Literal["masked", "compact"]
 Tree = Any
@@ -160,12 +160,6 @@ def branches(
     return y
 
 
-def tile_pixels(keep: Float[Array, "B h w"], size: int, pixels: Sequence[int]) -> Float[Array, "B H W"]:
-    """Every pixel's tile's value; `pixels` (H, W) cuts what the last tiles have too much."""
-    fine = jnp.repeat(jnp.repeat(keep, size, axis=1), size, axis=2)
-    return fine[:, : pixels[0], : pixels[1]]
-
-
 # Examples
 
 
@@ -210,107 +204,24 @@ def _samples_compact(block, x, keep, other, strategy):
 
 
 def _tiles_compact(block, x, keep, other, size, radius, strategy):
-    examples, height, width, _ = x.shape
-    kept = (keep > 0.5).reshape(-1)
-    total, number = kept.size, kept.sum(dtype=jnp.int32)
-    order = jnp.argsort(~kept, stable=True).astype(jnp.int32)
-    window = size + 2 * radius
-    # A map smaller than one window grows to it; the strip's `inside` keeps what was added from counting.
-    grow = tuple(max(0, window - n) for n in (height, width))
-    source, base = _grown(x, grow), _grown(other, grow)
-    closed = windows.trace(block, x.shape, x.dtype)
-    stripped = windows.supported(closed, size=size, radius=radius)
-    pixels = jnp.arange(size, dtype=jnp.int32)
+    total = keep.size
+    work = kept_tiles(block, x, keep, other, size, radius)
 
     def whole():
-        mask = tile_pixels(kept.reshape(keep.shape).astype(other.dtype), size, (height, width))
-        return blend(mask, block(x), other)
+        return blend(tile_pixels((keep > 0.5).astype(other.dtype), size, x.shape[1:3]), block(x), other)
 
-    if not stripped and any(grow):
-        # Whole windows rely on the block's own padding at the border of the map, so they cannot be larger than the map.
+    if work is None:
         return whole()
 
-    def place(tiles):
-        """Example, row and column of the first pixel that a tile owns, and row and column where it is computed.
-
-        The latter start earlier where the border cuts the tile, so that it is computed whole.
-        """
-        rows, columns = keep.shape[1:]
-        row, column = tiles // columns % rows * size, tiles % columns * size
-        return (
-            tiles // (rows * columns),
-            row,
-            column,
-            _at_most(row, source.shape[1] - size),
-            _at_most(column, source.shape[2] - size),
-        )
-
-    def strip(tiles):
-        """Outputs (1, size, size, C') of a few tiles, computed side by side."""
-        example, _, _, top, left = place(tiles)
-        cuts = [
-            windows.cut(source, example[k], top[k], left[k], size=size, radius=radius, shift=stripped)
-            for k in range(tiles.size)
-        ]
-        if stripped:
-            inside = windows.inside(top, left, (height, width), size=size, radius=radius)
-            y = windows.run_strip(closed, lax.concatenate(cuts, 2), inside, size=size, radius=radius)
-            return [
-                lax.slice_in_dim(y, k * window + radius, k * window + radius + size, axis=2) for k in range(tiles.size)
-            ]
-        y = block(lax.concatenate(cuts, 0))
-        skip = [(t - jnp.clip(t - radius, 0, n - window)) for t, n in ((top, source.shape[1]), (left, source.shape[2]))]
-        return [
-            lax.dynamic_slice(y, (k, skip[0][k], skip[1][k], 0), (1, size, size, y.shape[3])) for k in range(tiles.size)
-        ]
-
     def loop():
-        group = windows.strip_tiles(size, radius, total)
-        last = order[jnp.maximum(number - 1, 0)]
-
-        def body(i, out):
-            places = i * group + jnp.arange(group, dtype=jnp.int32)
-            # The last strip may have places to spare; they repeat the last tile, and write the same pixels again.
-            tiles = jnp.where(places < number, order[jnp.minimum(places, total - 1)], last)
-            example, row, column, top, left = place(tiles)
-            for k, y in enumerate(strip(tiles)):
-                at = (example[k], top[k], left[k], jnp.int32(0))
-                if height % size or width % size:
-                    own = (pixels + top[k] >= row[k])[:, None] & (pixels + left[k] >= column[k])[None, :]
-                    y = jnp.where(own[None, :, :, None], y, lax.dynamic_slice(out, at, y.shape))
-                out = lax.dynamic_update_slice(out, y, at)
-            return out
-
-        def some():
-            return lax.fori_loop(0, -(-number // group), body, base)[:, :height, :width]
-
         if total == 1:
-            return lax.cond(number > 0, whole, lambda: other)
-        return lax.cond(number > break_even(size, radius) * total, whole, some)
+            return lax.cond(work.number > 0, whole, lambda: other)
+        return lax.cond(work.number > break_even(size, radius) * total, whole, work.few_at_a_time)
 
     def buckets():
-        def some(capacity):
-            tiles = order[:capacity]
-            y = jax.vmap(lambda tile: strip(tile[None])[0][0])(tiles)
-            example, row, column, top, left = place(tiles)
-            rows, columns = top[:, None] + pixels[None, :], left[:, None] + pixels[None, :]
-            own = (rows >= row[:, None])[:, :, None] & (columns >= column[:, None])[:, None, :]
-            # The places beyond the kept ones point past the last example: their result is written nowhere.
-            used = own & (jnp.arange(capacity) < number)[:, None, None]
-            at = jnp.where(used, example[:, None, None], examples)
-            return base.at[at, rows[:, :, None], columns[:, None, :]].set(y, mode="drop")[:, :height, :width]
-
-        return smallest_bucket(number, total, some, whole, other)
+        return smallest_bucket(work.number, total, work.at_once, whole, other)
 
     return by_platform(strategy, loop, buckets)
-
-
-def _grown(x, grow):
-    return jnp.pad(x, ((0, 0), (0, grow[0]), (0, grow[1]), (0, 0))) if any(grow) else x
-
-
-def _at_most(value, limit):
-    return jnp.minimum(value, jnp.int32(limit))
 
 
 def break_even(size: int, radius: int) -> float:

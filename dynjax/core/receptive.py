@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dynjax.core import cost, execute, views, windows
+from dynjax.core import cost, views, windows
 
 _PROBES = (33, 73)
 """Sides of the maps on which a block is probed, smallest first. What crosses the first is not looked at further."""
@@ -87,7 +87,7 @@ def _parts(block: Callable) -> tuple:
 
 
 def _found(block: Callable, channels: int, dtype: np.dtype) -> int:
-    out = execute.shape_of(block, jax.ShapeDtypeStruct((1, 32, 32, channels), dtype)).shape
+    out = jax.eval_shape(lambda x: block(x), jax.ShapeDtypeStruct((1, 32, 32, channels), dtype)).shape
     if out[:3] != (1, 32, 32):
         raise ValueError(
             f"it turns a map of 32x32 pixels into {'x'.join(map(str, out[1:3])) or 'no map'}: tiles need stride 1 "

@@ -7,6 +7,7 @@ Letters: B examples, H W pixels, h w pixels of the output, C D channels in and o
 kernel, V channels of a guide.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -17,7 +18,34 @@ from jaxtyping import Array, Float
 from dynjax.core import convolve
 
 
-class Involution(nnx.Module):
+class _PixelFilter(nnx.Module):
+    """What all of these share: sides of the kernel in the words of `nnx.Conv`, and a linear layer where channels
+    change, which each makes last."""
+
+    project: nnx.Linear | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int],
+        kernel_dilation: int | Sequence[int],
+    ):
+        self.in_features, self.out_features = in_features, out_features
+        self.kernel_size = convolve.pair(kernel_size, "kernel_size")
+        self.strides = convolve.pair(strides, "strides")
+        self.kernel_dilation = convolve.pair(kernel_dilation, "kernel_dilation")
+
+    def _filtered(self, x: jax.Array, kernels: jax.Array, channel_kernels: jax.Array | None = None) -> jax.Array:
+        """`x` under the kernels (B, h, w, taps * groups) of its pixels."""
+        kernels = kernels.reshape(*kernels.shape[:3], *self.kernel_size, -1)
+        ways = dict(strides=self.strides, dilation=self.kernel_dilation)
+        y = convolve.per_pixel(x, kernels, channel_kernels=channel_kernels, **ways)
+        return y if self.project is None else self.project(y)
+
+
+class Involution(_PixelFilter):
     """Every pixel generates its own kernel, which the channels of a group share (Li et al. 2021, arXiv:2103.06255).
 
     y[i, j, c] = sum over taps of H[i, j, tap, c G // C] x[(i, j) + tap, c], with H[i, j] = W_1 relu(norm(W_0 x[i, j]))
@@ -47,33 +75,25 @@ class Involution(nnx.Module):
         kernel_dilation: int | Sequence[int] = 1,
         rngs: nnx.Rngs,
     ):
-        self.in_features, self.out_features = in_features, out_features
-        self.kernel_size, self.strides, self.kernel_dilation = (
-            _pair(kernel_size),
-            _pair(strides),
-            _pair(kernel_dilation),
-        )
+        super().__init__(in_features, out_features, kernel_size, strides, kernel_dilation)
         group_channels = min(group_channels, in_features)
         if in_features % group_channels:
             raise ValueError(f"group_channels={group_channels} must divide in_features={in_features}")
-        self.groups, hidden = in_features // group_channels, max(in_features // reduction, 1)
+        groups, hidden = in_features // group_channels, max(in_features // reduction, 1)
         self.reduce = nnx.Linear(in_features, hidden, use_bias=False, rngs=rngs)
         # As in models/unet.py: short trainings need statistics that follow sooner than flax's default.
         self.norm = nnx.BatchNorm(hidden, momentum=0.95, rngs=rngs)
-        self.span = nnx.Linear(hidden, self.kernel_size[0] * self.kernel_size[1] * self.groups, rngs=rngs)
+        self.span = nnx.Linear(hidden, math.prod(self.kernel_size) * groups, rngs=rngs)
         self.project = _projection(in_features, out_features, rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         seen = x
         if self.strides != (1, 1):
             seen = nnx.avg_pool(x, self.strides, self.strides, "SAME", count_include_pad=False)
-        kernels = self.span(nnx.relu(self.norm(self.reduce(seen))))
-        kernels = kernels.reshape(*kernels.shape[:3], *self.kernel_size, self.groups)
-        y = convolve.per_pixel(x, kernels, strides=self.strides, dilation=self.kernel_dilation)
-        return _projected(y, self.project)
+        return self._filtered(x, self.span(nnx.relu(self.norm(self.reduce(seen)))))
 
 
-class DDF(nnx.Module):
+class DDF(_PixelFilter):
     """Decoupled dynamic filter: one per pixel times one per channel (Zhou et al. 2021, arXiv:2104.14107).
 
     y[i, j, c] = sum over taps of S[i, j, tap] T[tap, c] x[(i, j) + tap, c]; S is linear in x[i, j], T squeezes and
@@ -101,13 +121,8 @@ class DDF(nnx.Module):
         kernel_dilation: int | Sequence[int] = 1,
         rngs: nnx.Rngs,
     ):
-        self.in_features, self.out_features = in_features, out_features
-        self.kernel_size, self.strides, self.kernel_dilation = (
-            _pair(kernel_size),
-            _pair(strides),
-            _pair(kernel_dilation),
-        )
-        taps, hidden = self.kernel_size[0] * self.kernel_size[1], max(int(squeeze * in_features), 1)
+        super().__init__(in_features, out_features, kernel_size, strides, kernel_dilation)
+        taps, hidden = math.prod(self.kernel_size), max(int(squeeze * in_features), 1)
         self.spatial = nnx.Linear(in_features, taps, rngs=rngs)
         self.squeeze = nnx.Linear(in_features, hidden, rngs=rngs)
         self.excite = nnx.Linear(hidden, taps * in_features, rngs=rngs)
@@ -125,17 +140,10 @@ class DDF(nnx.Module):
         channel = self.excite(nnx.relu(self.squeeze(x.astype(jnp.float32).mean((1, 2)).astype(x.dtype))))
         channel = _standardised(channel.reshape(len(x), -1, channels), 1)
         channel = channel * self.channel_scale[...][None, None] + self.channel_shift[...][None, None]
-        y = convolve.per_pixel(
-            x,
-            spatial.reshape(*spatial.shape[:3], *self.kernel_size, 1),
-            channel_kernels=channel.reshape(len(x), *self.kernel_size, channels),
-            strides=self.strides,
-            dilation=self.kernel_dilation,
-        )
-        return _projected(y, self.project)
+        return self._filtered(x, spatial, channel.reshape(len(x), *self.kernel_size, channels))
 
 
-class DynamicFilter(nnx.Module):
+class DynamicFilter(_PixelFilter):
     """Dynamic local filtering: a filter for each pixel, from a network that may look at another picture (De Brabandere
     et al. 2016, arXiv:1605.09673, section 3).
 
@@ -168,10 +176,10 @@ class DynamicFilter(nnx.Module):
         kernel_dilation: int | Sequence[int] = 1,
         rngs: nnx.Rngs,
     ):
-        self.in_features, self.out_features, self.guide, self.softmax = in_features, out_features, guide, softmax
-        self.kernel_size, self.kernel_dilation = _pair(kernel_size), _pair(kernel_dilation)
+        super().__init__(in_features, out_features, kernel_size, 1, kernel_dilation)
+        self.guide, self.softmax = guide, softmax
         self.look = nnx.Conv(in_features if guide is None else guide, hidden, (3, 3), rngs=rngs)
-        self.make = nnx.Linear(hidden, self.kernel_size[0] * self.kernel_size[1], rngs=rngs)
+        self.make = nnx.Linear(hidden, math.prod(self.kernel_size), rngs=rngs)
         self.project = _projection(in_features, out_features, rngs)
 
     def __call__(
@@ -183,22 +191,11 @@ class DynamicFilter(nnx.Module):
         if guide is not None and guide.shape != (*x.shape[:3], self.guide):
             raise ValueError(f"guide has shape {guide.shape}; it must be {(*x.shape[:3], self.guide)}")
         filters = self.make(nnx.relu(self.look(x if guide is None else guide)))
-        filters = jax.nn.softmax(filters) if self.softmax else filters
-        filters = filters.reshape(*x.shape[:3], *self.kernel_size, 1)
-        return _projected(convolve.per_pixel(x, filters, dilation=self.kernel_dilation), self.project)
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    rows, columns = (value, value) if isinstance(value, int) else value
-    return rows, columns
+        return self._filtered(x, jax.nn.softmax(filters) if self.softmax else filters)
 
 
 def _projection(in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Linear | None:
     return None if in_features == out_features else nnx.Linear(in_features, out_features, use_bias=False, rngs=rngs)
-
-
-def _projected(y: jax.Array, project: nnx.Linear | None) -> jax.Array:
-    return y if project is None else project(y)
 
 
 def _standardised(filters: jax.Array, axis: int) -> jax.Array:

@@ -7,9 +7,9 @@ Letters: B examples, H W pixels, h w pixels of the output, C D channels in and o
 of a condition.
 """
 
-import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,73 @@ __all__ = [
 ]
 
 
-class CondConv(nnx.Module):
+class ConvOptions(TypedDict, total=False):
+    """Options of `nnx.Conv` that all of these have."""
+
+    padding: convolve.Padding
+    kernel_dilation: int | Sequence[int]
+    feature_group_count: int
+    use_bias: bool
+
+
+class _ExampleConv(nnx.Module):
+    """What all of these share: the convolution in the words of `nnx.Conv`, the kernel or K kernels that an example's
+    is made of, and a bias, or several that are mixed."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int],
+        *,
+        kernels: int | None = None,
+        biases: int | None = None,
+        padding: convolve.Padding = "SAME",
+        kernel_dilation: int | Sequence[int] = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        if in_features % feature_group_count or out_features % feature_group_count:
+            raise ValueError(
+                f"in_features={in_features} and out_features={out_features} must be multiples of "
+                f"feature_group_count={feature_group_count}"
+            )
+        if kernels is not None and kernels < 1:
+            raise ValueError(f"kernels={kernels} must be at least 1")
+        self.in_features, self.out_features = in_features, out_features
+        self.kernel_size = convolve.pair(kernel_size, "kernel_size")
+        self.strides = convolve.pair(strides, "strides")
+        self.padding = convolve.pads_of(padding)
+        self.kernel_dilation = convolve.pair(kernel_dilation, "kernel_dilation")
+        self.feature_group_count = feature_group_count
+        self.strategy: convolve.Strategy = "auto"
+        shape = (*self.kernel_size, in_features // feature_group_count, out_features)
+        # Each of K kernels starts as that of a convolution.
+        init = nnx.initializers.lecun_normal(batch_axis=() if kernels is None else (0,))
+        self.kernel = nnx.Param(init(rngs.params(), shape if kernels is None else (kernels, *shape)))
+        bias = (out_features,) if biases is None else (biases, out_features)
+        self.bias = nnx.Param(jnp.zeros(bias)) if use_bias else None
+
+    def _convolve(self, x: jax.Array, codes: Any, kernel_of: Callable) -> jax.Array:
+        return convolve.generated(
+            x,
+            codes,
+            self.kernel[...],
+            kernel_of,
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.kernel_dilation,
+            groups=self.feature_group_count,
+            strategy=self.strategy,
+        )
+
+    def _with_bias(self, y: jax.Array) -> jax.Array:
+        return y if self.bias is None else y + self.bias[...][None, None, None]
+
+
+class CondConv(_ExampleConv):
     """A convolution with a mixture of K kernels under sigmoid routing (Yang et al. 2019, arXiv:1904.04971).
 
     y = (a_1 W_1 + ... + a_K W_K) * x, a = sigmoid(R mean(x) + r) with the mean over the map (section 3; biases are
@@ -55,28 +121,20 @@ class CondConv(nnx.Module):
         strides: int | Sequence[int] = 1,
         *,
         kernels: int = 4,
-        padding: convolve.Padding = "SAME",
-        kernel_dilation: int | Sequence[int] = 1,
-        feature_group_count: int = 1,
-        use_bias: bool = True,
         random: bool = False,
         rngs: nnx.Rngs,
+        **conv: Unpack[ConvOptions],
     ):
-        self.layout = _layout(
-            in_features, out_features, kernel_size, strides, padding, kernel_dilation, feature_group_count
+        super().__init__(
+            in_features, out_features, kernel_size, strides, kernels=kernels, biases=kernels, rngs=rngs, **conv
         )
-        self.in_features, self.out_features = in_features, out_features
-        self.strategy: convolve.Strategy = "auto"
-        self.kernel = _kernels(self.layout, kernels, rngs)
-        self.bias = nnx.Param(jnp.zeros((kernels, out_features))) if use_bias else None
         self.attention = Attention(in_features, [(kernels, "sigmoid")], random=random, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        (weights,) = self.attention(_mean(x))
-        return _mixed(self, x, weights)
+        return _mixed(self, x)
 
 
-class DynamicConv(nnx.Module):
+class DynamicConv(_ExampleConv):
     """A convolution with a mixture of K kernels under softmax attention (Chen et al. 2020, arXiv:1912.03458).
 
     y = (sum_k p_k W_k) * x + sum_k p_k b_k, p = softmax(excite(relu(squeeze(mean(x)))) / temperature)
@@ -103,29 +161,21 @@ class DynamicConv(nnx.Module):
         *,
         kernels: int = 4,
         reduction: int = 4,
-        padding: convolve.Padding = "SAME",
-        kernel_dilation: int | Sequence[int] = 1,
-        feature_group_count: int = 1,
-        use_bias: bool = True,
         random: bool = False,
         rngs: nnx.Rngs,
+        **conv: Unpack[ConvOptions],
     ):
-        self.layout = _layout(
-            in_features, out_features, kernel_size, strides, padding, kernel_dilation, feature_group_count
+        super().__init__(
+            in_features, out_features, kernel_size, strides, kernels=kernels, biases=kernels, rngs=rngs, **conv
         )
-        self.in_features, self.out_features = in_features, out_features
-        self.strategy: convolve.Strategy = "auto"
-        self.kernel = _kernels(self.layout, kernels, rngs)
-        self.bias = nnx.Param(jnp.zeros((kernels, out_features))) if use_bias else None
         hidden = max(in_features // reduction, 1)
         self.attention = Attention(in_features, [(kernels, "softmax")], hidden=hidden, random=random, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        (weights,) = self.attention(_mean(x))
-        return _mixed(self, x, weights)
+        return _mixed(self, x)
 
 
-class ODConv(nnx.Module):
+class ODConv(_ExampleConv):
     """A mixture of K kernels under attention along all four axes of the kernels (Li et al. 2022, arXiv:2209.07947).
 
     y = (sum_k p_k s W_k * (c x)) f + b: softmax attention p over kernels, sigmoid attention s over taps, c over input
@@ -155,41 +205,24 @@ class ODConv(nnx.Module):
         *,
         kernels: int = 4,
         reduction: int = 16,
-        padding: convolve.Padding = "SAME",
-        kernel_dilation: int | Sequence[int] = 1,
-        feature_group_count: int = 1,
-        use_bias: bool = True,
         random: bool = False,
         rngs: nnx.Rngs,
+        **conv: Unpack[ConvOptions],
     ):
-        self.layout = _layout(
-            in_features, out_features, kernel_size, strides, padding, kernel_dilation, feature_group_count
-        )
-        self.in_features, self.out_features = in_features, out_features
-        self.strategy: convolve.Strategy = "auto"
-        self.kernel = _kernels(self.layout, kernels, rngs)
-        self.bias = nnx.Param(jnp.zeros((out_features,))) if use_bias else None
-        taps = self.layout.kernel_size[0] * self.layout.kernel_size[1]
-        heads: list[tuple[int, Activation]] = [
-            (in_features, "sigmoid"),
-            (out_features, "sigmoid"),
-            (taps, "sigmoid"),
-            (kernels, "softmax"),
-        ]
-        self.attention = Attention(
-            in_features, heads, hidden=max(in_features // reduction, 16), random=random, rngs=rngs
-        )
+        super().__init__(in_features, out_features, kernel_size, strides, kernels=kernels, rngs=rngs, **conv)
+        sizes, hidden = (in_features, out_features, math.prod(self.kernel_size)), max(in_features // reduction, 16)
+        heads: list[tuple[int, Activation]] = [*((size, "sigmoid") for size in sizes), (kernels, "softmax")]
+        self.attention = Attention(in_features, heads, hidden=hidden, random=random, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        kernel = self.kernel[...]
         attention = self.attention(_mean(x))
         _record(self, attention[3])
-        inputs, outputs, taps, weights = (weight.astype(kernel.dtype) for weight in attention)
-        y = self.layout.convolve(x * inputs[:, None, None], (weights, taps), kernel, _tapped_mixture, self.strategy)
-        return _with_bias(y * outputs[:, None, None], self.bias)
+        inputs, outputs, taps, weights = (weight.astype(self.kernel.dtype) for weight in attention)
+        y = self._convolve(x * inputs[:, None, None], (weights, taps), _tapped_mixture)
+        return self._with_bias(y * outputs[:, None, None])
 
 
-class HyperConv(nnx.Module):
+class HyperConv(_ExampleConv):
     """A convolution whose kernel a small network generates from the input, from a condition, or from both.
 
     Hypernetworks (Ha et al. 2016, arXiv:1609.09106) with the kernel-generating view of dynamic filter networks (De
@@ -221,30 +254,19 @@ class HyperConv(nnx.Module):
         hidden: int = 16,
         condition: int | None = None,
         from_input: bool = True,
-        padding: convolve.Padding = "SAME",
-        kernel_dilation: int | Sequence[int] = 1,
-        feature_group_count: int = 1,
-        use_bias: bool = True,
         random: bool = False,
         rngs: nnx.Rngs,
+        **conv: Unpack[ConvOptions],
     ):
         if condition is None and not from_input:
             raise ValueError("HyperConv with from_input=False needs condition=, the length of what it generates from")
-        self.layout = _layout(
-            in_features, out_features, kernel_size, strides, padding, kernel_dilation, feature_group_count
-        )
-        self.in_features, self.out_features = in_features, out_features
-        self.strategy: convolve.Strategy = "auto"
+        super().__init__(in_features, out_features, kernel_size, strides, rngs=rngs, **conv)
         self.condition, self.from_input, self.rank = condition, from_input, rank
-        *sides, inputs, _ = self.layout.kernel_shape
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), self.layout.kernel_shape))
-        self.bias = nnx.Param(jnp.zeros((out_features,))) if use_bias else None
         features = in_features * from_input + (condition or 0)
         self.attention = Attention(features, [(hidden, "relu")], random=random, rngs=rngs)
-        self.left = nnx.Linear(hidden, sides[0] * sides[1] * inputs * rank, use_bias=False, rngs=rngs)
-        self.right = nnx.Linear(
-            hidden, rank * out_features, use_bias=False, kernel_init=nnx.initializers.zeros, rngs=rngs
-        )
+        self.left = nnx.Linear(hidden, math.prod(self.kernel.shape[:3]) * rank, use_bias=False, rngs=rngs)
+        zeros = nnx.initializers.zeros
+        self.right = nnx.Linear(hidden, rank * out_features, use_bias=False, kernel_init=zeros, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B H W C"], condition: Float[Array, "B V"] | None = None
@@ -256,10 +278,9 @@ class HyperConv(nnx.Module):
             raise ValueError(f"condition has shape {condition.shape}; it must be {(x.shape[0], self.condition)}")
         parts = [_mean(x)] * self.from_input + ([] if condition is None else [condition])
         (code,) = self.attention(jnp.concatenate([part.astype(jnp.float32) for part in parts], 1))
-        kernel = self.kernel[...]
-        code = code.astype(kernel.dtype)
+        code = code.astype(self.kernel.dtype)
         factors = self.left(code).reshape(len(x), -1, self.rank), self.right(code).reshape(len(x), self.rank, -1)
-        return _with_bias(self.layout.convolve(x, factors, kernel, _low_rank, self.strategy), self.bias)
+        return self._with_bias(self._convolve(x, factors, _low_rank))
 
 
 _MIXTURES: dict[str, type[CondConv] | type[DynamicConv] | type[ODConv]] = {
@@ -312,22 +333,20 @@ def _from_static(conv, kind, kernels, noise, random, rngs) -> nnx.Module:
         raise ValueError(f"{type(conv).__name__} cannot be given kernels of the example: give paths of 2-D nnx.Conv")
     if conv.mask is not None or conv.input_dilation not in (None, 1, (1, 1)):
         raise ValueError("an nnx.Conv with a mask or input dilation cannot be given kernels of the example")
-    options: dict[str, Any] = dict(
+    options: ConvOptions = dict(
         padding=conv.padding,
         kernel_dilation=conv.kernel_dilation or 1,
         feature_group_count=conv.feature_group_count,
         use_bias=conv.use_bias,
-        random=random,
-        rngs=rngs,
     )
     shape = (conv.in_features, conv.out_features, conv.kernel_size, conv.strides or 1)
     static, bias = conv.kernel[...], None if conv.bias is None else conv.bias[...]
     new: CondConv | DynamicConv | ODConv | HyperConv
     if kind == "hyper":
-        new = HyperConv(*shape, **options)
+        new = HyperConv(*shape, random=random, rngs=rngs, **options)
         new.kernel[...] = static
     else:
-        new = _MIXTURES[kind](*shape, kernels=kernels, **options)
+        new = _MIXTURES[kind](*shape, kernels=kernels, random=random, rngs=rngs, **options)
         spread = jax.random.normal(rngs.params(), new.kernel.shape, static.dtype) * static.std()
         # Even attention is 1/2 for each sigmoid, and 1 / K for each kernel of a softmax.
         gain = {"condconv": 2 / kernels, "dyconv": 1.0, "odconv": 8.0}[kind]
@@ -344,61 +363,12 @@ def _from_static(conv, kind, kernels, noise, random, rngs) -> nnx.Module:
 # Shared
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """The convolution that a kernel is for, in the words of `nnx.Conv`."""
-
-    kernel_size: tuple[int, int]
-    kernel_shape: tuple[int, int, int, int]
-    strides: int | tuple[int, ...]
-    padding: Any
-    kernel_dilation: int | tuple[int, ...]
-    groups: int
-
-    def convolve(
-        self, x: jax.Array, codes: Any, shared: Any, kernel_of: Callable, strategy: convolve.Strategy
-    ) -> jax.Array:
-        return convolve.generated(
-            x,
-            codes,
-            shared,
-            kernel_of,
-            strides=self.strides,
-            padding=self.padding,
-            dilation=self.kernel_dilation,
-            groups=self.groups,
-            strategy=strategy,
-        )
-
-
-def _layout(in_features, out_features, kernel_size, strides, padding, kernel_dilation, groups) -> _Layout:
-    if in_features % groups or out_features % groups:
-        raise ValueError(
-            f"in_features={in_features} and out_features={out_features} must be multiples of "
-            f"feature_group_count={groups}"
-        )
-    sides = _hashable((kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size)
-    shape = (*sides, in_features // groups, out_features)
-    return _Layout(sides, shape, _hashable(strides), _hashable(padding), _hashable(kernel_dilation), groups)
-
-
-def _hashable(value):
-    return tuple(_hashable(v) for v in value) if isinstance(value, list | tuple) else value
-
-
-def _kernels(layout: _Layout, count: int, rngs: nnx.Rngs) -> nnx.Param:
-    """K kernels, each started as that of a convolution."""
-    if count < 1:
-        raise ValueError(f"kernels={count} must be at least 1")
-    init = nnx.initializers.lecun_normal(batch_axis=(0,))
-    return nnx.Param(init(rngs.params(), (count, *layout.kernel_shape)))
-
-
-def _mixed(module: CondConv | DynamicConv, x: jax.Array, weights: jax.Array) -> jax.Array:
-    _record(module, weights)
-    weights = weights.astype(module.kernel.dtype)
-    y = module.layout.convolve(x, weights, module.kernel[...], convolve.mixture, module.strategy)
-    return y if module.bias is None else y + (weights @ module.bias[...])[:, None, None]
+def _mixed(conv: CondConv | DynamicConv, x: jax.Array) -> jax.Array:
+    (weights,) = conv.attention(_mean(x))
+    _record(conv, weights)
+    weights = weights.astype(conv.kernel.dtype)
+    y = conv._convolve(x, weights, convolve.mixture)
+    return y if conv.bias is None else y + (weights @ conv.bias[...])[:, None, None]
 
 
 def _tapped_mixture(code, kernels):
@@ -410,10 +380,6 @@ def _tapped_mixture(code, kernels):
 def _low_rank(factors, kernel):
     left, right = factors
     return kernel + (left @ right).reshape(kernel.shape)
-
-
-def _with_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    return y if bias is None else y + bias[...][None, None, None]
 
 
 def _mean(x: jax.Array) -> jax.Array:

@@ -1,12 +1,7 @@
-"""Workdirs: what a run leaves on disk, and how the same command finds its way back.
+"""Checkpoints of a workdir: written, read, tidied up, and made a model again.
 
-    config.json            the configuration, the names of the classes and the number of training examples
-    checkpoints/STEP/      orbax: every array of the training state; sidecar/: data position per process; checksums.json
-    unreadable/            checkpoints that could not be read, moved aside
-    lock                   held by the run that trains here (lock.py)
-
-A checkpoint appears under its name only when its arrays are complete (orbax writes elsewhere and renames); checksums
-come last and tell one that was cut or changed later. What else lies in checkpoints/ is left alone.
+One appears under its name only when its arrays are complete (orbax writes elsewhere and renames); checksums come last
+and tell one that was cut or changed later. What else lies in checkpoints/ is left alone.
 """
 
 import contextlib
@@ -29,171 +24,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynjax import models
 from dynjax.config import Config, UserError
 from dynjax.core.views import still
-from dynjax.run import checks, files, mesh
+from dynjax.run import files, mesh
+from dynjax.run.arrays import fill, named_arrays
+from dynjax.run.build import build
+from dynjax.run.workdir import read_config
 
 KEEP = 3
 """How many checkpoints stay on disk; the newest may turn out to be unreadable."""
-
 SEAL = "checksums.json"
-
-SMALL = 512
-"""A model whose options are no larger is not looked at for its memory: that takes seconds."""
-
 LARGEST_ARRAY = 1 << 40
 """Elements that an array of a checkpoint may have."""
-
-FREE_TO_CHANGE = ("checkpoint_every", "evaluate_every", "data.path", "init_from")
-"""Fields that a resumed run may change: they say when to look at the numbers, or where things are now, and never what
-the numbers are."""
-
-
-# Configuration on disk
-
-
-def config_to_dict(config: Config) -> dict:
-    """The configuration as JSON types."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What config.json says of a run."""
-
-    config: Config
-    classes: tuple[str, ...]
-    """Names, in the order of the model's outputs."""
-    examples: int | None = None
-    """Of the training data; None where nobody said."""
-
-
-def flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    """The fields of nested dicts by their path, such as budget.target."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
-
-
-def read_run(workdir: str | Path) -> Run:
-    """What made `workdir`; fields that are missing take their default. Raises UserError when there is none, or it makes
-    no sense."""
-    path = Path(workdir) / "config.json"
-    if not path.exists():
-        raise UserError(f"{workdir} is no workdir of a training run: it has no config.json")
-    try:
-        run = files.typed(files.read_json(path), Run)
-        checks.check_config(run.config)
-    except (OSError, ValueError, UserError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    return run
-
-
-def read_config(workdir: str | Path) -> tuple[Config, tuple[str, ...]]:
-    """The configuration that made `workdir` and the names of its classes. Raises UserError when there is none."""
-    run = read_run(workdir)
-    return run.config, run.classes
-
-
-def check_workdir(
-    workdir: str | Path, config: Config, classes: tuple[str, ...] = (), examples: int | None = None
-) -> None:
-    """Makes and changes nothing. Raises UserError when another configuration, other classes or another number of
-    training examples made the folder, or nothing can be written there; what is not given is not compared."""
-    workdir = Path(workdir)
-    if (workdir / "config.json").exists():
-        run = read_run(workdir)
-        if run.config.row != config.row:
-            made = f"was made by row {run.config.row}, this is row {config.row}"
-            raise UserError(f"workdir {workdir} {made}: give another --workdir")
-        then, now = flat(config_to_dict(run.config)), flat(config_to_dict(config))
-        changed = [name for name in now if then.get(name) != now[name] and name not in FREE_TO_CHANGE]
-        if changed:
-            what = "; ".join(f"{name} is {then.get(name)} there and {now[name]} here" for name in changed)
-            raise UserError(f"workdir {workdir} was made with another configuration: {what}: give another --workdir")
-        if classes and run.classes and (other := other_classes(run.classes, classes)):
-            raise UserError(f"workdir {workdir} was trained for other classes than this data has: {other}")
-        if None not in (examples, run.examples) and examples != run.examples:
-            what = f"{run.examples} training examples there and {examples} here"
-            raise UserError(f"workdir {workdir} was made with other data: {what}: give another --workdir")
-    for folder in (workdir / "checkpoints", workdir / "unreadable"):
-        if os.path.lexists(folder) and not folder.is_dir():
-            raise UserError(f"{folder} is no folder: move it away")
-    if trouble := files.folder_trouble(workdir):
-        raise UserError(f"cannot write in workdir {workdir}: {trouble}")
-
-
-def other_classes(there: tuple[str, ...], here: tuple[str, ...]) -> str:
-    """How the names of two lists of classes, or their order, differ, in words; empty where they do not."""
-    if there == here:
-        return ""
-    first = next((i for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b), min(len(there), len(here)))
-
-    def told(names: tuple[str, ...]) -> str:
-        start = max(0, min(first - 5, len(names) - 10)) if len(names) > 10 else 0
-        shown = ", ".join(names[start : start + 10]) or "none"
-        return f"{'..., ' if start else ''}{shown}{', ...' if start + 10 < len(names) else ''} ({len(names)})"
-
-    return f"{told(there)} there and {told(here)} here, which differ from class {first} on"
-
-
-def write_config(workdir: str | Path, config: Config, classes: tuple[str, ...], examples: int | None = None) -> None:
-    """Make the folder if need be, and write config.json whole or not at all. Raises UserError."""
-    path = Path(workdir) / "config.json"
-    part = path.with_suffix(".part")
-    stored = {"config": config_to_dict(config), "classes": list(classes), "examples": examples}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            part.write_text(json.dumps(stored, indent=1) + "\n")
-            os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-# Arrays by name
-
-
-def named_arrays(tree: Any) -> dict[str, jax.Array]:
-    """The arrays of a pytree by their path, such as params.stem.kernel; typed random keys as their data."""
-    return {_name(path): _key_data(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def fill(template: Any, arrays: dict[str, jax.Array], prefix: str = "") -> Any:
-    """`template` with its arrays replaced by those called `prefix` + their path.
-
-    Raises ValueError naming the first that is missing or has another shape or type.
-    """
-
-    def one(path: Any, leaf: Any) -> Any:
-        name = prefix + _name(path)
-        if name not in arrays:
-            raise ValueError(f"{name} is missing")
-        array, wanted = arrays[name], _key_data(leaf)
-        if array.shape != wanted.shape or array.dtype != wanted.dtype:
-            is_, should_be = (f"{x.dtype}{list(x.shape)}" for x in (array, wanted))
-            raise ValueError(f"{name} is {is_}, the model wants {should_be}")
-        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
-
-    return jax.tree_util.tree_map_with_path(one, template)
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _key_data(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-# Checkpoints
 
 
 @dataclasses.dataclass
@@ -484,43 +326,6 @@ def fill_model(
         return fill(template, arrays, prefix)
     except ValueError as error:
         raise UserError(f"checkpoint {step} of {workdir} does not fit the model of row {row}: {error}") from None
-
-
-def build(config: Config, classes: int, twin: nnx.State | None = None) -> nnx.Module:
-    """The row's model with fresh parameters, or with those of its static `twin` under the wrappers.
-
-    Raises UserError where its options make no model, or one that the memory does not hold.
-    """
-    try:
-        check_memory(config, classes)
-        return models.build(config.model, classes, rngs=nnx.Rngs(config.seed), twin_params=twin)
-    except ValueError as error:
-        raise UserError(f"row {config.row}: its --model options make no model: {error}") from error
-
-
-def check_memory(config: Config, classes: int, copies: int = 1) -> None:
-    """Raises UserError where so many copies of the model's variables are more than this machine's memory; looks at
-    models with large numbers alone."""
-    numbers = jax.tree.leaves(dataclasses.asdict(config.model))
-    if max(number for number in numbers if isinstance(number, int)) <= SMALL:
-        return
-    model = jax.eval_shape(lambda: nnx.state(models.build(config.model, classes, rngs=nnx.Rngs(0))))
-    need = copies * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
-    if need > (there := _memory()):
-        what = f"{copies} copies of the model" if copies > 1 else "the model"
-        raise UserError(
-            f"row {config.row}: {what} would take {need / 2**30:.1f} GB, and there are {there / 2**30:.1f} GB: "
-            "give smaller numbers to the --model options"
-        )
-
-
-def _memory() -> int:
-    """Bytes of memory that this process may have, on its device if that has its own."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    found += [stats["bytes_limit"] for stats in [jax.local_devices()[0].memory_stats()] if stats]
-    return min(found)
 
 
 def load(workdir: str | Path) -> tuple[Config, nnx.Module, int]:

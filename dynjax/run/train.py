@@ -26,9 +26,10 @@ from dynjax.config import Config, UserError
 from dynjax.core import budget, views
 from dynjax.run import checkpoint, checks, lock, log
 from dynjax.run import mesh as meshes
-from dynjax.run.checkpoint import Run
+from dynjax.run.build import build, check_memory
 from dynjax.run.step import TrainState, make_optimizer, make_step
 from dynjax.run.stop import Stop, Stopped
+from dynjax.run.workdir import Run, check_workdir, other_classes, read_config, write_config
 
 
 class Interrupted(Exception):
@@ -101,7 +102,7 @@ def _resume(
         behind = bool(start) and not meshes.of_first(log.evaluated(workdir, start))
         _say(f"{workdir}: going on from step {start} of {config.steps}")
     with meshes.together():
-        checkpoint.write_config(workdir, config, about.classes, about.examples)
+        write_config(workdir, config, about.classes, about.examples)
     checkpoint.tidy(workdir, start)
     return state, start, behind
 
@@ -137,7 +138,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         if workdir is not None:
             with meshes.together():
-                checkpoint.check_workdir(workdir, config, classes, examples)
+                check_workdir(workdir, config, classes, examples)
                 if jax.process_index() == 0:
                     stack.enter_context(lock.hold(workdir))
         return _fit(model, task, loader, about, workdir, evaluate, gates, stop or Stop(), quiet)
@@ -240,14 +241,14 @@ def _report(said: log.Log, pending: tuple[int, dict] | None, workdir: str | Path
 def _twin(config: Config, classes: tuple[str, ...]) -> nnx.State:
     """Averaged parameters and batch statistics of the static twin in `config.init_from`."""
     other, model, _ = checkpoint.load(config.init_from)
-    _, names = checkpoint.read_config(config.init_from)
+    _, names = read_config(config.init_from)
     if other.model.dynamics != "static":
         what = f"row {other.row} is {other.model.dynamics}"
         raise UserError(f"--init-from {config.init_from}: {what}, it must be a static twin")
     if different := models.difference(other.model, config.model):
         raise UserError(f"--init-from {config.init_from}: {different}")
     # A VQ-VAE has no classes.
-    if not models.reconstructs(other.model) and (different := checkpoint.other_classes(names, classes)):
+    if not models.reconstructs(other.model) and (different := other_classes(names, classes)):
         raise UserError(f"--init-from {config.init_from}: trained for other classes: {different}")
     return nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
 
@@ -306,7 +307,7 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
     check(config)
     refuse_unused(config)
     with meshes.together():
-        checkpoint.check_workdir(workdir, config)
+        check_workdir(workdir, config)
         if jax.process_index() == 0 and (Path(workdir) / lock.FILE).exists():
             with lock.hold(workdir):  # refused before minutes of reading data; nothing is made yet
                 pass
@@ -314,18 +315,18 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
         raise UserError(f"row {config.row} needs --init-from, the workdir of a trained VQ-VAE (rows *_vqvae)")
     from_twin = config.init_from and not checkpoint.any_finished(workdir)
     if from_twin:
-        checkpoint.read_config(config.init_from)  # before minutes of reading data
+        read_config(config.init_from)  # before minutes of reading data
     with meshes.together():
         source, val = make_source(config.data, "train"), make_source(config.data, "val")
     for part in (source, val):
         _say(part.describe()) if not quiet else None
     classes = tuple(source.classes)
-    checkpoint.check_workdir(workdir, config, classes, len(source))
+    check_workdir(workdir, config, classes, len(source))
     task = make_task(config, source)
     # Parameters, their average and the two moments of Adam.
-    checkpoint.check_memory(config, len(classes), copies=4 if config.optimizer.ema else 3)
+    check_memory(config, len(classes), copies=4 if config.optimizer.ema else 3)
     twin = _twin(config, classes) if from_twin else None
-    model = checkpoint.build(config, len(classes), twin)
+    model = build(config, len(classes), twin)
     augment = config.data.augment
     loader = make_loader(source, config.batch_size, seed=config.seed, augment=augment, **meshes.processes())
     stop = Stop()

@@ -1,0 +1,153 @@
+"""Tiles of a map computed on their own, in windows with the border that the block's receptive field needs.
+
+Where `windows` can run the block, the windows of several tiles lie in one strip; other blocks run as they are on whole
+windows, which the border of the map pushes inwards.
+
+Letters: B examples, H W pixels, C channels, h w tiles.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core as jex
+from jaxtyping import Array, Float, Int
+
+from dynjax.core import windows
+
+
+def tile_pixels(keep: Float[Array, "B h w"], size: int, pixels: Sequence[int]) -> Float[Array, "B H W"]:
+    """Every pixel's tile's value; `pixels` (H, W) cuts what the last tiles have too much."""
+    fine = jnp.repeat(jnp.repeat(keep, size, axis=1), size, axis=2)
+    return fine[:, : pixels[0], : pixels[1]]
+
+
+class _Place(NamedTuple):
+    """Example, first pixel that a tile owns, and the pixel where it is computed, which the border may push inwards."""
+
+    example: jax.Array
+    row: jax.Array
+    column: jax.Array
+    top: jax.Array
+    left: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptTiles:
+    """What `block` makes of the kept tiles of a map; the others have what `base` has. Made by `kept_tiles`."""
+
+    block: Callable[[Array], Array]
+    closed: jex.ClosedJaxpr | None
+    """The block for strips; None runs it on whole windows."""
+    source: Float[Array, "B h_ w_ C"]
+    """The map, at least as large as a window."""
+    base: Float[Array, "B h_ w_ D"]
+    pixels: tuple[int, int]
+    """Height and width of the map."""
+    grid: tuple[int, int]
+    order: Int[Array, " tiles"]
+    """All tiles, the kept ones first."""
+    number: Int[Array, ""]
+    """Of kept tiles."""
+    size: int
+    radius: int
+
+    def few_at_a_time(self) -> Array:
+        """A loop over the kept tiles, as many side by side as make a strip."""
+        total = self.order.size
+        group = windows.strip_tiles(self.size, self.radius, total)
+        last = self.order[jnp.maximum(self.number - 1, 0)]
+
+        def body(i, out):
+            places = i * group + jnp.arange(group, dtype=jnp.int32)
+            # The last strip may have places to spare; they repeat the last tile, and write the same pixels again.
+            tiles = jnp.where(places < self.number, self.order[jnp.minimum(places, total - 1)], last)
+            at = self._place(tiles)
+            for k, y in enumerate(self._outputs(tiles)):
+                out = self._written(out, y, at, k)
+            return out
+
+        return self._cut(lax.fori_loop(0, -(-self.number // group), body, self.base))
+
+    def at_once(self, capacity: int) -> Array:
+        """The first `capacity` tiles side by side, of which the kept ones count."""
+        tiles = self.order[:capacity]
+        y = jax.vmap(lambda tile: self._outputs(tile[None])[0][0])(tiles)
+        at, pixels = self._place(tiles), jnp.arange(self.size, dtype=jnp.int32)
+        rows, columns = at.top[:, None] + pixels[None, :], at.left[:, None] + pixels[None, :]
+        own = (rows >= at.row[:, None])[:, :, None] & (columns >= at.column[:, None])[:, None, :]
+        # The places beyond the kept ones point past the last example: their result is written nowhere.
+        used = own & (jnp.arange(capacity) < self.number)[:, None, None]
+        example = jnp.where(used, at.example[:, None, None], self.base.shape[0])
+        return self._cut(self.base.at[example, rows[:, :, None], columns[:, None, :]].set(y, mode="drop"))
+
+    def _place(self, tiles: jax.Array) -> _Place:
+        rows, columns = self.grid
+        row, column = tiles // columns % rows * self.size, tiles % columns * self.size
+        top, left = (
+            jnp.minimum(at, jnp.int32(n - self.size))
+            for at, n in zip((row, column), self.source.shape[1:3], strict=True)
+        )
+        return _Place(tiles // (rows * columns), row, column, top, left)
+
+    def _outputs(self, tiles: jax.Array) -> list[jax.Array]:
+        """Outputs (1, size, size, C') of a few tiles, computed side by side."""
+        at, ways = self._place(tiles), dict(size=self.size, radius=self.radius)
+        cuts = [
+            windows.cut(self.source, at.example[k], at.top[k], at.left[k], shift=self.closed is not None, **ways)
+            for k in range(tiles.size)
+        ]
+        window = self.size + 2 * self.radius
+        if self.closed is not None:
+            inside = windows.inside(at.top, at.left, self.pixels, **ways)
+            y = windows.run_strip(self.closed, lax.concatenate(cuts, 2), inside, **ways)
+            starts = [k * window + self.radius for k in range(tiles.size)]
+            return [lax.slice_in_dim(y, start, start + self.size, axis=2) for start in starts]
+        y = self.block(lax.concatenate(cuts, 0))
+        skip = [
+            first - jnp.clip(first - self.radius, 0, n - window)
+            for first, n in zip((at.top, at.left), self.source.shape[1:3], strict=True)
+        ]
+        shape = (1, self.size, self.size, y.shape[3])
+        return [lax.dynamic_slice(y, (k, skip[0][k], skip[1][k], 0), shape) for k in range(tiles.size)]
+
+    def _written(self, out: jax.Array, y: jax.Array, at: _Place, k: int) -> jax.Array:
+        """`out` with the tile `y` in the place of number `k`."""
+        start = (at.example[k], at.top[k], at.left[k], jnp.int32(0))
+        if any(n % self.size for n in self.pixels):
+            pixels = jnp.arange(self.size, dtype=jnp.int32)
+            own = (pixels + at.top[k] >= at.row[k])[:, None] & (pixels + at.left[k] >= at.column[k])[None, :]
+            y = jnp.where(own[None, :, :, None], y, lax.dynamic_slice(out, start, y.shape))
+        return lax.dynamic_update_slice(out, y, start)
+
+    def _cut(self, out: jax.Array) -> jax.Array:
+        return out[:, : self.pixels[0], : self.pixels[1]]
+
+
+def kept_tiles(
+    block: Callable[[Array], Array],
+    x: Float[Array, "B H W C"],
+    keep: Float[Array, "B h w"],
+    other: Float[Array, "B H W D"],
+    size: int,
+    radius: int,
+) -> KeptTiles | None:
+    """The tiles of `x` to compute, `other` elsewhere; None where the map has no room for a window of this block."""
+    (height, width), (rows, columns), window = x.shape[1:3], keep.shape[1:], size + 2 * radius
+    kept = (keep > 0.5).reshape(-1)
+    order = jnp.argsort(~kept, stable=True).astype(jnp.int32)
+    closed = windows.trace(block, x.shape, x.dtype)
+    stripped = windows.supported(closed, size=size, radius=radius)
+    # A map smaller than one window grows to it; the strip's `inside` keeps what was added from counting. Whole windows
+    # rely on the block's own padding at the border of the map, so they cannot be larger than the map.
+    grow = [(0, 0), (0, max(0, window - height)), (0, max(0, window - width)), (0, 0)]
+    grows = any(end for _, end in grow)
+    if grows and not stripped:
+        return None
+    source, base = (jnp.pad(a, grow) if grows else a for a in (x, other))
+    number = kept.sum(dtype=jnp.int32)
+    strips, pixels, grid = closed if stripped else None, (height, width), (rows, columns)
+    return KeptTiles(block, strips, source, base, pixels, grid, order, number, size, radius)
