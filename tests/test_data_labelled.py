@@ -7,6 +7,7 @@ from sklearn.datasets import load_digits
 from dynjax.config import DataConfig, UserError
 from dynjax.data import make_source
 from dynjax.data.labelled import make_labelled, part_of
+from dynjax.data.source import size_of, target_of
 
 SPLITS = ("train", "val", "test")
 
@@ -22,7 +23,12 @@ def labels_of(source):
 def test_the_embedded_digits():
     source = digits8()
     assert source.describe() == "digits8 train: 1078 pictures 8x8, 10 classes"
-    assert source.target == "label" and source.handed and source.size == (8, 8) and source.ignore_label is None
+    assert (
+        target_of(source.spec) == "label"
+        and source.handed
+        and size_of(source) == (8, 8)
+        and source.spec["label"].ignored is None
+    )
     assert source.name == "digits8" and source.split == "train" and source.classes == tuple("0123456789")
     example = source[5]
     assert example.keys() == {"image", "label"}

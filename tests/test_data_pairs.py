@@ -6,6 +6,7 @@ from PIL import Image
 
 from dynjax.config import UserError
 from dynjax.data import pairs, pictures
+from dynjax.data.source import size_of, target_of
 
 
 def save(array, file, **options):
@@ -132,7 +133,7 @@ def test_pictures_of_several_sizes_need_a_size(on_error):
     with pytest.raises(UserError, match=r"2 sizes \(width x height\): 6x4 \(2\), 6x8 \(1\); give --data.size"):
         check(constant(shapes), 3, on_error=on_error)
     source = check(constant(shapes), 3, size=(5, 5))
-    assert source.size == (5, 5) and source[2]["image"].shape == (5, 5, 3)
+    assert size_of(source) == (5, 5) and source[2]["image"].shape == (5, 5, 3)
     with pytest.raises(UserError, match=r"data.size=\(0, 5\)"):
         check(constant(shapes), 3, size=(0, 5))
 
@@ -170,7 +171,7 @@ def test_labels_instead_of_masks():
         assert part in str(caught.value)
     source = check(read, 5, **options, on_error="skip", size=(2, 3), note="(somehow)", handed=True)
     assert source.describe() == "some (somehow) train: 2 pictures 2x3, 3 classes, 3 skipped" and source.handed
-    assert source.target == "label" and check(constant([(4, 4)]), 1).target == "mask"
+    assert target_of(source.spec) == "label" and target_of(check(constant([(4, 4)]), 1).spec) == "mask"
     assert source[1].keys() == {"image", "label"} and isinstance(source[1]["label"], np.int32)
     assert source[1]["label"] == 2 and source[1]["image"].shape == (2, 3, 3)
 

@@ -3,11 +3,13 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from dynjax.config import DataConfig, UserError
+from dynjax.data.source import Source, calibration_batches
+
+if TYPE_CHECKING:
+    from dynjax.data.loader import make_loader
 
 __all__ = ["calibration_batches", "make_loader", "make_source"]
 
@@ -25,17 +27,13 @@ class _Files(TypedDict):
     on_error: Literal["raise", "skip"]
 
 
-def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Sequence[str] | None = None) -> Any:
-    """The source that `config.name` says, checked: `source[i]` is {"image": uint8 (H, W, 3)} and, under the key
-    `source.target`, "mask": int32 (H, W) or "label": int32 ().
+def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Sequence[str] | None = None) -> Source:
+    """The source that `config.name` says, checked.
 
-    Every source has `len`, `classes`, `ignore_label` (what ignored pixels carry in its masks, or None), `size` (H, W),
-    `name`, `split`, `target`, `handed` (no picture may be mirrored) and `describe()`; those that
-    are read, not made, have `seen`, the classes that occur. `seed` is for digits alone.
-    `classes` are the names of the classes that a model was trained for: where names or their number are otherwise found
-    in the files (folder, class_folder, tfds:NAME of masks), these count, and a split need not have all of them.
-    Elsewhere they change nothing; whoever loads a model compares `source.classes`. Raises UserError, one for all that
-    is wrong with the files.
+    `seed` is for digits alone. `classes` are the names of the classes that a model was trained for: where names or
+    their number are otherwise found in the files (folder, class_folder, tfds:NAME of masks), these count, and a split
+    need not have all of them. Elsewhere they change nothing; whoever loads a model compares `source.classes`. Raises
+    UserError, one for all that is wrong with the files.
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r}: there are {', '.join(SPLITS)}")
@@ -85,15 +83,10 @@ def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Seque
     raise UserError(f"data.name={name!r} is not known: {', '.join(NAMES)}{hint}")
 
 
-def make_loader(source: Any, batch_size: int, **options: Any) -> Any:
-    """Batches by grain; see `dynjax.data.loader.make_loader`, which this imports only when called."""
-    from dynjax.data.loader import make_loader as make
+def __getattr__(name: str) -> object:
+    """`make_loader`, for which grain is imported only when somebody asks."""
+    if name == "make_loader":
+        from dynjax.data.loader import make_loader
 
-    return make(source, batch_size, **options)
-
-
-def calibration_batches(source: Any, batch_size: int, count: int) -> list[np.ndarray]:
-    """Pictures for solving a budget; see `dynjax.data.loader.calibration_batches`."""
-    from dynjax.data.loader import calibration_batches as make
-
-    return make(source, batch_size, count)
+        return make_loader
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import importlib.resources
 import io
-from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int32, Integer, UInt8
@@ -17,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from dynjax.config import UserError
 from dynjax.data.pictures import BadFile, read_image
+from dynjax.data.source import Field, picture_spec
 
 CLASSES = (*"0123456789", "background")
 BACKGROUND = 10
@@ -234,7 +234,7 @@ def _ink(glyph: Image.Image, y, x, tall, degrees, stroke, size) -> tuple[Float[n
     return ink, top, left
 
 
-def _ink_colour(rng, behind: Float[np.ndarray, "h w 3"], ink, contrast: float) -> Any:
+def _ink_colour(rng, behind: Float[np.ndarray, "h w 3"], ink, contrast: float) -> Float[np.ndarray, "3"] | None:
     """A random colour lighter or darker by `contrast` than everything near the strokes, or None where there is none."""
     near = ink > 0
     near[1:] |= near[:-1].copy()
@@ -266,11 +266,14 @@ class DigitsSource:
     seed: int
     size: tuple[int, int]
     classes: tuple[str, ...] = CLASSES
-    ignore_label: int | None = None
     name: str = "digits"
-    handed: bool = True  # a mirrored 2 is no 2: the loader never flips these scenes
-    target: Literal["mask"] = "mask"
+    handed: bool = True  # a mirrored 2 is no 2
+    seen: None = None
     _kept: dict[int, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @functools.cached_property
+    def spec(self) -> dict[str, Field]:
+        return picture_spec(self.size, "mask")
 
     def __len__(self) -> int:
         return self.examples

@@ -17,6 +17,7 @@ from PIL import Image
 
 from dynjax.config import UserError
 from dynjax.data.pictures import IMAGE_SUFFIXES, BadFile, read_image, read_mask
+from dynjax.data.source import Field, picture_spec, size_of, target_of
 
 IGNORE_255 = 255  # what marks ignored pixels in folders and TFDS sets
 KEEP_BYTES = 2 << 30  # a split that needs no more than this, resized, stays in memory
@@ -75,13 +76,13 @@ def resize_mask(mask: Shaped[np.ndarray, "H W"], size: tuple[int, int]) -> Shape
 
 @dataclasses.dataclass(frozen=True)
 class PairSource:
-    """Checked pairs of one split, resized to `size`: element i is {"image": uint8 (H, W, 3), target: int32}."""
+    """Checked pairs of one split, resized to one size: "image", and "mask" or "label"."""
 
     name: str
     split: str
     classes: tuple[str, ...]
-    ignore_label: int | None
-    size: tuple[int, int]
+    spec: dict[str, Field]
+    """Of "image", and "mask" or "label"."""
     skipped: int
     read: Callable[[int], Pair] = dataclasses.field(repr=False, compare=False)
     """Pair of an index into the set as it was found, in its own size."""
@@ -89,12 +90,8 @@ class PairSource:
     """The indices that passed the checks."""
     memory: tuple[np.ndarray, np.ndarray] | None = dataclasses.field(repr=False, compare=False)
     """All pictures and all masks or labels, or None for a split too large for that."""
-    target: Target = "mask"
-    """The key of what is to be predicted: a mask (H, W) or one label ()."""
     handed: bool = False
-    """Whether a mirrored picture may be of another class: the loader never flips these."""
     seen: frozenset[int] = frozenset()
-    """The classes that occur in its masks or labels."""
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -106,11 +103,12 @@ class PairSource:
             image, answer = self.memory[0][index], self.memory[1][index]
         else:
             image, answer = self.read(self.kept[index])
-            image, answer = resize_image(image, self.size), _resize_answer(answer, self.size)
-        return {"image": image, self.target: answer.astype(np.int32)}
+            size = size_of(self)
+            image, answer = resize_image(image, size), _resize_answer(answer, size)
+        return {"image": image, target_of(self.spec): answer.astype(np.int32)}
 
     def describe(self) -> str:
-        height, width = self.size
+        height, width = size_of(self)
         skipped = f", {self.skipped} skipped" if self.skipped else ""
         return f"{self.name} {self.split}: {len(self)} pictures {height}x{width}, {len(self.classes)} classes{skipped}"
 
@@ -189,20 +187,17 @@ def check_pairs(
         raise UserError(
             f"{where}: pictures of {len(sizes)} sizes (width x height): {found}; give --data.size HEIGHT WIDTH"
         )
-    height, width = size or next(iter(sizes))
     if memory is not None:
         memory = memory[0][: len(kept)], memory[1][: len(kept)]
     return PairSource(
         name=f"{name} {note}" if note else name,
         split=split,
         classes=tuple(classes),
-        ignore_label=ignore_label,
-        size=(height, width),
+        spec=picture_spec(size or next(iter(sizes)), target, ignore_label),
         skipped=len(problems),
         read=read,
         kept=tuple(kept),
         memory=memory,
-        target=target,
         handed=handed,
         seen=frozenset(seen),
     )
