@@ -10,9 +10,8 @@ from dynjax.data import digit_scenes, make_source
 from dynjax.data.source import size_of, target_of
 
 
-def scenes(split="train", count=20, **options):
-    options = {"examples": 2000, "difficulty": 0.5, "seed": 0, **options}
-    source = digit_scenes.make_digits(split, **options)
+def scenes(split="train", count=20, seed=0, **options):
+    source = digit_scenes.make(DataConfig(**options), split, seed=seed)
     return source, [source[i] for i in range(count)]
 
 

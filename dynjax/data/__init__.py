@@ -1,30 +1,62 @@
-"""Pictures with masks or with labels: sources by name, and batches from them."""
+"""Sources of data by name, and batches from them.
+
+A source is one of ours or a class of your own with what `dynjax.data.source.Source` names; its `spec` says what it
+gives. To use your own by name, in rows and with `--data.name`, register a function that makes it:
+
+    def make(config, split, *, seed, classes):  # a DataConfig; "train", "val" or "test"; see `make_source`
+        return Reviews(config.path, split)
+
+    dynjax.data.register("reviews", make)
+"""
 
 import difflib
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from dynjax.config import DataConfig, UserError
-from dynjax.data.source import Source, calibration_batches
+from dynjax.data.source import SPLITS, Source, calibration_batches
 
 if TYPE_CHECKING:
     from dynjax.data.loader import make_loader
 
-__all__ = ["calibration_batches", "make_loader", "make_source"]
-
-NAMES = ("digits", "camvid", "folder", "digits8", "mnist", "fashion_mnist", "cifar10", "class_folder", "tfds:NAME")
-MNISTS: tuple[Literal["mnist", "fashion_mnist"], ...] = ("mnist", "fashion_mnist")
-SPLITS = ("train", "val", "test")
-SCENES = 2000  # of digits, where data.examples says nothing
+__all__ = ["calibration_batches", "make_loader", "make_source", "register"]
 
 
-class _Files(TypedDict):
-    """What every source of files takes."""
+@runtime_checkable
+class Make(Protocol):
+    """Makes the source of one split; the arguments are those of `make_source`. Raises UserError."""
 
-    size: tuple[int, int] | None
-    limit: int | None
-    on_error: Literal["raise", "skip"]
+    def __call__(self, config: DataConfig, split: str, *, seed: int, classes: Sequence[str] | None) -> Source: ...
+
+
+def _ours(module: str) -> Make:
+    """`make` of a module of this package, imported only when it is called."""
+
+    def make(config: DataConfig, split: str, *, seed: int, classes: Sequence[str] | None) -> Source:
+        return importlib.import_module(f"dynjax.data.{module}").make(config, split, seed=seed, classes=classes)
+
+    return make
+
+
+_MAKES: dict[str, Make] = {
+    "digits": _ours("digit_scenes"),
+    "camvid": _ours("camvid"),
+    "folder": _ours("folder"),
+    "digits8": _ours("digits"),
+    "mnist": _ours("mnist"),
+    "fashion_mnist": _ours("mnist"),
+    "cifar10": _ours("cifar10"),
+    "class_folder": _ours("class_folder"),
+    "tfds:": _ours("tfds"),
+}
+
+
+def register(name: str, make: Make) -> None:
+    """Give sources a name for `DataConfig.name`, in place of any that had it; one that ends in a colon stands for all
+    names that begin so."""
+    _MAKES[name] = make
 
 
 def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Sequence[str] | None = None) -> Source:
@@ -37,50 +69,18 @@ def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Seque
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r}: there are {', '.join(SPLITS)}")
-    name, path = config.name, config.path
     try:
-        Path(path).expanduser()
+        Path(config.path).expanduser()
     except RuntimeError as error:  # ~ where nobody knows a home
-        raise UserError(f"data.path={path}: {error}") from None
-    if name == "digits":
-        from dynjax.data.digit_scenes import make_digits
-
-        examples = SCENES if config.examples is None else config.examples
-        return make_digits(split, examples=examples, difficulty=config.difficulty, seed=seed, size=config.size)
-    size, limit = config.size, config.examples if split == "train" else None
-    if name == "digits8":
-        from dynjax.data.digits import make_digits8
-
-        return make_digits8(split, size=size, limit=limit)
-    count = len(classes) if classes else config.classes
-    files = _Files(size=size, limit=limit, on_error=config.on_error)
-    if name == "camvid":
-        from dynjax.data.camvid import make_camvid
-
-        return make_camvid(path, split, **files)
-    if name == "folder":
-        from dynjax.data.folder import make_folder
-
-        return make_folder(path, split, classes=count, **files)
-    if name in MNISTS:
-        from dynjax.data.mnist import make_mnist
-
-        return make_mnist(name, path, split, **files)
-    if name == "cifar10":
-        from dynjax.data.cifar10 import make_cifar10
-
-        return make_cifar10(path, split, **files)
-    if name == "class_folder":
-        from dynjax.data.class_folder import make_class_folder
-
-        return make_class_folder(path, split, names=classes, classes=config.classes, **files)
-    if name.startswith("tfds:"):
-        from dynjax.data.tfds import make_tfds
-
-        return make_tfds(name.removeprefix("tfds:"), path, split, classes=count, **files)
-    near = difflib.get_close_matches(name, NAMES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"data.name={name!r} is not known: {', '.join(NAMES)}{hint}")
+        raise UserError(f"data.path={config.path}: {error}") from None
+    begin, colon, _ = config.name.partition(":")
+    make = _MAKES.get(config.name) or _MAKES.get(begin + colon)
+    if make is None:
+        names = [f"{name}NAME" if name.endswith(":") else name for name in _MAKES]
+        near = difflib.get_close_matches(config.name, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"data.name={config.name!r} is not known: {', '.join(names)}{hint}")
+    return make(config, split, seed=seed, classes=classes)
 
 
 def __getattr__(name: str) -> object:

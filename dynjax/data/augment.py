@@ -11,9 +11,8 @@ from jaxtyping import Bool, Float, Integer, Shaped, UInt8
 from PIL import Image
 
 from dynjax.config import AugmentConfig, UserError
-from dynjax.data.source import IGNORED, Field, Source, read
+from dynjax.data.source import IGNORED, Field, Size, Source, read
 
-Size = tuple[int, int]
 Colour = tuple[int, int, int]
 
 

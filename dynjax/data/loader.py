@@ -51,19 +51,15 @@ def make_loader(
     change = None
     if augment is not None and any(field.pixels for field in source.spec.values()):
         change = Augment.of(augment, source)
-
     count = len(source)
-    total = count if repeat else -(-count // batch_size) * batch_size
-    data = grain.MapDataset.range(count).seed(seed)
-    if shuffle:
-        data = data.shuffle()
-    if repeat:
-        data = data.repeat()
-    elif total > count:  # indices past the source's end, which `_Fetch` turns into blank examples
-        data = grain.MapDataset.concatenate([data, grain.MapDataset.range(count, total)])
+    data = _indices(count, batch_size, seed, shuffle, repeat)
     share = batch_size // process_count
     part = slice(process_index * share, (process_index + 1) * share)
-    fetch = _Fetch(source, with_valid=not repeat)
+
+    def fetch(index: int) -> dict[str, np.ndarray]:
+        example = read(source, index)
+        return example if repeat else {**example, "valid": np.asarray(index < count)}
+
     if any(field.role in ("mask", "film") for field in source.spec.values()):
         data = data.map(fetch)
         if change is not None:
@@ -76,6 +72,17 @@ def make_loader(
     if change is not None:
         data = data.random_map(lambda batch, rng: change.batch(batch, rng, batch_size, part))
     return Batches(data.to_iter_dataset(BATCHES), 1)
+
+
+def _indices(count: int, batch_size: int, seed: int, shuffle: bool, repeat: bool) -> grain.MapDataset:
+    """Places in a source of `count`; without `repeat` also past its end, up to whole batches."""
+    data = grain.MapDataset.range(count).seed(seed)
+    if shuffle:
+        data = data.shuffle()
+    if repeat:
+        return data.repeat()
+    total = -(-count // batch_size) * batch_size
+    return grain.MapDataset.concatenate([data, grain.MapDataset.range(count, total)]) if total > count else data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,15 +132,3 @@ class _Part:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         batch, place = divmod(int(index), self.part.stop - self.part.start)
         return self.data[batch * self.batch_size + self.part.start + place]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fetch:
-    """The example of an index, blank past the source's end, and whether it is one of the source's."""
-
-    source: Source
-    with_valid: bool
-
-    def __call__(self, index: int) -> dict[str, np.ndarray]:
-        example = read(self.source, index)
-        return {**example, "valid": np.asarray(index < len(self.source))} if self.with_valid else example

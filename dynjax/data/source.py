@@ -23,7 +23,11 @@ from numpy.typing import DTypeLike
 
 from dynjax.config import UserError
 
+SPLITS = ("train", "val", "test")
 IGNORED = -1  # every ignored pixel of a batch, whatever the source calls it
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
 Role = Literal["picture", "mask", "label", "text", "film"]
 """picture: uint8 (H, W, 3); film: uint8 (T, H, W, 3); mask: a class of every pixel, (H, W) or (T, H, W); all of these
@@ -53,7 +57,7 @@ class Field:
             raise ValueError(f"a {self.role} cannot be {dtype} {self.shape}; see dynjax.data.source.Role")
 
     @property
-    def pixels(self) -> tuple[int, int] | None:
+    def pixels(self) -> Size | None:
         """Height and width of a picture, a film or a mask; None for what has none."""
         if self.role in ("text", "label"):
             return None
@@ -92,9 +96,7 @@ class Source(Protocol):
         """One line for people."""
 
 
-def picture_spec(
-    size: tuple[int, int], target: Literal["mask", "label"], ignored: int | None = None
-) -> dict[str, Field]:
+def picture_spec(size: Size, target: Literal["mask", "label"], ignored: int | None = None) -> dict[str, Field]:
     """Pictures of height and width `size` under "image", each with a mask or a label under the name of its role."""
     shape = size if target == "mask" else ()
     return {
@@ -116,7 +118,7 @@ def target_of(spec: Spec) -> str:
     return next((key for key, field in spec.items() if field.role in ("mask", "label")), input_of(spec))
 
 
-def size_of(source: Source) -> tuple[int, int]:
+def size_of(source: Source) -> Size:
     """Height and width of a source's first picture, film or mask. Raises UserError where there is none."""
     for field in source.spec.values():
         if field.pixels is not None:
