@@ -158,7 +158,8 @@ def main(raw: list[str]) -> None:
     from dynjax import models
     from dynjax.core import views
     from dynjax.data import calibration_batches, make_source
-    from dynjax.run.build import build
+    from dynjax.data.source import size_of
+    from dynjax.run.build import build as build_row
     from dynjax.run.evaluate import solve, static_macs
 
     config, model, step = tables.trained(arguments.workdir, ROW, "data/cifar10", arguments.path)
@@ -166,9 +167,10 @@ def main(raw: list[str]) -> None:
         raise UserError(f"--workdir {arguments.workdir}: row {config.row} is no MSDNet; cifar10_msdnet7_exits is meant")
     val, test = (make_source(config.data, split) for split in ("val", "test"))
     # As everywhere, a budget is a share of the MACs of the same net with its last exit alone.
-    twin = build(dataclasses.replace(config, model=models.static_twin(config.model)), len(val.classes))
-    whole = static_macs(views.still(twin), val.size)
-    deployed = solve(model, whole, [*arguments.budgets, EVERYTHING], calibration_batches(val, 50, 20))
+    twin = build_row(dataclasses.replace(config, model=models.static_twin(config.model)), len(val.classes))
+    whole = static_macs(views.still(twin), size_of(val))
+    pictures = [batch["image"] for batch in calibration_batches(val, 50, 20)]
+    deployed = solve(model, whole, [*arguments.budgets, EVERYTHING], pictures)
     reference = build()
     ours = sum(each.size for each in jax.tree.leaves(nnx.state(model, nnx.Param))) / 1e6
     theirs = parameters(reference)

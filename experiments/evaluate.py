@@ -298,6 +298,7 @@ def draw_exits(workdir: Path, model: Any, val: Any, batches: Any, static: tuple 
 
 def about(config: Config, source: Any, task: Any, split: str, step: int, raw: list[str]) -> dict[str, Any]:
     """What evaluation.json says of every evaluation, whatever was found."""
+    from dynjax.data.source import size_of
     from dynjax.show import report
 
     return {
@@ -309,7 +310,7 @@ def about(config: Config, source: Any, task: Any, split: str, step: int, raw: li
         "hardware": report.hardware(),
         "commit": commit(),
         "command": f"python -m {COMMAND} {shlex.join(raw)}",
-        "size": list(source.size),
+        "size": list(size_of(source)),
         "score": task.score_name,
     }
 
@@ -348,7 +349,7 @@ def of_pictures(arguments: Arguments, raw: list[str]) -> None:
         static = dataclasses.replace(config, model=models.static_twin(config.model))
         twin = static_macs(build(static, len(source.classes)))
         val = source_of(config, "val", classes)
-        held_out = calibration_batches(val, *calibration_size(len(val), arguments))
+        held_out = [batch["image"] for batch in calibration_batches(val, *calibration_size(len(val), arguments))]
         encode = nnx.jit(integers)
         pictures = [np.asarray(encode(model, jnp.asarray(images))) for images in held_out]
         for budget, deployed in solve(model, twin, sorted(set(arguments.budgets)), pictures).items():
@@ -430,7 +431,7 @@ def main(raw: list[str]) -> None:
         task,
         static=static,
         budgets=budgets,
-        calibration=calibration_batches(val, *calibration_size(len(val), arguments)),
+        calibration=[batch["image"] for batch in calibration_batches(val, *calibration_size(len(val), arguments))],
         batches=batches,
         timing=timing_inputs(source, arguments.timing, sizes),
     )

@@ -59,6 +59,7 @@ def at_budget(
     from dynjax.core.budget import set_threshold
     from dynjax.core.views import compact
     from dynjax.data import calibration_batches
+    from dynjax.data.source import size_of
     from dynjax.run.evaluate import solve, static_macs
 
     if config.model.dynamics == "static":
@@ -80,8 +81,8 @@ def at_budget(
             hint = f"run experiments.evaluate with --budgets {name} first"
             raise UserError(f"budget {name} must be solved on val: {error}; or {hint}") from None
         wanted, count = CALIBRATION
-        pictures = calibration_batches(val, min(wanted, len(val)), count)
-        spent, size = None, val.size
+        pictures = [batch["image"] for batch in calibration_batches(val, min(wanted, len(val)), count)]
+        spent, size = None, size_of(val)
     whole = static_macs(find_twin(dataclasses.replace(config, init_from=""), len(classes), "")[0], size)
     if spent is None:
         found = solve(model, whole, [budget], pictures)[budget]
@@ -91,9 +92,11 @@ def at_budget(
 
 def picture_size(config: Config, classes: tuple[str, ...], known: Record | None) -> tuple[int, int]:
     """Height and width that the model works at."""
+    from dynjax.data.source import size_of
+
     if config.data.size is not None:
         return config.data.size
-    return known.size if known is not None else source_of(config, "val", classes).size
+    return known.size if known is not None else size_of(source_of(config, "val", classes))
 
 
 def stems(images: tuple[str, ...]) -> Iterator[tuple[Path, str]]:

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from made import Made
 
 import dynjax as dj
 from dynjax.config import LossConfig, UserError
 from dynjax.data import make_loader
+from dynjax.data.source import picture_spec
 from dynjax.run.evaluate import (
     Point,
     alternate,
@@ -42,15 +44,10 @@ class Net(nnx.Module):
         return self.head(nnx.relu(self.block(nnx.relu(self.stem(x / 127.5 - 1)))))
 
 
-class Source:
+def source() -> Made:
     """Seven pictures; the label of the third and the columns on the right are ignored under another name."""
 
-    classes, ignore_label, size, name = ("a", "b", "c"), 9, (16, 16), "made"
-
-    def __len__(self):
-        return 7
-
-    def __getitem__(self, index):
+    def example(index):
         rng = np.random.default_rng(index)
         image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         image[:, : 2 * index] = 0
@@ -58,15 +55,17 @@ class Source:
         mask[:, 12:] = 9
         return {"image": image, "mask": mask}
 
+    return Made(7, picture_spec((16, 16), "mask", ignored=9), example)
+
 
 def batches(size=4):
-    return lambda: make_loader(Source(), size, seed=0, augment=None, shuffle=False, repeat=False)
+    return lambda: make_loader(source(), size, seed=0, augment=None, shuffle=False, repeat=False)
 
 
 @pytest.fixture(scope="module")
 def found():
     model, twin = (Net(adaptive=adaptive, rngs=nnx.Rngs(0)) for adaptive in (True, False))
-    pictures = [Source()[i]["image"] for i in range(7)]
+    pictures = [source()[i]["image"] for i in range(7)]
     return evaluate(
         nnx.view(model, deterministic=True, execution="masked", raise_if_not_found=False),
         twin,
@@ -84,7 +83,7 @@ def test_score_is_that_of_the_whole_split_without_what_fills_the_last_batch_up()
     got = score(make_runner(model, TASK), nnx.state(model), batches(4)(), TASK)
     hits, union = np.zeros(3), np.zeros(3)
     for index in range(7):
-        example = Source()[index]
+        example = source()[index]
         prediction = np.asarray(model(jnp.asarray(example["image"][None]))).argmax(-1)[0][:, :12]
         truth = example["mask"][:, :12]
         for c in range(3):
@@ -127,7 +126,7 @@ def test_every_budget_runs_the_same_compiled_program(found):
 
 
 def test_the_scored_model_skips(found):
-    image = jnp.asarray(Source()[0]["image"][None])
+    image = jnp.asarray(source()[0]["image"][None])
     text = found.runner.infer.lower(found.states[0.6], image).as_text()
     assert "while" in text  # the dynamic trip count of the compact executor
     masked = nnx.view(
@@ -137,7 +136,7 @@ def test_the_scored_model_skips(found):
 
 
 def test_examples_are_the_fewest_the_median_and_the_most_macs(found):
-    shown = examples(found, 0.6, Source(), batch_size=4)
+    shown = examples(found, 0.6, source(), batch_size=4)
     macs = np.sort(found.scored[0.6].macs)
     assert [example.name for example in shown] == ["easiest", "median", "hardest"]
     np.testing.assert_allclose([example.macs for example in shown], [macs[0], macs[3], macs[6]])
@@ -150,7 +149,7 @@ def test_examples_are_the_fewest_the_median_and_the_most_macs(found):
 def test_a_budget_is_a_share_of_the_static_twin(found):
     model, twin = (Net(adaptive=adaptive, rngs=nnx.Rngs(0)) for adaptive in (True, False))
     whole = static_macs(twin, (16, 16))
-    image = np.stack([Source()[i]["image"] for i in range(7)])
+    image = np.stack([source()[i]["image"] for i in range(7)])
     report = solve(model, whole, [1.0], [image])[1.0].report
     assert report.full > whole  # the gate has a cost
     assert report.mean <= whole and report.met
@@ -168,7 +167,7 @@ def test_a_static_model_is_its_own_twin():
         budgets=(0.5,),
         calibration=[],
         batches=batches(),
-        timing=[[Source()[0]["image"][None]]],
+        timing=[[source()[0]["image"][None]]],
     )
     (point,) = found.points
     assert (point.budget, point.macs_fraction, point.speedup, point.met) == (1.0, 1.0, 1.0, True)

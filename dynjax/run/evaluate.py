@@ -22,6 +22,7 @@ from dynjax.core import cost
 from dynjax.core.budget import LOWEST
 from dynjax.core.deploy import Deployed, Solver
 from dynjax.core.trace import traced
+from dynjax.data.source import Source, read
 from dynjax.ops.sampling import Autoregressive
 
 WARM_UP = 3
@@ -310,7 +311,7 @@ class Example:
     heat: np.ndarray
 
 
-def examples(found: Evaluation, budget: float, source: Any, batch_size: int) -> list[Example]:
+def examples(found: Evaluation, budget: float, source: Source, batch_size: int) -> list[Example]:
     """The pictures of `source` that got the fewest, the median and the most MACs at `budget`.
 
     `batch_size` is that of the scores, so that nothing is compiled anew.
@@ -318,10 +319,8 @@ def examples(found: Evaluation, budget: float, source: Any, batch_size: int) -> 
     macs = found.scored[budget].macs
     order = np.argsort(macs, kind="stable")
     chosen = {"easiest": order[0], "median": order[len(order) // 2], "hardest": order[-1]}
-    pictures = [source[int(index)] for index in chosen.values()]
+    pictures = [read(source, int(index)) for index in chosen.values()]
     images, masks = (np.stack([picture[name] for picture in pictures]) for name in ("image", "mask"))
-    if source.ignore_label is not None:
-        masks = np.where(masks == source.ignore_label, -1, masks)
     # Repeated up to the batch size that is compiled already.
     shape = max(batch_size, len(chosen))
     ran = found.runner.examine(

@@ -24,6 +24,7 @@ from flax import nnx
 from dynjax import models
 from dynjax.config import Config, UserError
 from dynjax.core import budget, views
+from dynjax.data.source import Source
 from dynjax.run import checkpoint, checks, lock, log
 from dynjax.run import mesh as meshes
 from dynjax.run.build import build, check_memory
@@ -253,7 +254,7 @@ def _twin(config: Config, classes: tuple[str, ...]) -> nnx.State:
     return nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
 
 
-def validator(task: Any, source: Any, config: Config, stop: Stop | None = None) -> Callable[[nnx.Module], dict]:
+def validator(task: Any, source: Source, config: Config, stop: Stop | None = None) -> Callable[[nnx.Module], dict]:
     """`evaluate` for `fit`: scores of `task` on all of `source`, with the gates' thresholds of the target budget.
 
     Raises UserError where the devices cannot share a batch equally, and Stopped between two batches when `stop` says
@@ -288,8 +289,10 @@ def validator(task: Any, source: Any, config: Config, stop: Stop | None = None) 
         graphdef, state = nnx.split(model)
         state = meshes.replicate(mesh, state)
         total: dict[str, Any] = {}
-        once = {"augment": None, "shuffle": False, "repeat": False}
-        for batch in make_loader(source, config.batch_size, seed=0, **once, **meshes.processes()):
+        once = make_loader(
+            source, config.batch_size, seed=0, augment=None, shuffle=False, repeat=False, **meshes.processes()
+        )
+        for batch in once:
             if stop is not None and stop():
                 raise Stopped
             found = jax.device_get(sums(graphdef, state, meshes.share(mesh, batch)))

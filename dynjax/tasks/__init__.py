@@ -6,6 +6,7 @@ from typing import Any
 
 from dynjax import models
 from dynjax.config import Config, UserError
+from dynjax.data.source import Source, size_of, target_of
 
 __all__ = ["make_task", "refuse_unused"]
 
@@ -36,7 +37,7 @@ def refuse_unused(config: Config) -> None:
                 )
 
 
-def make_task(config: Config, source: Any, *, training: bool = True) -> Any:
+def make_task(config: Config, source: Source, *, training: bool = True) -> Any:
     """The task that belongs to what `source` has to be predicted. Raises UserError where the row's model cannot do it.
 
     For training, the source must have two classes, in its names and in its masks or labels, and class weights are
@@ -45,8 +46,8 @@ def make_task(config: Config, source: Any, *, training: bool = True) -> Any:
     from dynjax.tasks import autoregressive, classification, reconstruction, segmentation
 
     if models.generates(config.model) or models.reconstructs(config.model):
-        if tuple(source.size) != tuple(config.model.shape[:2]):
-            height, width = source.size
+        if (size := size_of(source)) != tuple(config.model.shape[:2]):
+            height, width = size
             raise UserError(
                 f"row {config.row} draws pictures of {'x'.join(map(str, config.model.shape[:2]))} and those of "
                 f"data.name={config.data.name} are {height}x{width}: give --data.size or --model.shape"
@@ -55,11 +56,12 @@ def make_task(config: Config, source: Any, *, training: bool = True) -> Any:
             return reconstruction.ReconstructionTask(config.model.commitment)
         return autoregressive.AutoregressiveTask()
     segments = models.segments(config.model)
-    if segments != (source.target == "mask"):
+    role = source.spec[target_of(source.spec)].role
+    if segments != (role == "mask"):
         what = "pictures with masks" if segments else "pictures with one label each"
         raise UserError(
             f"row {config.row} ({config.model.family}) needs {what}; data.name={config.data.name} has a "
-            f"{source.target} for each picture"
+            f"{role} for each picture"
         )
     if training:
         _check_classes(config, source)
@@ -73,15 +75,15 @@ def make_task(config: Config, source: Any, *, training: bool = True) -> Any:
     return segmentation.SegmentationTask(len(classes), classes, config.loss, weights, spends)
 
 
-def _check_classes(config: Config, source: Any) -> None:
+def _check_classes(config: Config, source: Source) -> None:
     """One class alone is learnt to 100% by any model. Raises UserError."""
-    names, seen = tuple(source.classes), getattr(source, "seen", None)
+    names, seen, target = tuple(source.classes), source.seen, source.spec[target_of(source.spec)]
     if len(names) < 2:
         what = f"one class alone, {names[0]}" if names else "no class"
     elif seen is not None and len(seen) < 2:
-        what = f"{len(names)} classes, of which only {names[min(seen)]} occurs in its {source.target}s"
-        if source.ignore_label is not None:
-            what += f" ({source.ignore_label} marks ignored pixels)"
+        what = f"{len(names)} classes, of which only {names[min(seen)]} occurs in its {target.role}s"
+        if target.ignored is not None:
+            what += f" ({target.ignored} marks ignored pixels)"
     else:
         return
     raise UserError(
