@@ -9,7 +9,8 @@ camvid_small_* is 180x240 and sized for two CPU cores; camvid_unet_* is the prot
 
 import dataclasses
 
-from dynjax.config import AugmentConfig, BudgetConfig, Config, DataConfig, LossConfig, OptimizerConfig, UNetConfig
+from dynjax.config import AugmentConfig, BudgetConfig, Config, DataConfig, LossConfig, OptimizerConfig
+from dynjax.models.unet import UNetConfig
 
 
 def _dynamic(row: Config, name: str, dynamics: str, **model: object) -> Config:

@@ -7,7 +7,8 @@ python -m experiments.evaluate --workdir runs/ROW
 
 import dataclasses
 
-from dynjax.config import AugmentConfig, Config, DataConfig, LossConfig, OptimizerConfig, UNetConfig
+from dynjax.config import AugmentConfig, Config, DataConfig, LossConfig, OptimizerConfig
+from dynjax.models.unet import UNetConfig
 
 
 def digits_unet_static() -> Config:

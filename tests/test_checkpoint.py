@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dynjax.config import BudgetConfig, Config, DataConfig, UserError
+from dynjax.models.resnet import ResNetConfig
 from dynjax.run import checkpoint, lock
 
 
@@ -152,7 +153,7 @@ def test_arrays_that_do_not_fit(change, message):
         checkpoint.fill(state(), arrays)
 
 
-ROW = Config(row="a", data=DataConfig(size=(4, 6)), budget=BudgetConfig(target=0.25))
+ROW = Config(row="a", model=ResNetConfig(), data=DataConfig(size=(4, 6)), budget=BudgetConfig(target=0.25))
 
 
 def test_configuration_comes_back(tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import odd_models
 import pytest
 
+from dynjax import models
 from dynjax.config import UserError
 from dynjax.run import checkpoint, checks
 from experiments import rows
@@ -39,7 +40,7 @@ def test_the_rows_pass():
 def test_options_that_do_not_fit(row, options, message):
     model = dataclasses.replace(rows.ROWS[row]().model, **options)
     with pytest.raises(UserError, match=message):
-        checks.check_model(model)
+        models.check(model)
 
 
 def test_the_parts_of_a_model_of_codes():
@@ -48,7 +49,7 @@ def test_the_parts_of_a_model_of_codes():
     with pytest.raises(
         UserError, match=r"--model\.prior\.features is 10: it must be a multiple of --model\.prior\.heads"
     ):
-        checks.check_model(model)
+        models.check(model)
 
 
 def test_odd_options_are_refused_in_one_line_or_run():

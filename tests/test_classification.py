@@ -10,8 +10,10 @@ from jaxtyping import TypeCheckError
 
 import dynjax as dj
 from dynjax import tasks
-from dynjax.config import BudgetConfig, Config, DataConfig, LossConfig, MSDNetConfig, UNetConfig, UserError
+from dynjax.config import BudgetConfig, Config, DataConfig, LossConfig, UserError
 from dynjax.data import make_source
+from dynjax.models.msdnet import MSDNetConfig
+from dynjax.models.unet import UNetConfig
 from dynjax.ops import PolicySkip
 from dynjax.tasks import classification, spending
 from dynjax.tasks.classification import ClassificationTask, confusion_matrix, cross_entropy, scores

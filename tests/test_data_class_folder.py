@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynjax.config import Config, DataConfig, PixelCNNConfig, ResNetConfig, UserError
+from dynjax.config import Config, DataConfig, UserError
 from dynjax.data import make_loader, make_source, pairs
+from dynjax.models.pixelcnn import PixelCNNConfig
+from dynjax.models.resnet import ResNetConfig
 from dynjax.tasks import make_task
 
 

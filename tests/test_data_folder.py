@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynjax.config import Config, DataConfig, UNetConfig, UserError
+from dynjax.config import Config, DataConfig, UserError
 from dynjax.data import make_source
+from dynjax.models.unet import UNetConfig
 from dynjax.tasks import make_task
 
 

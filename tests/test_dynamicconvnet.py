@@ -12,8 +12,10 @@ from flax import nnx
 
 import dynjax as dj
 from dynjax import cost
-from dynjax.config import DynamicConvNetConfig, UNetConfig, UserError
+from dynjax.config import UserError
 from dynjax.models import build, static_twin, unet
+from dynjax.models.dynamicconvnet import DynamicConvNetConfig
+from dynjax.models.unet import UNetConfig
 from dynjax.ops.kernels import CondConv, set_temperature, with_kernels
 
 SMALL = DynamicConvNetConfig(widths=(4, 6), blocks=(1, 1), kernels=3)

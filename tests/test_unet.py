@@ -8,8 +8,8 @@ from blocks import make, still
 from flax import nnx
 
 import dynjax as dj
-from dynjax.config import UNetConfig
 from dynjax.models import unet
+from dynjax.models.unet import UNetConfig
 
 SMALL = dict(widths=(4, 6, 8), blocks=(1, 1, 2), stem_stride=2)
 FORMS = {

@@ -4,6 +4,7 @@ Letters: B examples, H W pixels, C channels, V values of a channel, M components
 """
 
 import dataclasses
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +150,32 @@ class Logistic:
 
 
 Likelihood = Categorical | Logistic
+
+
+@runtime_checkable
+class OfIntegers(Protocol):
+    """A model whose likelihood says how probable pictures of integers are."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the pictures."""
+
+    @property
+    def classes(self) -> int:
+        """Number of labels that pictures can be asked for by; 0 for none."""
+
+    @property
+    def likelihood(self) -> Likelihood: ...
+
+    def __call__(self, x: Array, label: Array | None = None, /) -> Array: ...
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A model that has several predictions of one thing, and is trained on all of them: exits, steps, networks."""
+
+    def predictions(self, *inputs: Array) -> list[Array]:
+        """The first first; the last is that of the whole model."""
 
 
 def make_likelihood(kind: str, values: int, channels: int, components: int = 5) -> Likelihood:

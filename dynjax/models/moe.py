@@ -6,16 +6,43 @@ picture goes.
 Letters: B examples, H W pixels, T tokens, C features, K classes.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from dynjax.config import MoEConfig
+from dynjax.models import rules
 from dynjax.models.blocks import pixels
+from dynjax.models.registry import BUDGET, Family, register
+from dynjax.models.rules import DEEPEST, WIDEST, Rule
 from dynjax.ops import Experts, RandomRouter, Router
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A small vision transformer whose MLPs are mixtures of experts."""
+
+    family: Literal["moe"] = "moe"
+    patch: int = 4
+    """Side in pixels of the patches that are the tokens."""
+    width: int = 64
+    """Features of a token."""
+    depth: int = 4
+    """Blocks of attention and experts."""
+    heads: int = 4
+    hidden: int = 128
+    """Hidden features of an expert; the static twin's MLP has `top` times as many."""
+    experts: int = 8
+    top: int = 2
+    """The most experts that a token takes."""
+    least: int = 1
+    """The experts that a token takes at any budget; with `top`, every token costs the same."""
+    dynamics: Literal["static", "experts"] = "static"
+    gate: Literal["learned", "random"] = "learned"
 
 
 class Block(nnx.Module):
@@ -123,3 +150,34 @@ def build(config: MoEConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: n
         experts.down[...] = config.top * down["kernel"][...].reshape(*parts, -1)[part]
         experts.down_bias[...] = jnp.broadcast_to(down["bias"][...][None], experts.down_bias.shape)
     return model
+
+
+def _rules(config: MoEConfig) -> Iterator[Rule]:
+    yield from rules.between(config, "patch", 1, 1024)
+    yield from rules.between(config, "width hidden", 1, WIDEST)
+    yield from rules.between(config, "depth heads experts top least", 1, DEEPEST)
+    yield Rule("width", config.width, config.width % 4 == 0, "a multiple of 4")
+    yield from rules.heads_share("width", config.width, config.heads)
+    if config.dynamics == "experts":
+        fits = config.top <= config.experts
+        yield Rule("top", config.top, fits, f"at most --model.experts, which is {config.experts}")
+        yield Rule("least", config.least, config.least <= config.top, f"at most --model.top, which is {config.top}")
+
+
+def _uses(config: MoEConfig) -> frozenset[str]:
+    if config.dynamics == "static":
+        return frozenset()
+    return BUDGET | {"loss.load_balance"} | ({"loss.router_z"} if config.gate == "learned" else set())
+
+
+FAMILY = register(
+    Family(
+        MoEConfig,
+        build,
+        task="classification",
+        tiny=dict(width=8, depth=1, heads=2, hidden=8, experts=2),
+        rules=_rules,
+        uses=_uses,
+        apart=("experts", "least"),
+    )
+)

@@ -6,18 +6,39 @@ forms have the same blocks, so a trained static twin's parameters go under the w
 Letters: B examples, H W pixels, C channels, K classes.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from dynjax.config import UNetConfig
 from dynjax.core.controls import RandomGate
 from dynjax.core.gates import BranchGate, SampleGate, TileGate
+from dynjax.models import rules
 from dynjax.models.blocks import Block, Mix, PlainBlock, gather_pixels, pixels
+from dynjax.models.registry import BUDGET, Family, budgeted, filled, register
+from dynjax.models.rules import LARGEST_SIDE, Rule
 from dynjax.ops import Select, Skip, Tiles, dynamize
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """A residual U-Net and the dynamics put into it."""
+
+    family: Literal["unet"] = "unet"
+    widths: tuple[int, ...] = (32, 48, 64, 96)
+    """Channels of each level, finest first."""
+    blocks: tuple[int, ...] = (1, 1, 1, 1)
+    """Residual blocks of each level, in the encoder and again in the decoder."""
+    stem_stride: int = 2
+    """The finest level works at 1/stem_stride of the picture."""
+    dynamics: Literal["static", "tiles", "skip", "select"] = "static"
+    gate: Literal["learned", "random"] = "learned"
+    tiles: tuple[int, ...] = (16, 8, 8)
+    """Side of a tile at each level, in pixels of that level's map; levels beyond stay static."""
 
 
 class Merge(nnx.Module):
@@ -107,8 +128,7 @@ def build(config: UNetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: 
     `twin_params`: variables of a static twin, which go under the wrappers.
     """
     model = UNet(num_classes, config.widths, config.blocks, config.stem_stride, rngs=rngs)
-    if twin_params is not None:
-        nnx.update(model, twin_params)
+    filled(model, twin_params)
     return model if config.dynamics == "static" else adaptive(model, config, rngs=rngs)
 
 
@@ -148,3 +168,32 @@ def adaptive(model: UNet, config: UNetConfig, *, rngs: nnx.Rngs) -> nnx.Module:
 
     patterns = {rf"(encoder|decoder)/{level}/\d+": wrap(size) for level, size in enumerate(config.tiles)}
     return dynamize(model, patterns, rngs=rngs)
+
+
+def _rules(config: UNetConfig) -> Iterator[Rule]:
+    yield from rules.levels(config.widths, config.blocks, "level")
+    yield from rules.one_of("stem_stride", config.stem_stride, 1, 2, 4)
+    if config.dynamics == "skip":
+        yield from rules.has_blocks(config.blocks, "skip")
+    if config.dynamics not in ("tiles", "select"):
+        return
+    levels, tiles = len(config.widths), config.tiles
+    yield Rule("tiles", tiles, 1 <= len(tiles) <= levels, f"one side for each of the first 1 to {levels} levels")
+    yield from rules.each(config, "tiles", 1, LARGEST_SIDE)
+    blocks = config.blocks[: len(tiles)]
+    yield Rule(
+        "blocks", config.blocks, all(blocks), f"1 or more in the levels that have tiles, the first {len(blocks)}"
+    )
+
+
+FAMILY = register(
+    Family(
+        UNetConfig,
+        build,
+        task="segmentation",
+        tiny=dict(widths=(8, 12), blocks=(1, 0), tiles=(4,)),
+        rules=_rules,
+        uses=lambda config: BUDGET | {"loss.load_balance"} if config.dynamics == "select" else budgeted(config),
+        apart=("tiles",),
+    )
+)

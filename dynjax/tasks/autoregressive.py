@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dynjax.config import ModelConfig
 from dynjax.core import budget
 from dynjax.models.likelihoods import Likelihood, quantise
 from dynjax.ops.sampling import Autoregressive
@@ -29,9 +28,8 @@ class OfIntegers(Autoregressive, Protocol):
     def classes(self) -> int: ...
 
 
-def uses(model: ModelConfig) -> set[str]:
-    """Options of the loss and the budget that training looks at: none, the loss is the bits."""
-    return set()
+USES: frozenset[str] = frozenset()
+"""Options of the loss that the task looks at, whatever the model."""
 
 
 def integers(model: OfIntegers, image: Array) -> Array:

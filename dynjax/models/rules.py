@@ -1,0 +1,108 @@
+"""What the fields of a configuration may be, in rules that several families share.
+
+A rule after another may take it that all before it hold: they are asked in turn, and the first that does not is told.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from dynjax.config import UserError
+
+WIDEST = 65536
+"""Channels or features of a layer, at most."""
+DEEPEST = 1000
+"""Layers, blocks, steps or experts, at most."""
+HALVINGS = 10
+"""How often a resolution may be halved."""
+LARGEST_SIDE = 16384
+"""Pixels of a side of the pictures that a model works at."""
+
+
+class Rule(NamedTuple):
+    """A field, its value, whether that is right (False too for nan), and what it must be."""
+
+    field: str
+    value: object
+    good: bool
+    wanted: str
+
+
+def refuse(rules: Iterable[Rule], option: str) -> None:
+    """Raises UserError for the first rule that does not hold, naming its field as an option; `option` goes before."""
+    for name, value, good, wanted in rules:
+        if not good:
+            told = (" ".join(map(str, value)) or "empty") if isinstance(value, tuple) else value
+            raise UserError(f"--{(option + name).replace('_', '-')} is {told}: it must be {wanted}")
+
+
+def within(part: str, rules: Iterable[Rule]) -> Iterator[Rule]:
+    """Rules of a configuration that is the field `part` of another one."""
+    for name, value, good, wanted in rules:
+        yield Rule(f"{part}.{name}", value, good, wanted.replace("--model.", f"--model.{part}."))
+
+
+def between(config: object, names: str, least: int, most: int) -> Iterator[Rule]:
+    for name in names.split():
+        value = getattr(config, name)
+        yield Rule(name, value, least <= value <= most, f"from {least} to {most}")
+
+
+def each(config: object, name: str, least: int, most: int) -> Iterator[Rule]:
+    values = getattr(config, name)
+    yield Rule(name, values, all(least <= value <= most for value in values), f"each from {least} to {most}")
+
+
+def levels(widths: tuple[int, ...], blocks: tuple[int, ...], level: str) -> Iterator[Rule]:
+    """Of fields `widths` and `blocks`, with a number for each `level`."""
+    many, most = len(widths), HALVINGS + 1
+    yield Rule("widths", widths, many >= 1, f"one number of channels for each {level}")
+    yield Rule("widths", widths, all(1 <= width <= WIDEST for width in widths), f"each from 1 to {WIDEST}")
+    yield Rule("widths", widths, many <= most, f"of at most {most} {level}s: each halves the picture")
+    wanted = f"one number for each {level}, of which --model.widths has {many}"
+    yield Rule("blocks", blocks, len(blocks) == many, wanted)
+    yield Rule("blocks", blocks, all(0 <= count <= DEEPEST for count in blocks), f"each from 0 to {DEEPEST}")
+
+
+def one_of(name: str, value: int, *allowed: int) -> Iterator[Rule]:
+    *others, last = map(str, allowed)
+    yield Rule(name, value, value in allowed, f"{', '.join(others)} or {last}")
+
+
+def has_blocks(blocks: tuple[int, ...], dynamics: str) -> Iterator[Rule]:
+    yield Rule("blocks", blocks, any(blocks), f"1 or more in one of them: {dynamics} needs blocks")
+
+
+def doubled(config: object, names: str, scales: int) -> Iterator[Rule]:
+    """Of families whose every coarser scale has twice the channels."""
+    for name in names.split():
+        value, most = getattr(config, name), WIDEST >> (scales - 1)
+        yield Rule(name, value, value <= most, f"at most {most}: it doubles with each of the {scales} scales")
+
+
+def heads_share(name: str, features: int, heads: int) -> Iterator[Rule]:
+    yield Rule(name, features, features % heads == 0, f"a multiple of --model.heads, which is {heads}")
+
+
+def not_negative(name: str, value: float) -> Iterator[Rule]:
+    yield Rule(name, value, 0 <= value < math.inf, "0 or more")
+
+
+def picture(shape: tuple[int, ...]) -> Iterator[Rule]:
+    """Of a field `shape` of pictures."""
+    yield Rule("shape", shape, len(shape) == 3, "height, width and channels")
+    height, width, channels = shape
+    sides = 1 <= height <= LARGEST_SIDE and 1 <= width <= LARGEST_SIDE
+    yield Rule("shape", shape, sides, f"height, width and channels, the sides from 1 to {LARGEST_SIDE}")
+    yield Rule("shape", shape, channels in (1, 3), "height, width and channels, of which there are 1 or 3")
+
+
+def drawn(shape: tuple[int, ...], values: int, likelihood: str, components: int, embed: bool = False) -> Iterator[Rule]:
+    """Of families that draw pictures."""
+    yield from picture(shape)
+    yield Rule("values", values, 2 <= values <= 256, "from 2 to 256")
+    yield Rule("components", components, 1 <= components <= DEEPEST, f"from 1 to {DEEPEST}")
+    channels = shape[2]
+    one = likelihood != "categorical" or channels == 1
+    yield Rule("likelihood", likelihood, one, f"logistic for {channels} channels: categorical has one")
+    yield Rule("embed", embed, not embed or channels == 1, f"False for {channels} channels: a name has one")
