@@ -25,8 +25,9 @@ def bases() -> dict[str, ModelConfig]:
     found = {}
     for row in rows.ROWS.values():
         model = rows.tiny(row()).model
-        prior = model.prior if model.family == "codes" else model
-        name = f"{models.describe(model)} {prior.family} {prior.gate} {models.task_of(model)}"
+        parts = [each for each in vars(model).values() if dataclasses.is_dataclass(each)]
+        name = f"{models.describe(model)} {models.task_of(model)} {[part.family for part in parts]}"
+        name += " random" * ("random" in repr(model))
         found.setdefault(name, model)
     return found
 

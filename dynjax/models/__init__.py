@@ -18,9 +18,13 @@ from dynjax.models.registry import (
 )
 
 from dynjax.models import (  # isort: skip
+    backbones,
     codes,
+    dense,
     dynamicconvnet,
+    dynamics,
     halting,
+    heads,
     moe,
     msdnet,
     nextscale,
@@ -29,6 +33,5 @@ from dynjax.models import (  # isort: skip
     ranet,
     resnet,
     routed,
-    unet,
     vqvae,
 )

@@ -5,7 +5,7 @@ Letters: B examples, H W pixels, h w places of the grid of codes, V codes, P par
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Generic, Literal, TypeVar
 
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
@@ -16,21 +16,6 @@ from dynjax.models.likelihoods import Likelihood, OfIntegers, Predicts
 from dynjax.models.registry import Family, register
 from dynjax.models.rules import Rule
 from dynjax.models.vqvae import VQVAEConfig
-
-
-@runtime_checkable
-class PriorConfig(ModelConfig, Protocol):
-    """Of a family that can draw codes: fields that follow from the VQ-VAE, whatever stands there."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]: ...
-    @property
-    def values(self) -> int: ...
-    @property
-    def likelihood(self) -> str: ...
-    @property
-    def embed(self) -> bool: ...
-
 
 Prior = TypeVar("Prior", bound=ModelConfig)
 
@@ -121,8 +106,8 @@ def _prior(config: CodesConfig[Prior]) -> Prior:
 
 def _rules(config: CodesConfig) -> Iterator[Rule]:
     yield from rules.within("vqvae", registry.rules_of(config.vqvae))
-    draws = isinstance(config.prior, PriorConfig)
-    yield Rule("prior.family", config.prior.family, draws, "a family that draws codes (with a field embed)")
+    draws = "embed" in config.prior.__dataclass_fields__
+    yield Rule("prior.family", config.prior.family, draws, "a family that draws codes (with an option embed)")
     # Any number of codes goes, and not only as many as a byte has values.
     yield from rules.within("prior", registry.rules_of(dataclasses.replace(_prior(config), values=2)))
 

@@ -156,11 +156,11 @@ def _convolution(kind: str, config: DynamicConvNetConfig) -> Convolution:
 
 
 def _rules(config: DynamicConvNetConfig) -> Iterator[Rule]:
-    yield from rules.levels(config.widths, config.blocks, "stage")
+    yield from rules.levels(config, "stage")
     yield from rules.one_of("stem_stride", config.stem_stride, 1, 2)
     if config.dynamics != "static":
         yield from rules.has_blocks(config.blocks, config.dynamics)
-        yield from rules.between(config, "kernels", 1, DEEPEST)
+        yield from rules.between(config, kernels=DEEPEST)
     has_weights = config.gate != "random" or config.dynamics not in ("involution", "ddf")
     yield Rule("gate", config.gate, has_weights, f"learned: {config.dynamics} has no weights to draw, only filters")
 
@@ -169,7 +169,6 @@ FAMILY = register(
     Family(
         DynamicConvNetConfig,
         build,
-        task="classification",
         tiny=dict(widths=(4, 8), blocks=(1, 1), kernels=2),
         rules=_rules,
         apart=("kernels",),

@@ -142,11 +142,11 @@ def build(config: HaltConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: 
 
 
 def _rules(config: HaltConfig) -> Iterator[Rule]:
-    yield from rules.between(config, "channels", 1, WIDEST)
-    yield from rules.between(config, "halvings", 0, HALVINGS)
-    yield from rules.between(config, "steps", 1, DEEPEST)
+    yield from rules.between(config, channels=WIDEST)
+    yield from rules.between(config, 0, halvings=HALVINGS)
+    yield from rules.between(config, steps=DEEPEST)
     if config.dynamics == "sact":
-        yield from rules.between(config, "tile", 1, LARGEST_SIDE)
+        yield from rules.between(config, tile=LARGEST_SIDE)
 
 
 def _uses(config: HaltConfig) -> frozenset[str]:
@@ -156,13 +156,5 @@ def _uses(config: HaltConfig) -> frozenset[str]:
 
 
 FAMILY = register(
-    Family(
-        HaltConfig,
-        build,
-        task="classification",
-        tiny=dict(channels=4, halvings=0, steps=2),
-        rules=_rules,
-        uses=_uses,
-        apart=("tile",),
-    )
+    Family(HaltConfig, build, tiny=dict(channels=4, halvings=0, steps=2), rules=_rules, uses=_uses, apart=("tile",))
 )

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dynjax.core.gates import log_entropy
+from dynjax.ops.sampling import Autoregressive
 
 Noise = dict[str, Array]
 """Arrays whose first axes are those of the pixels."""
@@ -153,21 +154,14 @@ Likelihood = Categorical | Logistic
 
 
 @runtime_checkable
-class OfIntegers(Protocol):
-    """A model whose likelihood says how probable pictures of integers are."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of the pictures."""
-
-    @property
-    def classes(self) -> int:
-        """Number of labels that pictures can be asked for by; 0 for none."""
+class OfIntegers(Autoregressive, Protocol):
+    """A model whose likelihood says how probable integers are."""
 
     @property
     def likelihood(self) -> Likelihood: ...
 
-    def __call__(self, x: Array, label: Array | None = None, /) -> Array: ...
+    @property
+    def classes(self) -> int: ...
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, UInt8
 from dynjax.models import rules
 from dynjax.models.blocks import pixels
 from dynjax.models.registry import BUDGET, Family, register
-from dynjax.models.rules import DEEPEST, WIDEST, Rule
+from dynjax.models.rules import DEEPEST, WIDEST, OfExperts, Rule
 from dynjax.ops import Experts, RandomRouter, Router
 
 
@@ -94,11 +94,15 @@ def mlp(config: MoEConfig, *, rngs: nnx.Rngs) -> nnx.Sequential | Experts:
         hidden = config.top * config.hidden
         up, down = nnx.Linear(config.width, hidden, rngs=rngs), nnx.Linear(hidden, config.width, rngs=rngs)
         return nnx.Sequential(up, nnx.gelu, down)
-    if config.gate == "random":
-        router: RandomRouter | Router = RandomRouter(config.experts, top=config.top, least=config.least, rngs=rngs)
-    else:
-        router = Router(config.width, config.experts, top=config.top, least=config.least, rngs=rngs)
+    router = make_router(config, config.width, rngs=rngs)
     return Experts(config.width, config.hidden, config.experts, gate=router, rngs=rngs)
+
+
+def make_router(config: OfExperts, features: int, *, rngs: nnx.Rngs) -> RandomRouter | Router:
+    """What chooses experts for tokens of `features` numbers."""
+    if config.gate == "random":
+        return RandomRouter(config.experts, top=config.top, least=config.least, rngs=rngs)
+    return Router(features, config.experts, top=config.top, least=config.least, rngs=rngs)
 
 
 def patches_of(x: Float[Array, "B H W D"], side: int) -> Float[Array, "B h w E"]:
@@ -153,20 +157,16 @@ def build(config: MoEConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: n
 
 
 def _rules(config: MoEConfig) -> Iterator[Rule]:
-    yield from rules.between(config, "patch", 1, 1024)
-    yield from rules.between(config, "width hidden", 1, WIDEST)
-    yield from rules.between(config, "depth heads experts top least", 1, DEEPEST)
+    yield from rules.between(config, patch=1024, width=WIDEST, hidden=WIDEST)
+    yield from rules.between(config, **dict.fromkeys(("depth", "heads", "experts", "top", "least"), DEEPEST))
     yield Rule("width", config.width, config.width % 4 == 0, "a multiple of 4")
     yield from rules.heads_share("width", config.width, config.heads)
     if config.dynamics == "experts":
-        fits = config.top <= config.experts
-        yield Rule("top", config.top, fits, f"at most --model.experts, which is {config.experts}")
-        yield Rule("least", config.least, config.least <= config.top, f"at most --model.top, which is {config.top}")
+        yield from rules.routed(config)
 
 
-def _uses(config: MoEConfig) -> frozenset[str]:
-    if config.dynamics == "static":
-        return frozenset()
+def router_uses(config: OfExperts) -> frozenset[str]:
+    """Options that training with experts looks at."""
     return BUDGET | {"loss.load_balance"} | ({"loss.router_z"} if config.gate == "learned" else set())
 
 
@@ -174,10 +174,9 @@ FAMILY = register(
     Family(
         MoEConfig,
         build,
-        task="classification",
         tiny=dict(width=8, depth=1, heads=2, hidden=8, experts=2),
         rules=_rules,
-        uses=_uses,
+        uses=lambda config: frozenset() if config.dynamics == "static" else router_uses(config),
         apart=("experts", "least"),
     )
 )

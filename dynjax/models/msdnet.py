@@ -129,9 +129,9 @@ def build(
 
 
 def _rules(config: MSDNetConfig) -> Iterator[Rule]:
-    yield from rules.between(config, "scales", 1, HALVINGS + 1)
-    yield from rules.between(config, "channels growth", 1, WIDEST)
-    yield from rules.between(config, "blocks base step", 1, DEEPEST)
+    yield from rules.between(
+        config, scales=HALVINGS + 1, channels=WIDEST, growth=WIDEST, blocks=DEEPEST, base=DEEPEST, step=DEEPEST
+    )
     halves = config.scales == 1 or config.growth >= 2
     yield Rule("growth", config.growth, halves, "at least 2: a scale takes half of it from the next finer one")
     yield from rules.doubled(config, "channels growth", config.scales)
@@ -141,7 +141,6 @@ FAMILY = register(
     Family(
         MSDNetConfig,
         build,
-        task="classification",
         tiny=dict(scales=2, channels=4, growth=2, blocks=2, base=1, step=1),
         rules=_rules,
         uses=lambda config: frozenset() if config.dynamics == "static" else SOLVED,

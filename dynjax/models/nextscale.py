@@ -322,17 +322,16 @@ def build(
 
 
 def _rules(config: NextScaleConfig) -> Iterator[Rule]:
-    yield from rules.drawn(config.shape, config.values, config.likelihood, config.components)
-    yield from rules.between(config, "scales", 2, HALVINGS + 1)
+    yield from rules.drawn(config)
+    yield from rules.between(config, 2, scales=HALVINGS + 1)
     height, width, _ = config.shape
     fits = 2**config.scales <= min(height, width)
     wanted = f"so few that the coarsest of {height}x{width} pixels has 2 rows and columns"
     yield Rule("scales", config.scales, fits, wanted)
-    yield from rules.between(config, "coarse_features features plain", 1, WIDEST)
-    yield from rules.between(config, "coarse_layers", 1, DEEPEST)
-    yield from rules.between(config, "blocks", 0, DEEPEST)
-    yield from rules.between(config, "reach", 0, 64)
-    yield from rules.between(config, "tile", 1, LARGEST_SIDE)
+    yield from rules.between(config, coarse_features=WIDEST, features=WIDEST, plain=WIDEST, coarse_layers=DEEPEST)
+    yield from rules.between(config, 0, blocks=DEEPEST)
+    yield from rules.between(config, 0, reach=64)
+    yield from rules.between(config, tile=LARGEST_SIDE)
 
 
 def _tiny(config: NextScaleConfig) -> dict[str, object]:

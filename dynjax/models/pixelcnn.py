@@ -241,9 +241,8 @@ def build(
 
 
 def _rules(config: PixelCNNConfig) -> Iterator[Rule]:
-    yield from rules.drawn(config.shape, config.values, config.likelihood, config.components, config.embed)
-    yield from rules.between(config, "features", 1, WIDEST)
-    yield from rules.between(config, "layers", 1, DEEPEST)
+    yield from rules.drawn(config, config.embed)
+    yield from rules.between(config, features=WIDEST, layers=DEEPEST)
 
 
 FAMILY = register(

@@ -292,9 +292,8 @@ def build(
 
 
 def _rules(config: PixelTransformerConfig) -> Iterator[Rule]:
-    yield from rules.drawn(config.shape, config.values, config.likelihood, config.components, config.embed)
-    yield from rules.between(config, "features", 1, WIDEST)
-    yield from rules.between(config, "layers heads", 1, DEEPEST)
+    yield from rules.drawn(config, config.embed)
+    yield from rules.between(config, features=WIDEST, layers=DEEPEST, heads=DEEPEST)
     yield from rules.heads_share("features", config.features, config.heads)
     if config.dynamics == "exits":
         yield Rule("layers", config.layers, config.layers >= 2, "at least 2: exits are between them")

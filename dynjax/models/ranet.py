@@ -196,10 +196,9 @@ def build(config: RANetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params:
 
 
 def _rules(config: RANetConfig) -> Iterator[Rule]:
-    yield from rules.between(config, "scales", 1, HALVINGS + 1)
-    yield from rules.between(config, "channels", 1, WIDEST)
-    yield from rules.between(config, "growth", 4, WIDEST)  # a quarter of it comes from the coarser sub-network
-    yield from rules.between(config, "blocks layers step", 1, DEEPEST)
+    yield from rules.between(config, scales=HALVINGS + 1, channels=WIDEST)
+    yield from rules.between(config, 4, growth=WIDEST)  # a quarter of it comes from the coarser sub-network
+    yield from rules.between(config, blocks=DEEPEST, layers=DEEPEST, step=DEEPEST)
     yield from rules.doubled(config, "channels growth", config.scales)
 
 
@@ -207,7 +206,6 @@ FAMILY = register(
     Family(
         RANetConfig,
         build,
-        task="classification",
         tiny=dict(scales=2, channels=4, growth=4, blocks=1, step=1, layers=1),
         rules=_rules,
         uses=lambda config: frozenset() if config.dynamics == "static" else SOLVED,

@@ -40,11 +40,11 @@ class Family(Generic[C]):
     """The class of its configurations: a frozen dataclass, whose field `family` has the name as default."""
     build: Callable[..., nnx.Module]
     """`(config, classes, *, rngs, twin_params=None)`: the model, with the variables of a static twin where given."""
-    task: str | Callable[[C], str] = ""
+    task: str | Callable[[C], str] = "classification"
     """Name of the task that it is for (see `dynjax.tasks`)."""
     tiny: Mapping[str, object] | Callable[[C], Mapping[str, object]] = dataclasses.field(default_factory=dict)
     """Fields of its smallest form, which trains in seconds."""
-    rules: Callable[..., Iterator[Rule]] = lambda config: iter(())
+    rules: Callable[..., Iterator[Rule]] = lambda *_: iter(())
     """`(config)`: which values make sense."""
     uses: Callable[[C], frozenset[str]] = lambda config: frozenset()
     """Options that its training looks at beside those of its task, such as "budget.target" or "loss.ponder"."""
@@ -139,16 +139,20 @@ def base_of(config: ModelConfig) -> ModelConfig:
     return family_of(config).base(config)
 
 
-def difference(there: ModelConfig, here: ModelConfig) -> str:
+def difference(there: ModelConfig, here: ModelConfig, option: str = "model") -> str:
     """Why two configurations have no static twin in common, in words; empty where they have."""
     here = base_of(here)
     if type(there) is not type(here):
-        return f"model.family is {there.family} there and {here.family} here"
+        return f"{option}.family is {there.family} there and {here.family} here"
     apart = ("dynamics", "gate", *family_of(here).apart)
     for field in dataclasses.fields(here):
         theirs, ours = getattr(there, field.name), getattr(here, field.name)
-        if theirs != ours and field.name not in apart:
-            return f"model.{field.name} is {theirs} there and {ours} here"
+        if theirs == ours or field.name in apart:
+            continue
+        if not (isinstance(theirs, ModelConfig) and isinstance(ours, ModelConfig)):
+            return f"{option}.{field.name} is {theirs} there and {ours} here"
+        if found := difference(theirs, ours, f"{option}.{field.name}"):
+            return found
     return ""
 
 
@@ -163,7 +167,10 @@ def check(config: ModelConfig, option: str = "model.") -> None:
 
 def rules_of(config: ModelConfig, *others: ModelConfig) -> Iterator[Rule]:
     """The rules of the configuration's family, and of a part those that tie it to other parts."""
-    return family_of(config).rules(config, *others)
+    gate = vars(config).get("gate")
+    controls = gate != "random" or vars(config).get("dynamics") != "static"
+    yield Rule("gate", gate, controls, "learned: random is a control of dynamics, and there are none")
+    yield from family_of(config).rules(config, *others)
 
 
 def _choices(config: ModelConfig, prefix: str) -> Iterator[Rule]:

@@ -197,13 +197,13 @@ def adaptive(model: ResNet, config: ResNetConfig, num_classes: int, *, rngs: nnx
 
 
 def _rules(config: ResNetConfig) -> Iterator[Rule]:
-    yield from rules.levels(config.widths, config.blocks, "stage")
+    yield from rules.levels(config, "stage")
     yield from rules.one_of("stem_stride", config.stem_stride, 1, 2)
     if config.dynamics not in ("static", "exits"):
         yield from rules.has_blocks(config.blocks, config.dynamics)
     wide = [width for width, count in zip(config.widths, config.blocks, strict=True) if count]
     if config.dynamics in ("channels", "slices"):
-        yield from rules.between(config, "groups", 1, min(wide, default=1))
+        yield from rules.between(config, groups=min(wide, default=1))
     if config.dynamics == "channels":
         divides = all(width % config.groups == 0 for width in wide)
         wanted = f"a divisor of all --model.widths {' '.join(map(str, config.widths))}"
@@ -225,7 +225,6 @@ FAMILY = register(
     Family(
         ResNetConfig,
         build,
-        task="classification",
         tiny=dict(widths=(4, 8), blocks=(1, 1), groups=2),
         rules=_rules,
         uses=_uses,

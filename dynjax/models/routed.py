@@ -20,10 +20,9 @@ from jaxtyping import Array, Float, UInt8
 from dynjax.core.controls import SampledPaths
 from dynjax.core.gates import PathGate
 from dynjax.models import rules
-from dynjax.models.blocks import gather_pixels, pixels
+from dynjax.models.blocks import gather_pixels, pixels, repeat_pixels, spread_pixels
 from dynjax.models.registry import Family, budgeted, filled, register
 from dynjax.models.rules import DEEPEST, HALVINGS, WIDEST, Rule
-from dynjax.models.unet import repeat_pixels, spread_pixels
 from dynjax.ops import Cell, Supernet
 
 
@@ -206,9 +205,8 @@ def build(
 
 
 def _rules(config: RoutedConfig) -> Iterator[Rule]:
-    yield from rules.between(config, "channels", 1, WIDEST)
-    yield from rules.between(config, "scales", 1, HALVINGS + 1)
-    yield from rules.between(config, "layers", config.scales, DEEPEST)  # each layer reaches one scale more
+    yield from rules.between(config, channels=WIDEST, scales=HALVINGS + 1)
+    yield from rules.between(config, config.scales, layers=DEEPEST)  # each layer reaches one scale more
     yield from rules.one_of("stem_stride", config.stem_stride, 1, 2, 4)
     yield from rules.doubled(config, "channels", config.scales)
     control = config.gate != "random" or config.dynamics not in ("single", "sandwich")

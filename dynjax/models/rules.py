@@ -3,9 +3,8 @@
 A rule after another may take it that all before it hold: they are asked in turn, and the first that does not is told.
 """
 
-import math
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from dynjax.config import UserError
 
@@ -17,6 +16,40 @@ HALVINGS = 10
 """How often a resolution may be halved."""
 LARGEST_SIDE = 16384
 """Pixels of a side of the pictures that a model works at."""
+
+
+@runtime_checkable
+class InLevels(Protocol):
+    """A configuration with a number of channels, and one of blocks, for each level or stage."""
+
+    @property
+    def widths(self) -> tuple[int, ...]: ...
+    @property
+    def blocks(self) -> tuple[int, ...]: ...
+
+
+@runtime_checkable
+class OfExperts(Protocol):
+    """A configuration of tokens that take up to `top` of so many experts, and at least `least`."""
+
+    @property
+    def experts(self) -> int: ...
+    @property
+    def top(self) -> int: ...
+    @property
+    def least(self) -> int: ...
+    @property
+    def gate(self) -> str: ...
+
+
+@runtime_checkable
+class OfPictures(Protocol):
+    """The configuration of a family that draws pictures."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def likelihood(self) -> str: ...
 
 
 class Rule(NamedTuple):
@@ -42,26 +75,24 @@ def within(part: str, rules: Iterable[Rule]) -> Iterator[Rule]:
         yield Rule(f"{part}.{name}", value, good, wanted.replace("--model.", f"--model.{part}."))
 
 
-def between(config: object, names: str, least: int, most: int) -> Iterator[Rule]:
-    for name in names.split():
+def between(config: object, at_least: int = 1, **most: int) -> Iterator[Rule]:
+    """Of fields that are a number, or several, each from `at_least` to the field's `most`."""
+    for name, largest in most.items():
         value = getattr(config, name)
-        yield Rule(name, value, least <= value <= most, f"from {least} to {most}")
+        each = value if isinstance(value, tuple) else (value,)
+        wanted = f"{'each ' if isinstance(value, tuple) else ''}from {at_least} to {largest}"
+        yield Rule(name, value, all(at_least <= one <= largest for one in each), wanted)
 
 
-def each(config: object, name: str, least: int, most: int) -> Iterator[Rule]:
-    values = getattr(config, name)
-    yield Rule(name, values, all(least <= value <= most for value in values), f"each from {least} to {most}")
-
-
-def levels(widths: tuple[int, ...], blocks: tuple[int, ...], level: str) -> Iterator[Rule]:
+def levels(config: InLevels, level: str) -> Iterator[Rule]:
     """Of fields `widths` and `blocks`, with a number for each `level`."""
-    many, most = len(widths), HALVINGS + 1
-    yield Rule("widths", widths, many >= 1, f"one number of channels for each {level}")
-    yield Rule("widths", widths, all(1 <= width <= WIDEST for width in widths), f"each from 1 to {WIDEST}")
-    yield Rule("widths", widths, many <= most, f"of at most {most} {level}s: each halves the picture")
+    many, most = len(config.widths), HALVINGS + 1
+    yield Rule("widths", config.widths, many >= 1, f"one number of channels for each {level}")
+    yield from between(config, widths=WIDEST)
+    yield Rule("widths", config.widths, many <= most, f"of at most {most} {level}s: each halves the picture")
     wanted = f"one number for each {level}, of which --model.widths has {many}"
-    yield Rule("blocks", blocks, len(blocks) == many, wanted)
-    yield Rule("blocks", blocks, all(0 <= count <= DEEPEST for count in blocks), f"each from 0 to {DEEPEST}")
+    yield Rule("blocks", config.blocks, len(config.blocks) == many, wanted)
+    yield from between(config, 0, blocks=DEEPEST)
 
 
 def one_of(name: str, value: int, *allowed: int) -> Iterator[Rule]:
@@ -84,10 +115,6 @@ def heads_share(name: str, features: int, heads: int) -> Iterator[Rule]:
     yield Rule(name, features, features % heads == 0, f"a multiple of --model.heads, which is {heads}")
 
 
-def not_negative(name: str, value: float) -> Iterator[Rule]:
-    yield Rule(name, value, 0 <= value < math.inf, "0 or more")
-
-
 def picture(shape: tuple[int, ...]) -> Iterator[Rule]:
     """Of a field `shape` of pictures."""
     yield Rule("shape", shape, len(shape) == 3, "height, width and channels")
@@ -97,12 +124,18 @@ def picture(shape: tuple[int, ...]) -> Iterator[Rule]:
     yield Rule("shape", shape, channels in (1, 3), "height, width and channels, of which there are 1 or 3")
 
 
-def drawn(shape: tuple[int, ...], values: int, likelihood: str, components: int, embed: bool = False) -> Iterator[Rule]:
+def routed(config: OfExperts) -> Iterator[Rule]:
+    """Of fields `experts`, `top` and `least`."""
+    yield Rule("top", config.top, config.top <= config.experts, f"at most --model.experts, which is {config.experts}")
+    yield Rule("least", config.least, config.least <= config.top, f"at most --model.top, which is {config.top}")
+
+
+def drawn(config: OfPictures, embed: bool = False) -> Iterator[Rule]:
     """Of families that draw pictures."""
-    yield from picture(shape)
-    yield Rule("values", values, 2 <= values <= 256, "from 2 to 256")
-    yield Rule("components", components, 1 <= components <= DEEPEST, f"from 1 to {DEEPEST}")
-    channels = shape[2]
-    one = likelihood != "categorical" or channels == 1
-    yield Rule("likelihood", likelihood, one, f"logistic for {channels} channels: categorical has one")
+    yield from picture(config.shape)
+    yield from between(config, 2, values=256)
+    yield from between(config, components=DEEPEST)
+    channels = config.shape[2]
+    one = config.likelihood != "categorical" or channels == 1
+    yield Rule("likelihood", config.likelihood, one, f"logistic for {channels} channels: categorical has one")
     yield Rule("embed", embed, not embed or channels == 1, f"False for {channels} channels: a name has one")

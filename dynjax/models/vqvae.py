@@ -4,6 +4,7 @@ Letters: B examples, H W pixels, h w places of the grid, D numbers of a vector, 
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -167,14 +168,14 @@ def build(config: VQVAEConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params:
 
 def _rules(config: VQVAEConfig) -> Iterator[Rule]:
     yield from rules.picture(config.shape)
-    yield from rules.between(config, "halvings", 0, HALVINGS)
+    yield from rules.between(config, 0, halvings=HALVINGS)
     (height, width, _), step = config.shape, 2**config.halvings
     whole = height % step == 0 and width % step == 0
     yield Rule("halvings", config.halvings, whole, f"such that {height}x{width} pixels can be halved so often")
-    yield from rules.between(config, "codes", 2, WIDEST)
-    yield from rules.between(config, "code_features features", 1, WIDEST)
-    yield from rules.between(config, "blocks", 0, DEEPEST)
-    yield from rules.not_negative("commitment", config.commitment)
+    yield from rules.between(config, 2, codes=WIDEST)
+    yield from rules.between(config, code_features=WIDEST, features=WIDEST)
+    yield from rules.between(config, 0, blocks=DEEPEST)
+    yield Rule("commitment", config.commitment, 0 <= config.commitment < math.inf, "0 or more")
 
 
 FAMILY = register(

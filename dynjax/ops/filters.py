@@ -58,7 +58,7 @@ class Involution(nnx.Module):
             raise ValueError(f"group_channels={group_channels} must divide in_features={in_features}")
         self.groups, hidden = in_features // group_channels, max(in_features // reduction, 1)
         self.reduce = nnx.Linear(in_features, hidden, use_bias=False, rngs=rngs)
-        # As in models/unet.py: short trainings need statistics that follow sooner than flax's default.
+        # As in models/blocks.py: short trainings need statistics that follow sooner than flax's default.
         self.norm = nnx.BatchNorm(hidden, momentum=0.95, rngs=rngs)
         self.span = nnx.Linear(hidden, self.kernel_size[0] * self.kernel_size[1] * self.groups, rngs=rngs)
         self.project = _projection(in_features, out_features, rngs)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 from dynjax.config import BudgetConfig, LossConfig
 from dynjax.core import budget, trace
 from dynjax.core.decision import Decision
+from dynjax.models.likelihoods import Predicts
 from dynjax.ops.attention import annealed_temperature, set_temperature
 from dynjax.ops.halting import geometric_prior, halting_distribution, kl_to_prior
 from dynjax.ops.policy import PolicySkip, blockdrop_reward, log_probability, reinforce_loss, set_curriculum
@@ -95,7 +96,7 @@ class ClassificationTask:
         spent: dict[str, Any] = {"macs_fraction": 1.0}
         more: dict[str, Array] = {}
         budget_loss: Array | float = 0.0
-        if hasattr(model, "predictions"):
+        if isinstance(model, Predicts):
             outputs, decisions = trace.traced(lambda model, image: model.predictions(image))(model, image)
             losses = self._each(outputs, label)
             if decisions.decisions:
