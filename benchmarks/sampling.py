@@ -105,7 +105,7 @@ def main(raw: list[str]) -> None:
     parser.add_argument("--windows", type=int, nargs="*", default=[2, 3], help="further windows to time")
     arguments = parser.parse_args(raw)
     config, model, step = tables.trained(arguments.workdir, "mnist_pixelcnn", "data/mnist")
-    if not models.generates(config.model):
+    if models.task_of(config.model) != "autoregressive":
         raise UserError(f"--workdir {arguments.workdir}: row {config.row} draws no pictures")
     where = tables.machine()
     print(f"{where}, jax {jax.__version__}; {config.row}, step {step}", file=sys.stderr)

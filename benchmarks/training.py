@@ -15,9 +15,8 @@ from flax import nnx
 
 from benchmarks import tables
 from benchmarks.executors import median_ms
-from dynjax import budget
+from dynjax import budget, models
 from dynjax.config import Config
-from dynjax.models import unet
 from dynjax.run.step import TrainState, make_optimizer, make_step
 from dynjax.tasks.segmentation import SegmentationTask
 from experiments import rows
@@ -29,10 +28,10 @@ CLASSES = 11
 def stepper(config: Config) -> Callable[[], jax.Array]:
     """A function that takes one training step of the row and returns its loss."""
     height, width = config.data.size or (96, 96)
-    model = unet.build(config.model, CLASSES, rngs=nnx.Rngs(0))
+    model = models.build(config.model, CLASSES, rngs=nnx.Rngs(0))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     optimizer = make_optimizer(config, params, budget.gate_filter)
-    spends = None if config.model.dynamics == "static" else config.budget
+    spends = None if models.is_static(config.model) else config.budget
     task = SegmentationTask(CLASSES, tuple(map(str, range(CLASSES))), config.loss, None, spends)
     ema = jax.tree.map(jnp.copy, params)  # the state is donated, so nothing in it may be there twice
     state = TrainState(jnp.int32(0), params, rest, optimizer.init(params), ema, jax.random.key(0))

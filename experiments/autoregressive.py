@@ -11,15 +11,9 @@ Attention among all pixels is dear: the transformers of the larger pictures are 
 
 import dataclasses
 
-from dynjax.config import (
-    AugmentConfig,
-    Config,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PixelCNNConfig,
-    PixelTransformerConfig,
-)
+from dynjax.config import AugmentConfig, Config, LossConfig, ModelConfig, OptimizerConfig
+from dynjax.models.pixelcnn import PixelCNNConfig
+from dynjax.models.pixeltransformer import PixelTransformerConfig
 from experiments import labelled
 from experiments.labelled import Row, make_row
 

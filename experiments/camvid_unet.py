@@ -9,15 +9,22 @@ camvid_small_* is 180x240 and sized for two CPU cores; camvid_unet_* is the prot
 
 import dataclasses
 
-from dynjax.config import AugmentConfig, BudgetConfig, Config, DataConfig, LossConfig, OptimizerConfig, UNetConfig
+from dynjax.config import AugmentConfig, BudgetConfig, Config, DataConfig, LossConfig, OptimizerConfig
+from dynjax.models.backbones.residual import ResidualConfig
+from dynjax.models.dense import DenseConfig, DynamicsConfig, StaticConfig
+from dynjax.models.dynamics.skip import SkipConfig
+from dynjax.models.dynamics.tiles import TilesConfig
+from dynjax.models.heads.unet import UNetHeadConfig
+
+TILES = TilesConfig(tiles=(15, 12, 8))
 
 
-def _dynamic(row: Config, name: str, dynamics: str, **model: object) -> Config:
+def _dynamic(row: Config, name: str, dynamics: DynamicsConfig) -> Config:
     """`row` with dynamics, meant to start from its trained twin: gates learn faster than the rest, over fewer steps."""
     return dataclasses.replace(
         row,
         row=name,
-        model=dataclasses.replace(row.model, dynamics=dynamics, **model),
+        model=dataclasses.replace(row.model, dynamics=dynamics),
         budget=BudgetConfig(target=0.35),
         optimizer=dataclasses.replace(row.optimizer, gate_learning_rate=2.0),
         steps=row.steps * 8 // 15,
@@ -32,7 +39,7 @@ def camvid_small_static() -> Config:
     return Config(
         row="camvid_small_static",
         data=DataConfig(name="camvid", path="data/camvid", size=(180, 240), augment=AugmentConfig(crop=0.6)),
-        model=UNetConfig(widths=(32, 48, 64, 96), tiles=(15, 12, 8)),
+        model=DenseConfig(ResidualConfig(), UNetHeadConfig(), StaticConfig()),
         loss=LossConfig(class_weights="sqrt"),
         optimizer=OptimizerConfig(learning_rate=2e-3),
         steps=1500,
@@ -47,7 +54,7 @@ def camvid_small_tiles() -> Config:
 
     Protocol: 800 steps from camvid_small_static (--init-from); a budget from [0.35, 1] is drawn at every step.
     """
-    return _dynamic(camvid_small_static(), "camvid_small_tiles", "tiles")
+    return _dynamic(camvid_small_static(), "camvid_small_tiles", TILES)
 
 
 def camvid_small_skip() -> Config:
@@ -55,7 +62,7 @@ def camvid_small_skip() -> Config:
 
     Protocol: as camvid_small_tiles.
     """
-    return _dynamic(camvid_small_static(), "camvid_small_skip", "skip")
+    return _dynamic(camvid_small_static(), "camvid_small_skip", SkipConfig())
 
 
 def camvid_small_random() -> Config:
@@ -63,7 +70,7 @@ def camvid_small_random() -> Config:
 
     Protocol: as camvid_small_tiles.
     """
-    return _dynamic(camvid_small_static(), "camvid_small_random", "tiles", gate="random")
+    return _dynamic(camvid_small_static(), "camvid_small_random", dataclasses.replace(TILES, gate="random"))
 
 
 def camvid_small_equal() -> Config:
@@ -72,7 +79,7 @@ def camvid_small_equal() -> Config:
     Protocol: as camvid_small_static. Narrower at every level.
     """
     row = camvid_small_static()
-    model = dataclasses.replace(row.model, widths=(24, 32, 40, 64))
+    model = dataclasses.replace(row.model, backbone=ResidualConfig(widths=(24, 32, 40, 64)))
     return dataclasses.replace(row, row="camvid_small_equal", model=model)
 
 
@@ -86,7 +93,11 @@ def camvid_unet_static() -> Config:
         row,
         row="camvid_unet_static",
         data=dataclasses.replace(row.data, size=(360, 480)),
-        model=dataclasses.replace(row.model, widths=(48, 96, 192, 256), blocks=(1, 2, 2, 2)),
+        model=DenseConfig(
+            ResidualConfig(widths=(48, 96, 192, 256), blocks=(1, 2, 2, 2)),
+            UNetHeadConfig(blocks=(1, 2, 2)),
+            StaticConfig(),
+        ),
         optimizer=dataclasses.replace(row.optimizer, ema=0.999),
         steps=20_000,
         batch_size=16,
@@ -101,7 +112,7 @@ def camvid_unet_tiles() -> Config:
 
     Protocol: as camvid_unet_static; budget drawn from [0.35, 1] at every step.
     """
-    return _dynamic(camvid_unet_static(), "camvid_unet_tiles", "tiles")
+    return _dynamic(camvid_unet_static(), "camvid_unet_tiles", TILES)
 
 
 def camvid_unet_skip() -> Config:
@@ -109,7 +120,7 @@ def camvid_unet_skip() -> Config:
 
     Protocol: as camvid_unet_tiles.
     """
-    return _dynamic(camvid_unet_static(), "camvid_unet_skip", "skip")
+    return _dynamic(camvid_unet_static(), "camvid_unet_skip", SkipConfig())
 
 
 ROWS = (

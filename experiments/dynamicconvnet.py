@@ -8,7 +8,8 @@ python -m experiments.evaluate --workdir W --twin runs/cifar10_dyconv_static
 All are trained from nothing, as their static twin. Their MACs are static: the mixture and the attention are counted.
 """
 
-from dynjax.config import BudgetConfig, DynamicConvNetConfig
+from dynjax.config import BudgetConfig
+from dynjax.models.dynamicconvnet import DynamicConvNetConfig
 from experiments.labelled import variants
 
 MODEL = DynamicConvNetConfig()

@@ -157,8 +157,8 @@ def find_twin(config: Config, classes: int, workdir: str) -> tuple[Any, bool]:
         found, twin, _ = checkpoint.load(workdir or config.init_from)
         if different := models.difference(found.model, config.model):
             raise UserError(f"--twin {workdir}: row {found.row} is another net than row {config.row}: {different}")
-        if found.model.dynamics != "static":
-            raise UserError(f"--twin {workdir}: row {found.row} is {found.model.dynamics}, not static")
+        if not models.is_static(found.model):
+            raise UserError(f"--twin {workdir}: row {found.row} is {models.dynamics_of(found.model)}, not static")
         return twin, True
     static = dataclasses.replace(config, model=models.static_twin(config.model))
     return views.still(build(static, classes)), False
@@ -399,7 +399,7 @@ def main(raw: list[str]) -> None:
     from dynjax.tasks.spending import steers
 
     family = read_config(arguments.workdir)[0].model
-    if models.generates(family) or models.reconstructs(family):
+    if models.task_of(family) in ("autoregressive", "reconstruction"):
         of_pictures(arguments, raw)
         return
     controls = {
@@ -411,7 +411,7 @@ def main(raw: list[str]) -> None:
     source, val = (source_of(config, split, classes) for split in (arguments.split, "val"))
     print(source.describe())
     task = make_task(config, source, training=False)
-    static = config.model.dynamics == "static"
+    static = models.is_static(config.model)
     twin, trained = (model, True) if static else find_twin(config, len(classes), arguments.twin)
 
     def batches():

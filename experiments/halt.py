@@ -5,7 +5,7 @@ python -m experiments.train digits_halt_act --workdir runs/digits_halt_act
 python -m experiments.evaluate --workdir runs/digits_halt_act
 """
 
-from dynjax.config import HaltConfig
+from dynjax.models.halting import HaltConfig
 from experiments.labelled import variants
 
 ROWS = variants(

@@ -5,7 +5,7 @@ python -m experiments.train digits_moe_experts --workdir W
 python -m experiments.evaluate --workdir W --twin runs/digits_moe_static
 """
 
-from dynjax.config import MoEConfig
+from dynjax.models.moe import MoEConfig
 from experiments.labelled import variants
 
 ROWS = variants(

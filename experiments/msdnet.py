@@ -9,7 +9,8 @@ cifar10_msdnet7_* is the configuration that the paper's public code runs on CIFA
 
 import dataclasses
 
-from dynjax.config import Config, MSDNetConfig, OptimizerConfig
+from dynjax.config import Config, OptimizerConfig
+from dynjax.models.msdnet import MSDNetConfig
 from experiments import labelled
 
 SMALL = MSDNetConfig(channels=16, growth=8, blocks=4, base=2, step=2)

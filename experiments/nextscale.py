@@ -10,7 +10,7 @@ on every pixel (the loss is the mean of the two), so one checkpoint serves every
 row of their own.
 """
 
-from dynjax.config import NextScaleConfig
+from dynjax.models.nextscale import NextScaleConfig
 from experiments.autoregressive import row
 
 MODELS = {

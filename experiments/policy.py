@@ -7,7 +7,7 @@ python -m experiments.evaluate --workdir W
 reinforce is the paper's training: its reward and curriculum; gumbel the straight-through alternative under a budget.
 """
 
-from dynjax.config import ResNetConfig
+from dynjax.models.resnet import ResNetConfig
 from experiments.labelled import variants
 
 ROWS = variants(

@@ -56,13 +56,14 @@ def at_budget(
     said where that spends more than the budget. Raises UserError."""
     from flax import nnx
 
+    from dynjax import models
     from dynjax.core.budget import set_threshold
     from dynjax.core.views import compact
     from dynjax.data import calibration_batches
     from dynjax.data.source import size_of
     from dynjax.run.evaluate import solve, static_macs
 
-    if config.model.dynamics == "static":
+    if models.is_static(config.model):
         if budget not in (None, 1.0):
             raise UserError(f"--budget {budget:g}: row {config.row} is static, it always spends all of its MACs")
         return model, ""
@@ -216,7 +217,7 @@ def main(raw: list[str]) -> int:
     if said:
         print(said, file=sys.stderr)
     size = picture_size(config, classes, known)
-    run = make_run(model, size, models.segments(config.model))
+    run = make_run(model, size, models.task_of(config.model) == "segmentation")
     out, number = cli.make_folder(arguments.out, "out"), len(arguments.images)
     try:
         failed = predict(run, arguments.images, size, classes, out)

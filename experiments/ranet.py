@@ -4,7 +4,7 @@ python -m experiments.train digits_ranet_exits --workdir runs/digits_ranet_exits
 python -m experiments.evaluate --workdir runs/digits_ranet_exits
 """
 
-from dynjax.config import RANetConfig
+from dynjax.models.ranet import RANetConfig
 from experiments.labelled import variants
 
 ROWS = variants(

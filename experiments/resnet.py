@@ -9,7 +9,8 @@ python -m experiments.evaluate --workdir runs/ROW
 
 import dataclasses
 
-from dynjax.config import Config, OptimizerConfig, ResNetConfig
+from dynjax.config import Config, OptimizerConfig
+from dynjax.models.resnet import ResNetConfig
 from experiments import labelled
 
 SMALL = ResNetConfig(stem_stride=2, widths=(32, 64, 128), blocks=(2, 2, 2))

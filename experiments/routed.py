@@ -5,7 +5,7 @@ python -m experiments.train digits_routed_gates --workdir W --init-from runs/dig
 python -m experiments.evaluate --workdir W
 """
 
-from dynjax.config import RoutedConfig
+from dynjax.models.routed import RoutedConfig
 from experiments.labelled import variants
 
 ROWS = variants(

@@ -231,7 +231,7 @@ def main(raw: list[str]) -> None:
 
     cli.check_folder(arguments.out, "out")
     config, names = read_config(arguments.workdir)
-    if not models.generates(config.model):
+    if models.task_of(config.model) != "autoregressive":
         raise UserError(
             f"--workdir {arguments.workdir}: row {config.row} draws no pictures; the rows *_pixelcnn, "
             "*_transformer, *_codes and *_nextscale do"

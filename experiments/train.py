@@ -19,16 +19,19 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     """Configuration and workdir. Raises UserError."""
     import tyro
 
+    from dynjax.models import registry
+
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"the first argument must be a row: python -m {COMMAND} ROW --workdir W; --list names the rows")
+    row = rows.get_row(arguments[0])
+
     @dataclasses.dataclass(frozen=True)
     class Arguments:
         workdir: str
         """Folder of this run: checkpoints, log, configuration."""
         # The model's options are those of the row's own family, without a subcommand for each family.
-        config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
+        config: Annotated[registry.kind_of(row), tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
 
-    if not arguments or arguments[0].startswith("-"):
-        raise UserError(f"the first argument must be a row: python -m {COMMAND} ROW --workdir W; --list names the rows")
-    row = rows.get_row(arguments[0])
     parsed = cli.parse(Arguments, arguments[1:], command=f"{COMMAND} {row.row}", default=Arguments(tyro.MISSING, row))
     if parsed.config.row != row.row:
         raise UserError(f"--row cannot be changed (to {parsed.config.row}): give the row as the first argument")

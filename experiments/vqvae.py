@@ -11,7 +11,10 @@ codes that are sure leave early. Bits per dimension of codes are bits per code.
 
 import dataclasses
 
-from dynjax.config import CodesConfig, PixelCNNConfig, PixelTransformerConfig, VQVAEConfig
+from dynjax.models.codes import CodesConfig
+from dynjax.models.pixelcnn import PixelCNNConfig
+from dynjax.models.pixeltransformer import PixelTransformerConfig
+from dynjax.models.vqvae import VQVAEConfig
 from experiments.autoregressive import SHAPES, config
 from experiments.labelled import Row, make_row
 

@@ -5,7 +5,7 @@ python -m experiments.train digits_slimmable_slices --workdir W --init-from runs
 python -m experiments.evaluate --workdir W
 """
 
-from dynjax.config import ResNetConfig
+from dynjax.models.resnet import ResNetConfig
 from experiments.labelled import variants
 
 ROWS = variants(

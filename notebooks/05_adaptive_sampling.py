@@ -34,10 +34,12 @@ from flax import nnx
 
 import dynjax as dj
 from dynjax import models
-from dynjax.config import DataConfig, NextScaleConfig, PixelCNNConfig
+from dynjax.config import DataConfig
 from dynjax.core.deploy import Solver
 from dynjax.data import make_source
 from dynjax.models.likelihoods import quantise, to_bytes
+from dynjax.models.nextscale import NextScaleConfig
+from dynjax.models.pixelcnn import PixelCNNConfig
 from dynjax.ops import sampling
 from dynjax.show.film import tile
 from dynjax.tasks.autoregressive import training_nats

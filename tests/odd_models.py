@@ -14,7 +14,6 @@ from flax import nnx
 
 from dynjax import models
 from dynjax.config import ModelConfig, UserError
-from dynjax.run import checks
 
 NUMBERS = (0, -1, 1, 2, 3, 7, 10, 70_000, 10**9)
 
@@ -26,8 +25,9 @@ def bases() -> dict[str, ModelConfig]:
     found = {}
     for row in rows.ROWS.values():
         model = rows.tiny(row()).model
-        prior = getattr(model, "prior", model)
-        name = f"{model.family} {prior.family} {prior.dynamics} {prior.gate} {getattr(model, 'task', '')}"
+        parts = [each for each in vars(model).values() if dataclasses.is_dataclass(each)]
+        name = f"{models.describe(model)} {models.task_of(model)} {[part.family for part in parts]}"
+        name += " random" * ("random" in repr(model))
         found.setdefault(name, model)
     return found
 
@@ -74,13 +74,14 @@ def run(model: ModelConfig, classes: int = 3, size: tuple[int, int] = (8, 8)) ->
         compact = nnx.view(built, execution="compact", **still)
         return jax.tree.leaves((out, compact(*given)))
 
-    if models.generates(model):
+    task = models.task_of(model)
+    if task == "autoregressive":
         shape = getattr(model, "shape", None)
         if hasattr(model, "vqvae"):
             side = 2**model.vqvae.halvings
             shape = (model.vqvae.shape[0] // side, model.vqvae.shape[1] // side, 1)
         x = jax.ShapeDtypeStruct((2, *shape), jnp.int32)
-    elif models.reconstructs(model):
+    elif task == "reconstruction":
         x = jax.ShapeDtypeStruct((2, *model.shape[:2], 3), jnp.uint8)
     else:
         x = jax.ShapeDtypeStruct((2, *size, 3), jnp.uint8)
@@ -96,7 +97,7 @@ def try_all(count: int, seed: int = 0) -> collections.Counter:
     for name, base in bases().items():
         for what, model in odd(base):
             try:
-                checks.check_model(model)
+                models.check(model)
                 others.append((f"{name}, {what}", model))
             except UserError as error:
                 assert str(error).startswith("--model.") and "\n" not in str(error), f"{name}, {what}: {error}"

@@ -18,8 +18,8 @@ from dynjax.run import checkpoint, log
 ROOT = Path(__file__).parents[1]
 STEPS = 40
 COMMAND = f"-m experiments.train digits_unet_tiles --steps {STEPS} --checkpoint-every 7 --evaluate-every 20".split()
-COMMAND += "--model.widths 8 12 --model.blocks 1 0 --model.tiles 4 --data.size 48 48 --data.examples 20".split()
-COMMAND += ["--batch-size", "8"]
+COMMAND += "--model.backbone.widths 8 12 --model.backbone.blocks 1 0 --model.head.blocks 1".split()
+COMMAND += "--model.dynamics.tiles 4 --data.size 48 48 --data.examples 20 --batch-size 8".split()
 LIMIT = 300
 """Seconds after which a process that has not ended hangs."""
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)

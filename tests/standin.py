@@ -12,6 +12,7 @@ from made import Made
 from dynjax.config import AugmentConfig, Config, OptimizerConfig
 from dynjax.data import make_loader
 from dynjax.data.source import picture_spec
+from dynjax.models.resnet import ResNetConfig
 from dynjax.run import mesh, train
 from dynjax.run.arrays import named_arrays
 
@@ -94,8 +95,8 @@ def loader(size: int = 8):
 def config(**changes) -> Config:
     """Six steps of eight pictures; fields of the optimizer may be named directly."""
     inner = {name: changes.pop(name) for name in list(changes) if name in OptimizerConfig.__dataclass_fields__}
-    fields = dict(row="standin", steps=6, batch_size=8, checkpoint_every=2, evaluate_every=0) | changes
-    return Config(optimizer=OptimizerConfig(**inner), **fields)
+    fields = dict(row="standin", model=ResNetConfig(), steps=6, batch_size=8, checkpoint_every=2, evaluate_every=0)
+    return Config(optimizer=OptimizerConfig(**inner), **fields | changes)
 
 
 def fit(config: Config, workdir=None, *, model=None, task=None, loader=None, evaluate=None) -> train.Fitted:

@@ -8,8 +8,10 @@ from blocks import at, make, still
 
 import dynjax as dj
 from dynjax import models
-from dynjax.config import DataConfig, MSDNetConfig, ResNetConfig
+from dynjax.config import DataConfig
 from dynjax.data import make_loader, make_source
+from dynjax.models.msdnet import MSDNetConfig
+from dynjax.models.resnet import ResNetConfig
 from dynjax.run.anytime import ExitOutputs, anytime, budgeted, find_exits, read_exits
 
 CORRECT = np.array([[1, 0, 0, 1], [1, 1, 0, 0], [1, 1, 1, 1]], bool)

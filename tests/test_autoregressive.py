@@ -10,8 +10,12 @@ from blocks import make
 from flax import nnx
 
 from dynjax import budget, models, tasks
-from dynjax.config import CodesConfig, PixelCNNConfig, PixelTransformerConfig, UserError, VQVAEConfig
+from dynjax.config import UserError
 from dynjax.data import make_source
+from dynjax.models.codes import CodesConfig
+from dynjax.models.pixelcnn import PixelCNNConfig
+from dynjax.models.pixeltransformer import PixelTransformerConfig
+from dynjax.models.vqvae import VQVAEConfig
 from dynjax.run import train
 from dynjax.tasks.autoregressive import AutoregressiveTask, integers
 from experiments import rows

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dynjax.config import BudgetConfig, Config, DataConfig, UserError
+from dynjax.models.resnet import ResNetConfig
 from dynjax.run import checkpoint
 from dynjax.run.arrays import fill, key_data, named_arrays
 from dynjax.run.workdir import check_workdir, write_config
@@ -152,7 +153,7 @@ def test_arrays_that_do_not_fit(change, message):
         fill(state(), arrays)
 
 
-ROW = Config(row="a", data=DataConfig(size=(4, 6)), budget=BudgetConfig(target=0.25))
+ROW = Config(row="a", model=ResNetConfig(), data=DataConfig(size=(4, 6)), budget=BudgetConfig(target=0.25))
 
 
 def test_load_wants_a_checkpoint(tmp_path):

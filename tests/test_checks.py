@@ -5,10 +5,19 @@ import dataclasses
 import odd_models
 import pytest
 
+from dynjax import models
 from dynjax.config import UserError
 from dynjax.run import checks
 from dynjax.run.build import build
 from experiments import rows
+
+
+def changed(config, fields):
+    """The configuration with these fields; a dict has those of a part."""
+    for name, each in fields.items():
+        new = changed(getattr(config, name), each) if isinstance(each, dict) else each
+        config = dataclasses.replace(config, **{name: new})
+    return config
 
 
 def test_the_rows_pass():
@@ -20,7 +29,11 @@ def test_the_rows_pass():
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [
-        ("digits_unet_static", dict(stem_stride=3), "--model.stem-stride is 3: it must be 1, 2 or 4"),
+        (
+            "digits_unet_static",
+            dict(backbone=dict(stem_stride=3)),
+            "--model.backbone.stem-stride is 3: it must be 1, 2 or 4",
+        ),
         ("digits_resnet_skip", dict(stem_stride=4), "--model.stem-stride is 4: it must be 1 or 2"),
         (
             "digits_resnet_skip",
@@ -28,8 +41,13 @@ def test_the_rows_pass():
             "--model.blocks is 1: it must be one number for each stage, of which --model.widths has 3",
         ),
         ("digits_resnet_skip", dict(blocks=(0, 0, 0)), "1 or more in one of them: skip needs blocks"),
-        ("digits_unet_tiles", dict(tiles=()), "--model.tiles is empty"),
-        ("digits_unet_static", dict(widths=(10**9,) * 4), "--model.widths is .*: it must be each from 1 to 65536"),
+        ("digits_unet_tiles", dict(dynamics=dict(tiles=())), "--model.dynamics.tiles is empty"),
+        ("digits_unet_static", dict(head=dict(blocks=())), "--model.head.blocks is empty: it must be one number"),
+        (
+            "digits_unet_static",
+            dict(backbone=dict(widths=(10**9,) * 4)),
+            "--model.backbone.widths is .*: it must be each from 1 to 65536",
+        ),
         ("digits_transformer", dict(features=10), "--model.features is 10: it must be a multiple of --model.heads"),
         ("digits_moe_experts", dict(top=9), "--model.top is 9: it must be at most --model.experts, which is 4"),
         ("digits_slimmable_channels", dict(groups=5), "--model.groups is 5: it must be a divisor of all"),
@@ -38,9 +56,9 @@ def test_the_rows_pass():
     ],
 )
 def test_options_that_do_not_fit(row, options, message):
-    model = dataclasses.replace(rows.ROWS[row]().model, **options)
+    model = changed(rows.ROWS[row]().model, options)
     with pytest.raises(UserError, match=message):
-        checks.check_model(model)
+        models.check(model)
 
 
 def test_the_parts_of_a_model_of_codes():
@@ -49,7 +67,7 @@ def test_the_parts_of_a_model_of_codes():
     with pytest.raises(
         UserError, match=r"--model\.prior\.features is 10: it must be a multiple of --model\.prior\.heads"
     ):
-        checks.check_model(model)
+        models.check(model)
 
 
 def test_odd_options_are_refused_in_one_line_or_run():
@@ -59,6 +77,6 @@ def test_odd_options_are_refused_in_one_line_or_run():
 
 def test_a_model_that_no_memory_holds():
     config = rows.get_row("digits_unet_static")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, widths=(60_000, 60_000, 64, 96)))
+    config = changed(config, dict(model=dict(backbone=dict(widths=(60_000, 60_000, 64, 96)))))
     with pytest.raises(UserError, match=r"row digits_unet_static: the model would take \d+\.\d GB, and there are"):
         build(config, 3)

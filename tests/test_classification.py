@@ -1,5 +1,7 @@
 """The classification task: losses and scores by hand, blank labels, budgets, exits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,13 @@ from jaxtyping import TypeCheckError
 
 import dynjax as dj
 from dynjax import tasks
-from dynjax.config import BudgetConfig, Config, DataConfig, LossConfig, MSDNetConfig, UNetConfig, UserError
+from dynjax.config import BudgetConfig, Config, DataConfig, LossConfig, UserError
 from dynjax.data import make_source
+from dynjax.models.msdnet import MSDNetConfig
 from dynjax.ops import PolicySkip
 from dynjax.tasks import classification, spending
 from dynjax.tasks.classification import ClassificationTask, confusion_matrix, cross_entropy, scores
+from experiments import rows
 
 NAMES = ("a", "b", "c")
 KEY = jax.random.key(0)
@@ -103,9 +107,9 @@ def test_the_task_belongs_to_the_source():
     masks = make_source(DataConfig(name="digits", examples=10, size=(48, 48)), "val")
     task = tasks.make_task(Config(row="r", model=MSDNetConfig(dynamics="exits")), labels)
     assert (task.target, task.score, len(task.class_names)) == ("label", "accuracy", 10)
-    assert tasks.make_task(Config(row="r", model=UNetConfig()), masks).target == "mask"
-    with pytest.raises(UserError, match=r"row r \(unet\) needs pictures with masks; data.name=digits has a label"):
-        tasks.make_task(Config(row="r", model=UNetConfig()), labels)
+    assert tasks.make_task(dataclasses.replace(rows.get_row("digits_unet_static"), row="r"), masks).target == "mask"
+    with pytest.raises(UserError, match=r"row r \(dense\) needs pictures with masks; data.name=digits has a label"):
+        tasks.make_task(dataclasses.replace(rows.get_row("digits_unet_static"), row="r"), labels)
     with pytest.raises(UserError, match=r"row r \(msdnet\) needs pictures with one label each; .* has a mask"):
         tasks.make_task(Config(row="r", model=MSDNetConfig()), masks)
 

@@ -24,8 +24,9 @@ from experiments import cli, rows
 from experiments import train as command
 
 ROOT = Path(__file__).parents[1]
-TINY = "--model.widths 8 12 --model.blocks 1 0 --model.tiles 4 --data.size 48 48 --data.examples 20".split()
-TINY += ["--batch-size", "8"]
+TINY = "--model.backbone.widths 8 12 --model.backbone.blocks 1 0 --model.head.blocks 1".split()
+TINY += "--data.size 48 48 --data.examples 20 --batch-size 8".split()
+TILED = [*TINY, "--model.dynamics.tiles", "4"]
 SMALL = "--model.widths 4 8 --model.blocks 1 1 --data.size 8 8 --data.examples 20 --batch-size 8".split()
 
 
@@ -116,7 +117,7 @@ def static(tmp_path_factory):
         ("digits_unet_tiles --workdir W extra", "Unrecognized options: extra"),
         ("digits_unet_tiles --workdir W --steps many", "Error parsing --steps: invalid literal for int()"),
         (
-            "digits_unet_tiles --workdir W --model.dynamics none",
+            "digits_unet_tiles --workdir W --model.dynamics.gate none",
             "invalid choice 'none' for argument",
         ),
         ("digits_unet_tiles --workdir W --data.size 96", "Error parsing --data.size: no type matching"),
@@ -141,7 +142,7 @@ def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, arguments, message
 
 
 def test_a_workdir_of_another_row_or_configuration(capsys, monkeypatch, static):
-    status, _, err = run(capsys, monkeypatch, "digits_unet_tiles", "--workdir", static, *TINY, "--steps", 2)
+    status, _, err = run(capsys, monkeypatch, "digits_unet_tiles", "--workdir", static, *TILED, "--steps", 2)
     assert status == 2
     assert err == (
         f"error: workdir {static} was made by row digits_unet_static, this is row digits_unet_tiles: "
@@ -198,7 +199,7 @@ def test_the_compilation_cache_goes_where_the_environment_says(monkeypatch, tmp_
 
 
 def parse(row: str, *more: str):
-    return command.parse([row, "--workdir", "w", *TINY, *more])[0]
+    return command.parse([row, "--workdir", "w", *(TINY if row == "digits_unet_skip" else TILED), *more])[0]
 
 
 @pytest.mark.parametrize("row", ["digits_unet_tiles", "digits_unet_skip", "digits_unet_select"])
@@ -240,18 +241,18 @@ def test_init_from_again_when_killed_before_the_first_checkpoint_was_finished(st
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--model.widths", "8", "16"], "model.widths is (8, 12) there and (8, 16) here"),
-        (["--model.stem-stride", "4"], "model.stem_stride is 2 there and 4 here"),
+        (["--model.backbone.widths", "8", "16"], "model.backbone.widths is (8, 12) there and (8, 16) here"),
+        (["--model.backbone.stem-stride", "4"], "model.backbone.stem_stride is 2 there and 4 here"),
     ],
 )
 def test_init_from_another_net(capsys, monkeypatch, tmp_path, static, more, message):
-    arguments = ["digits_unet_tiles", "--workdir", tmp_path / "w", *TINY, "--init-from", static, *more]
+    arguments = ["digits_unet_tiles", "--workdir", tmp_path / "w", *TILED, "--init-from", static, *more]
     status, _, err = run(capsys, monkeypatch, *arguments)
     assert status == 2 and message in err.splitlines()[-1]
 
 
 def test_init_from_a_row_that_is_not_static(capsys, monkeypatch, tmp_path, static):
     command.main(["digits_unet_skip", "--workdir", str(tmp_path / "skip"), *TINY, "--steps", "1"])
-    arguments = ["digits_unet_tiles", "--workdir", tmp_path / "w", *TINY, "--init-from", tmp_path / "skip"]
+    arguments = ["digits_unet_tiles", "--workdir", tmp_path / "w", *TILED, "--init-from", tmp_path / "skip"]
     status, _, err = run(capsys, monkeypatch, *arguments)
     assert status == 2 and "row digits_unet_skip is skip, it must be a static twin" in err.splitlines()[-1]

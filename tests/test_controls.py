@@ -9,12 +9,11 @@ from blocks import evaluate, image, make, train
 from flax import nnx
 
 import dynjax as dj
-from dynjax import budget, config, models
+from dynjax import budget, models
 from dynjax.config import UserError
 from dynjax.core.controls import SampledPaths
 from dynjax.core.decision import EACH, ONE
 from dynjax.ops import RandomRouter
-from experiments import rows
 
 
 def test_fixed_gate():
@@ -103,12 +102,11 @@ def test_a_grid_gate_keeps_an_even_share_whatever_the_content():
 
 def combinations():
     """Every family with each of its dynamics, in the tiny form."""
-    for family in typing.get_args(config.ModelConfig):
-        fields = {field.name: typing.get_args(field.type) for field in dataclasses.fields(family)}
-        if "random" in fields["gate"]:
-            yield from (
-                family(**rows.TINY[family().family], dynamics=each, gate="random") for each in fields["dynamics"]
-            )
+    for family in models.FAMILIES.values():
+        fields = {field.name: typing.get_args(field.type) for field in dataclasses.fields(family.config)}
+        if "random" in fields.get("gate", ()):
+            small = models.tiny(family.config(gate="random"))
+            yield from (dataclasses.replace(small, dynamics=each) for each in fields["dynamics"])
 
 
 @pytest.mark.parametrize("model", list(combinations()), ids=lambda model: f"{model.family}-{model.dynamics}")

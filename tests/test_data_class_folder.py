@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynjax.config import Config, DataConfig, PixelCNNConfig, ResNetConfig, UserError
+from dynjax.config import Config, DataConfig, UserError
 from dynjax.data import make_loader, make_source, pairs
 from dynjax.data.source import target_of
+from dynjax.models.pixelcnn import PixelCNNConfig
+from dynjax.models.resnet import ResNetConfig
 from dynjax.tasks import make_task
 
 

@@ -1,12 +1,15 @@
 """A user's own folder of pictures and masks."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from dynjax.config import Config, DataConfig, UNetConfig, UserError
+from dynjax.config import DataConfig, UserError
 from dynjax.data import make_source
 from dynjax.tasks import make_task
+from experiments import rows
 
 
 def make_set(root, labels=None):
@@ -87,7 +90,7 @@ def test_masks_of_0_and_255_are_no_two_classes(tmp_path):
     with pytest.raises(UserError, match=r"no mask has a class other than 0, 255 marks ignored.*not as 0 and 255"):
         make_source(folder_config(tmp_path), "train")
     # Where the number of classes is given, what occurs decides.
-    row = Config(row="r", model=UNetConfig(), data=folder_config(tmp_path, classes=2))
+    row = dataclasses.replace(rows.get_row("digits_unet_static"), row="r", data=folder_config(tmp_path, classes=2))
     source = make_source(row.data, "train")
     assert source.seen == {0}
     with pytest.raises(

@@ -12,9 +12,13 @@ from flax import nnx
 
 import dynjax as dj
 from dynjax import cost
-from dynjax.config import DynamicConvNetConfig, UNetConfig, UserError
+from dynjax.config import UserError
 from dynjax.core.decision import MIXTURE
-from dynjax.models import build, static_twin, unet
+from dynjax.models import build, static_twin
+from dynjax.models.backbones.residual import ResidualConfig
+from dynjax.models.dense import DenseConfig, StaticConfig
+from dynjax.models.dynamicconvnet import DynamicConvNetConfig
+from dynjax.models.heads.unet import UNetHeadConfig
 from dynjax.ops.kernels import CondConv, set_temperature, with_kernels
 
 SMALL = DynamicConvNetConfig(widths=(4, 6), blocks=(1, 1), kernels=3)
@@ -118,10 +122,13 @@ def test_what_makes_no_sense_is_refused():
 
 
 def test_a_u_net_with_kernels_of_the_example_takes_a_step():
-    static = make(lambda rngs: unet.build(UNetConfig(widths=(4, 6), blocks=(1, 0)), 3, rngs=rngs))
-    paths = {r"(encoder|decoder)/\d+/\d+/conv1": "condconv"}
+    config = DenseConfig(ResidualConfig(widths=(4, 6), blocks=(1, 0)), UNetHeadConfig(blocks=(1,)), StaticConfig())
+    static = make(lambda rngs: build(config, 3, rngs=rngs))
+    paths = {r"(backbone|head)/blocks/\d+/\d+/conv1": "condconv"}
     model = nnx.jit(lambda static, rngs: with_kernels(static, paths, kernels=2, rngs=rngs))(static, nnx.Rngs(0))
-    assert isinstance(model.encoder[0][0].conv1, CondConv) and isinstance(model.encoder[0][0].conv2, nnx.Conv)
+    assert isinstance(model.backbone.blocks[0][0].conv1, CondConv) and isinstance(
+        model.backbone.blocks[0][0].conv2, nnx.Conv
+    )
     x = pictures(2, 9, 12)
 
     @nnx.jit
@@ -135,5 +142,5 @@ def test_a_u_net_with_kernels_of_the_example_takes_a_step():
     (expected, started), grads, first, second = run(static, model, x)
     np.testing.assert_allclose(started, expected, rtol=1e-4, atol=1e-4)
     assert second < first
-    assert np.asarray(grads.decoder[0][0].conv1.kernel[...]).any((1, 2, 3, 4)).all()
-    assert np.asarray(grads.decoder[0][0].conv1.attention.out.kernel[...]).any()
+    assert np.asarray(grads.head.blocks[0][0].conv1.kernel[...]).any((1, 2, 3, 4)).all()
+    assert np.asarray(grads.head.blocks[0][0].conv1.attention.out.kernel[...]).any()

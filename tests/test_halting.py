@@ -9,8 +9,8 @@ from flax import nnx
 from test_ops_tiles import assert_same, three_ways
 
 import dynjax as dj
-from dynjax.config import HaltConfig
 from dynjax.models import halting
+from dynjax.models.halting import HaltConfig
 from dynjax.ops.halting import geometric_prior, halting_distribution, kl_to_prior
 
 SMALL = dict(channels=4, halvings=1, steps=2, tile=3)

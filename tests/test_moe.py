@@ -10,8 +10,8 @@ from test_ops_tiles import assert_same
 
 import dynjax as dj
 from dynjax import budget, cost, models
-from dynjax.config import MoEConfig
 from dynjax.models import moe
+from dynjax.models.moe import MoEConfig
 
 TINY = dict(patch=2, width=8, depth=2, heads=2, hidden=6, experts=4, top=2, least=1)
 

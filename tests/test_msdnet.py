@@ -11,8 +11,8 @@ from test_ops_tiles import assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost, models
-from dynjax.config import MSDNetConfig
 from dynjax.models import msdnet
+from dynjax.models.msdnet import MSDNetConfig
 
 SMALL = MSDNetConfig(scales=2, channels=4, growth=2, blocks=3, base=1, step=1, dynamics="exits")
 

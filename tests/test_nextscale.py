@@ -5,8 +5,8 @@ import pytest
 from flax import nnx
 
 from dynjax import budget
-from dynjax.config import NextScaleConfig
 from dynjax.models import nextscale
+from dynjax.models.nextscale import NextScaleConfig
 from dynjax.ops import sampling
 
 

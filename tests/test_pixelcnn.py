@@ -8,8 +8,9 @@ from blocks import make
 from flax import nnx
 
 from dynjax import budget, cost, models, traced
-from dynjax.config import PixelCNNConfig, PixelTransformerConfig
 from dynjax.core import deploy
+from dynjax.models.pixelcnn import PixelCNNConfig
+from dynjax.models.pixeltransformer import PixelTransformerConfig
 
 SHAPE = (4, 5, 1)
 CONFIGS = {

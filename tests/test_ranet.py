@@ -10,8 +10,8 @@ from test_ops_tiles import assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost, execute
-from dynjax.config import RANetConfig
 from dynjax.models import ranet
+from dynjax.models.ranet import RANetConfig
 
 SMALL = dict(scales=3, channels=2, growth=4, blocks=1, step=1, layers=2)
 

@@ -10,7 +10,7 @@ from test_ops_tiles import assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost, models
-from dynjax.config import ResNetConfig
+from dynjax.models.resnet import ResNetConfig
 
 SMALL = ResNetConfig(widths=(4, 8), blocks=(1, 2), groups=2)
 

@@ -9,8 +9,8 @@ from flax import nnx
 from test_ops_tiles import assert_same
 
 import dynjax as dj
-from dynjax.config import RoutedConfig
 from dynjax.models import routed
+from dynjax.models.routed import RoutedConfig
 
 SMALL = dict(channels=4, scales=2, layers=3)
 TASKS = {"classification": dict(), "segmentation": dict(task="segmentation", stem_stride=2)}

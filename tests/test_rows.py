@@ -37,7 +37,7 @@ def test_a_row_says_what_it_is(name):
 
 
 ONE_OF_A_KIND = (
-    "digits_unet_tiles digits_unet_select camvid_small_random digits_resnet_skip "
+    "digits_unet_tiles digits_unet_select digits_unet_experts digits_unet_halt camvid_small_random digits_resnet_skip "
     "digits_policy_reinforce digits_slimmable_slices digits_msdnet_exits digits_halt_sact digits_halt_pondernet "
     "digits_routed_gates digits_moe_experts digits_dyconv_kernels digits_dynamicconvnet_ddf "
     "digits_pixelcnn cifar10_pixelcnn digits_transformer digits_pixelcnn_labels "
@@ -53,7 +53,7 @@ def in_tiny_form():
         config = rows.tiny(rows.get_row(name))
         if name in ONE_OF_A_KIND:
             yield name
-        elif config.model.family == "unet" or config.model not in seen:
+        elif models.task_of(config.model) == "segmentation" or config.model not in seen:
             seen.add(config.model)
             yield pytest.param(name, marks=pytest.mark.slow)
 
@@ -73,13 +73,14 @@ def test_the_tiny_form_trains_two_steps(name, tmp_path, camvid):
         make(row, name)
     scores = last_scores(row)
     assert 0 < scores["macs_fraction"] <= 1 + 1e-6
-    if models.reconstructs(config.model):
+    task = models.task_of(config.model)
+    if task == "reconstruction":
         assert scores["psnr"] > 0
         return
-    if models.generates(config.model):
+    if task == "autoregressive":
         assert 0 < scores["bits_per_dim"] < 20
         return
-    segments = config.model.family == "unet"
+    segments = task == "segmentation"
     assert 0 <= scores["miou" if segments else "accuracy"] <= 1
     assert len(scores["iou" if segments else "recall"]) == (11 if segments else 10)
 
@@ -124,6 +125,7 @@ def test_every_row_uses_the_options_that_it_sets():
         ("digits_moe_random", "loss.router_z", 0.1),
         ("digits_unet_tiles", "loss.load_balance", 0.1),
         ("digits_unet_select", "loss.router_z", 0.1),
+        ("digits_unet_halt", "loss.ponder", 0.1),
         ("digits_unet_select", "loss.ponder", 0.1),
         ("digits_unet_select", "loss.reinforce", 2.0),
         ("digits_pixelcnn", "budget.target", 0.4),

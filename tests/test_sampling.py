@@ -8,7 +8,8 @@ from blocks import make
 from flax import nnx
 
 from dynjax import budget, models
-from dynjax.config import PixelCNNConfig, PixelTransformerConfig
+from dynjax.models.pixelcnn import PixelCNNConfig
+from dynjax.models.pixeltransformer import PixelTransformerConfig
 from dynjax.ops import sampling
 from dynjax.ops.sampling import Known
 

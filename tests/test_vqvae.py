@@ -8,9 +8,12 @@ from blocks import make
 from flax import nnx
 
 from dynjax import models
-from dynjax.config import CodesConfig, PixelCNNConfig, PixelTransformerConfig, VQVAEConfig
 from dynjax.models import vqvae
 from dynjax.models.blocks import gather_pixels
+from dynjax.models.codes import CodesConfig
+from dynjax.models.pixelcnn import PixelCNNConfig
+from dynjax.models.pixeltransformer import PixelTransformerConfig
+from dynjax.models.vqvae import VQVAEConfig
 from dynjax.ops import sampling
 from dynjax.tasks.reconstruction import ReconstructionTask
 
@@ -112,9 +115,9 @@ def test_samplers_draw_the_same_codes(prior):
 
 
 def test_families():
-    assert models.reconstructs(SMALL) and not models.generates(SMALL)
-    codes = CodesConfig(vqvae=SMALL)
-    assert models.generates(codes) and not models.reconstructs(codes) and codes.shape == SMALL.shape
+    assert models.task_of(SMALL) == "reconstruction"
+    codes = CodesConfig(SMALL, PixelCNNConfig())
+    assert models.task_of(codes) == "autoregressive" and codes.shape == SMALL.shape
     assert models.difference(SMALL, codes) == ""
     other = VQVAEConfig(shape=(8, 12, 1), codes=6)
     assert "is 6 there and 5 here" in models.difference(other, codes)

@@ -95,3 +95,15 @@ def gather_pixels(x: Float[Array, "B H W C"]) -> Float[Array, "B h w 4*C"]:
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).swapaxes(2, 3)
     return x.reshape(batch, height // 2, width // 2, 4 * channels)
+
+
+def repeat_pixels(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
+    """Nearest interpolation to twice the size."""
+    return jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
+
+
+def spread_pixels(x: Float[Array, "B H W C"], factor: int) -> Float[Array, "B H*{factor} W*{factor} D"]:
+    """Channels as factor x factor pixels each (sub-pixel convolution, Shi et al. 2016, arXiv:1609.05158, eq. 4)."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height, width, factor, factor, channels // factor**2).swapaxes(2, 3)
+    return x.reshape(batch, height * factor, width * factor, channels // factor**2)

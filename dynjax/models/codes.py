@@ -4,14 +4,36 @@ Letters: B examples, H W pixels, h w places of the grid of codes, V codes, P par
 """
 
 import dataclasses
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Generic, Literal, TypeVar
 
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from dynjax.config import CodesConfig
-from dynjax.models import pixelcnn, pixeltransformer, vqvae
-from dynjax.models.likelihoods import Likelihood
+from dynjax.config import ModelConfig
+from dynjax.models import registry, rules, vqvae
+from dynjax.models.likelihoods import Likelihood, OfIntegers, Predicts
+from dynjax.models.registry import Family, register
+from dynjax.models.rules import Rule
+from dynjax.models.vqvae import VQVAEConfig
+
+Prior = TypeVar("Prior", bound=ModelConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class CodesConfig(Generic[Prior]):
+    """An autoregressive model of a trained VQ-VAE's codes; shape and values of `prior` are those of the codes."""
+
+    vqvae: VQVAEConfig
+    """Must be that of the workdir in --init-from."""
+    prior: Prior
+    family: Literal["codes"] = "codes"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the pictures."""
+        return self.vqvae.shape
+
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -32,7 +54,7 @@ def freeze(model: Model) -> Model:
 class Codes(nnx.Module):
     """Parameters of every code's distribution given those before it. Samplers draw codes from `prior`."""
 
-    def __init__(self, prior: pixelcnn.PixelCNN | pixeltransformer.PixelTransformer, coder: vqvae.VQVAE):
+    def __init__(self, prior: OfIntegers, coder: vqvae.VQVAE):
         self.prior, self.coder = prior, coder
 
     @property
@@ -56,7 +78,7 @@ class Codes(nnx.Module):
     ) -> list[Float[Array, "B h w P"]]:
         """Those of `prior`, where it has several; else what it gives."""
         given = (x, label) if self.classes else (x,)
-        return self.prior.predictions(*given) if hasattr(self.prior, "predictions") else [self.prior(*given)]
+        return self.prior.predictions(*given) if isinstance(self.prior, Predicts) else [self.prior(*given)]
 
     def encode(self, image: UInt8[Array, "B H W 3"]) -> Int[Array, "B h w 1"]:
         """The codes of pictures."""
@@ -70,9 +92,35 @@ class Codes(nnx.Module):
 def build(config: CodesConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> Codes:
     """The model of `config`, with the weights of a trained VQ-VAE if these are given (`twin_params`)."""
     coder = vqvae.build(config.vqvae, num_classes, rngs=rngs, twin_params=twin_params)
-    shape = (*coder.grid, 1)
-    prior = dataclasses.replace(
-        config.prior, shape=shape, values=config.vqvae.codes, likelihood="categorical", embed=True
+    prior = registry.build(_prior(config), num_classes, rngs=rngs)
+    assert isinstance(prior, OfIntegers)
+    return Codes(prior, freeze(coder))
+
+
+def _prior(config: CodesConfig[Prior]) -> Prior:
+    """The prior with what it takes from the codes."""
+    (height, width, _), step = config.vqvae.shape, 2**config.vqvae.halvings
+    fixed = dict(shape=(height // step, width // step, 1), values=config.vqvae.codes)
+    return dataclasses.replace(config.prior, **fixed, likelihood="categorical", embed=True)
+
+
+def _rules(config: CodesConfig) -> Iterator[Rule]:
+    yield from rules.within("vqvae", registry.rules_of(config.vqvae))
+    draws = "embed" in config.prior.__dataclass_fields__
+    yield Rule("prior.family", config.prior.family, draws, "a family that draws codes (with an option embed)")
+    # Any number of codes goes, and not only as many as a byte has values.
+    yield from rules.within("prior", registry.rules_of(dataclasses.replace(_prior(config), values=2)))
+
+
+FAMILY = register(
+    Family(
+        CodesConfig,
+        build,
+        task="autoregressive",
+        tiny=lambda config: dict(vqvae=registry.tiny(config.vqvae), prior=registry.tiny(config.prior)),
+        rules=_rules,
+        dynamics=lambda config: registry.dynamics_of(config.prior),
+        twin=lambda config: dataclasses.replace(config, prior=registry.static_twin(config.prior)),
+        base=lambda config: config.vqvae,
     )
-    family = {"pixelcnn": pixelcnn, "pixeltransformer": pixeltransformer}[prior.family]
-    return Codes(family.build(prior, num_classes, rngs=rngs), freeze(coder))
+)

@@ -6,18 +6,43 @@ trained parameters start the forms that mix or generate kernels: see `with_kerne
 Letters: B examples, H W pixels, C channels, K classes.
 """
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from dynjax.config import DynamicConvNetConfig, UserError
+from dynjax.config import UserError
+from dynjax.models import rules
 from dynjax.models.blocks import pixels
+from dynjax.models.registry import Family, filled, register
 from dynjax.models.resnet import Down, Head, Stem
+from dynjax.models.rules import DEEPEST, Rule
 from dynjax.ops.filters import DDF, Involution
 from dynjax.ops.kernels import CondConv, DynamicConv, HyperConv, ODConv, with_kernels
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicConvNetConfig:
+    """A small residual network whose 3x3 convolutions have kernels of the input."""
+
+    family: Literal["dynamicconvnet"] = "dynamicconvnet"
+    stem_stride: int = 1
+    """The first stage works at 1/stem_stride of the picture: 1 or 2."""
+    widths: tuple[int, ...] = (16, 24, 48)
+    """Channels of each stage; each further stage works at half the resolution of the one before."""
+    blocks: tuple[int, ...] = (1, 1, 1)
+    """Residual blocks of each stage."""
+    dynamics: Literal["static", "condconv", "dyconv", "odconv", "hyper", "involution", "ddf"] = "static"
+    """condconv, dyconv, odconv: kernels mixed for each picture; hyper: generated for it; involution, ddf: for each
+    pixel."""
+    kernels: int = 4
+    """Kernels that are mixed."""
+    gate: Literal["learned", "random"] = "learned"
+
 
 Convolution = Callable[[int, nnx.Rngs], nnx.Module]
 
@@ -95,11 +120,9 @@ def build(
         )
     from_static = twin_params is not None and config.dynamics != "static"
     kind = "static" if from_static else config.dynamics
-    model = DynamicConvNet(
-        num_classes, config.widths, config.blocks, config.stem_stride, _convolution(kind, config), rngs=rngs
-    )
-    if twin_params is not None:
-        nnx.update(model, twin_params)
+    convolution = _convolution(kind, config)
+    model = DynamicConvNet(num_classes, config.widths, config.blocks, config.stem_stride, convolution, rngs=rngs)
+    filled(model, twin_params)
     if not from_static:
         return model
     return with_kernels(
@@ -130,3 +153,24 @@ def _convolution(kind: str, config: DynamicConvNetConfig) -> Convolution:
         ),
         "ddf": lambda c, rngs: pointwise(DDF(c, c, (3, 3), rngs=rngs), c, rngs),
     }[kind]
+
+
+def _rules(config: DynamicConvNetConfig) -> Iterator[Rule]:
+    yield from rules.levels(config, "stage")
+    yield from rules.one_of("stem_stride", config.stem_stride, 1, 2)
+    if config.dynamics != "static":
+        yield from rules.has_blocks(config.blocks, config.dynamics)
+        yield from rules.between(config, kernels=DEEPEST)
+    has_weights = config.gate != "random" or config.dynamics not in ("involution", "ddf")
+    yield Rule("gate", config.gate, has_weights, f"learned: {config.dynamics} has no weights to draw, only filters")
+
+
+FAMILY = register(
+    Family(
+        DynamicConvNetConfig,
+        build,
+        tiny=dict(widths=(4, 8), blocks=(1, 1), kernels=2),
+        rules=_rules,
+        apart=("kernels",),
+    )
+)

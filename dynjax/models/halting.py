@@ -3,15 +3,40 @@
 Letters: B examples, H W pixels, C channels, K classes.
 """
 
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from dynjax.config import HaltConfig
 from dynjax.core.controls import RandomGate
 from dynjax.core.gates import SampleGate, TileGate
+from dynjax.models import rules
 from dynjax.models.blocks import Mix, gather_pixels, pixels
+from dynjax.models.registry import SOLVED, Family, budgeted, filled, register
+from dynjax.models.rules import DEEPEST, HALVINGS, LARGEST_SIDE, WIDEST, Rule
 from dynjax.ops.halting import Halt
+
+
+@dataclasses.dataclass(frozen=True)
+class HaltConfig:
+    """A residual block applied again and again, until a halting unit says stop."""
+
+    family: Literal["halting"] = "halting"
+    channels: int = 32
+    halvings: int = 1
+    """How often the stem halves the picture's resolution."""
+    steps: int = 8
+    """Most applications of the block; the static twin always has as many."""
+    dynamics: Literal["static", "act", "sact", "pondernet"] = "static"
+    """act: adaptive computation time per picture; sact: per tile; pondernet: trained on the prediction of every
+    step."""
+    tile: int = 4
+    """Side of a tile of sact, in pixels of the block's map."""
+    gate: Literal["learned", "random"] = "learned"
+
 
 GO_ON = 0.75
 """Chance of going on after a step, of the random control."""
@@ -101,9 +126,8 @@ def build(config: HaltConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: 
     `twin_params`: variables of a static twin, which applies the same block `config.steps` times.
     """
     stem, step = Stem(config.channels, config.halvings, rngs=rngs), Step(config.channels, rngs=rngs)
-    static = HaltNet(stem, Repeat(step, config.steps), Head(config.channels, num_classes, rngs=rngs))
-    if twin_params is not None:
-        nnx.update(static, twin_params)
+    head = Head(config.channels, num_classes, rngs=rngs)
+    static = filled(HaltNet(stem, Repeat(step, config.steps), head), twin_params)
     if config.dynamics == "static":
         return static
     size = config.tile if config.dynamics == "sact" else None
@@ -115,3 +139,22 @@ def build(config: HaltConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: 
     if config.dynamics == "pondernet":
         return PonderNet(static.stem, Halt(static.body.step, gate, config.steps, kind="pondernet"), static.head)
     return HaltNet(static.stem, Halt(static.body.step, gate, config.steps, kind="act"), static.head)
+
+
+def _rules(config: HaltConfig) -> Iterator[Rule]:
+    yield from rules.between(config, channels=WIDEST)
+    yield from rules.between(config, 0, halvings=HALVINGS)
+    yield from rules.between(config, steps=DEEPEST)
+    if config.dynamics == "sact":
+        yield from rules.between(config, tile=LARGEST_SIDE)
+
+
+def _uses(config: HaltConfig) -> frozenset[str]:
+    # PonderNet is trained on every output whatever it costs.
+    pondernet = config.dynamics == "pondernet" and config.gate == "learned"
+    return SOLVED | {"loss.ponder"} if pondernet else budgeted(config)
+
+
+FAMILY = register(
+    Family(HaltConfig, build, tiny=dict(channels=4, halvings=0, steps=2), rules=_rules, uses=_uses, apart=("tile",))
+)

@@ -4,6 +4,7 @@ Letters: B examples, H W pixels, C channels, V values of a channel, M components
 """
 
 import dataclasses
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dynjax.core.gates import log_entropy
+from dynjax.ops.sampling import Autoregressive
 
 Noise = dict[str, Array]
 """Arrays whose first axes are those of the pixels."""
@@ -149,6 +151,25 @@ class Logistic:
 
 
 Likelihood = Categorical | Logistic
+
+
+@runtime_checkable
+class OfIntegers(Autoregressive, Protocol):
+    """A model whose likelihood says how probable integers are."""
+
+    @property
+    def likelihood(self) -> Likelihood: ...
+
+    @property
+    def classes(self) -> int: ...
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A model that has several predictions of one thing, and is trained on all of them: exits, steps, networks."""
+
+    def predictions(self, *inputs: Array) -> list[Array]:
+        """The first first; the last is that of the whole model."""
 
 
 def make_likelihood(kind: str, values: int, channels: int, components: int = 5) -> Likelihood:

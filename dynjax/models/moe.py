@@ -6,16 +6,43 @@ picture goes.
 Letters: B examples, H W pixels, T tokens, C features, K classes.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from dynjax.config import MoEConfig
+from dynjax.models import rules
 from dynjax.models.blocks import pixels
+from dynjax.models.registry import BUDGET, Family, register
+from dynjax.models.rules import DEEPEST, WIDEST, OfExperts, Rule
 from dynjax.ops import Experts, RandomRouter, Router
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A small vision transformer whose MLPs are mixtures of experts."""
+
+    family: Literal["moe"] = "moe"
+    patch: int = 4
+    """Side in pixels of the patches that are the tokens."""
+    width: int = 64
+    """Features of a token."""
+    depth: int = 4
+    """Blocks of attention and experts."""
+    heads: int = 4
+    hidden: int = 128
+    """Hidden features of an expert; the static twin's MLP has `top` times as many."""
+    experts: int = 8
+    top: int = 2
+    """The most experts that a token takes."""
+    least: int = 1
+    """The experts that a token takes at any budget; with `top`, every token costs the same."""
+    dynamics: Literal["static", "experts"] = "static"
+    gate: Literal["learned", "random"] = "learned"
 
 
 class Block(nnx.Module):
@@ -67,11 +94,15 @@ def mlp(config: MoEConfig, *, rngs: nnx.Rngs) -> nnx.Sequential | Experts:
         hidden = config.top * config.hidden
         up, down = nnx.Linear(config.width, hidden, rngs=rngs), nnx.Linear(hidden, config.width, rngs=rngs)
         return nnx.Sequential(up, nnx.gelu, down)
-    if config.gate == "random":
-        router: RandomRouter | Router = RandomRouter(config.experts, top=config.top, least=config.least, rngs=rngs)
-    else:
-        router = Router(config.width, config.experts, top=config.top, least=config.least, rngs=rngs)
+    router = make_router(config, config.width, rngs=rngs)
     return Experts(config.width, config.hidden, config.experts, gate=router, rngs=rngs)
+
+
+def make_router(config: OfExperts, features: int, *, rngs: nnx.Rngs) -> RandomRouter | Router:
+    """What chooses experts for tokens of `features` numbers."""
+    if config.gate == "random":
+        return RandomRouter(config.experts, top=config.top, least=config.least, rngs=rngs)
+    return Router(features, config.experts, top=config.top, least=config.least, rngs=rngs)
 
 
 def patches_of(x: Float[Array, "B H W D"], side: int) -> Float[Array, "B h w E"]:
@@ -123,3 +154,29 @@ def build(config: MoEConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: n
         experts.down[...] = config.top * down["kernel"][...].reshape(*parts, -1)[part]
         experts.down_bias[...] = jnp.broadcast_to(down["bias"][...][None], experts.down_bias.shape)
     return model
+
+
+def _rules(config: MoEConfig) -> Iterator[Rule]:
+    yield from rules.between(config, patch=1024, width=WIDEST, hidden=WIDEST)
+    yield from rules.between(config, **dict.fromkeys(("depth", "heads", "experts", "top", "least"), DEEPEST))
+    yield Rule("width", config.width, config.width % 4 == 0, "a multiple of 4")
+    yield from rules.heads_share("width", config.width, config.heads)
+    if config.dynamics == "experts":
+        yield from rules.routed(config)
+
+
+def router_uses(config: OfExperts) -> frozenset[str]:
+    """Options that training with experts looks at."""
+    return BUDGET | {"loss.load_balance"} | ({"loss.router_z"} if config.gate == "learned" else set())
+
+
+FAMILY = register(
+    Family(
+        MoEConfig,
+        build,
+        tiny=dict(width=8, depth=1, heads=2, hidden=8, experts=2),
+        rules=_rules,
+        uses=lambda config: frozenset() if config.dynamics == "static" else router_uses(config),
+        apart=("experts", "least"),
+    )
+)

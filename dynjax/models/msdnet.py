@@ -7,17 +7,45 @@ ones. In thirds of the depth the finest scale is left out (section 4, network re
 A map of scale s has 2**s times the channels of the finest. Letters: B examples, H W pixels, K classes, S scales.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynjax.config import MSDNetConfig
+from dynjax.models import rules
 from dynjax.models.blocks import ConvNorm, Pyramid, conv3
 from dynjax.models.exits import CONFIDENCE, ExitNet, Head, StaticExitNet
+from dynjax.models.registry import SOLVED, Family, filled, register
+from dynjax.models.rules import DEEPEST, HALVINGS, WIDEST, Rule
 from dynjax.ops import Exits
+
+
+@dataclasses.dataclass(frozen=True)
+class MSDNetConfig:
+    """A multi-scale dense network with exits."""
+
+    family: Literal["msdnet"] = "msdnet"
+    scales: int = 3
+    """Resolutions, each half of the one before."""
+    channels: int = 16
+    """Channels of the finest scale after the first layer; a coarser one has twice as many."""
+    growth: int = 6
+    """Channels that a layer adds to the finest scale; twice as many to each coarser one."""
+    blocks: int = 5
+    """Blocks, each ending in an exit."""
+    base: int = 4
+    """Layers of the first block."""
+    step: int = 2
+    """Layers of each further block."""
+    bottleneck: bool = True
+    """1x1 convolutions before the 3x3 ones."""
+    dynamics: Literal["static", "exits"] = "static"
+    """static: only the last exit is there."""
+    gate: Literal["learned", "random"] = "learned"
 
 
 class Layer(nnx.Module):
@@ -93,10 +121,28 @@ def build(
         raise ValueError(f"growth={config.growth} must be at least 2: a scale takes half of it from the next finer one")
     stages, channels = zip(*_stages(config, rngs), strict=True)
     coarse = 2 ** (config.scales - 1)
-    static = StaticExitNet(list(stages), Head(channels[-1] * coarse, num_classes, rngs=rngs))
-    if twin_params is not None:
-        nnx.update(static, twin_params)
+    static = filled(StaticExitNet(list(stages), Head(channels[-1] * coarse, num_classes, rngs=rngs)), twin_params)
     if config.dynamics == "static":
         return static
     heads = [Head(c * coarse, num_classes, rngs=rngs) for c in channels[:-1]]
     return ExitNet(Exits(static.stages, [*heads, static.head], confidence=CONFIDENCE[config.gate]))
+
+
+def _rules(config: MSDNetConfig) -> Iterator[Rule]:
+    yield from rules.between(
+        config, scales=HALVINGS + 1, channels=WIDEST, growth=WIDEST, blocks=DEEPEST, base=DEEPEST, step=DEEPEST
+    )
+    halves = config.scales == 1 or config.growth >= 2
+    yield Rule("growth", config.growth, halves, "at least 2: a scale takes half of it from the next finer one")
+    yield from rules.doubled(config, "channels growth", config.scales)
+
+
+FAMILY = register(
+    Family(
+        MSDNetConfig,
+        build,
+        tiny=dict(scales=2, channels=4, growth=2, blocks=2, base=1, step=1),
+        rules=_rules,
+        uses=lambda config: frozenset() if config.dynamics == "static" else SOLVED,
+    )
+)

@@ -12,8 +12,9 @@ Letters: B examples, H W pixels, h w pixels of the next coarser picture, C chann
 P parameters of a pixel.
 """
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +22,55 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dynjax.config import NextScaleConfig, PixelCNNConfig
 from dynjax.core import execute, wrapper
 from dynjax.core.controls import GridGate, RandomGate
 from dynjax.core.decision import EACH
 from dynjax.core.gates import EntropyGate
 from dynjax.core.wrapper import Wrapper
+from dynjax.models import rules
 from dynjax.models.likelihoods import Likelihood, make_likelihood
-from dynjax.models.pixelcnn import PixelCNN
+from dynjax.models.pixelcnn import PixelCNN, PixelCNNConfig
+from dynjax.models.registry import Family, filled, register
+from dynjax.models.rules import DEEPEST, HALVINGS, LARGEST_SIDE, WIDEST, Rule
 from dynjax.ops import sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class NextScaleConfig:
+    """A picture from coarse to fine: the coarsest pixel by pixel, a finer one in three steps, rich or plain by tile."""
+
+    family: Literal["nextscale"] = "nextscale"
+    shape: tuple[int, int, int] = (28, 28, 1)
+    """Height, width and channels (1: grey, 3: colours) of the pictures."""
+    values: int = 2
+    """Values of a channel: 2 is black and white, 256 are all bytes."""
+    likelihood: Literal["categorical", "logistic"] = "categorical"
+    """categorical: a softmax over all values, of one channel; logistic: a mixture of rounded logistic distributions."""
+    components: int = 5
+    """Of the mixture of logistics."""
+    scales: int = 3
+    """Resolutions; each coarser one has every other row and column of the next finer one."""
+    coarse_features: int = 24
+    """Of the PixelCNN that draws the coarsest."""
+    coarse_layers: int = 4
+    reach: int = 3
+    """Both networks look at so many pixels of the coarser picture to every side."""
+    features: int = 96
+    """Of the rich network."""
+    blocks: int = 3
+    """Residual blocks of the rich network."""
+    plain: int = 16
+    """Hidden features of the plain network."""
+    conditional: bool = False
+    """Pictures can be asked for by their label."""
+    dynamics: Literal["static", "tiles"] = "tiles"
+    """static: the rich network everywhere, and no plain one; tiles: the gate decides for each tile."""
+    gate: Literal["learned", "random", "grid"] = "learned"
+    """learned: the rich network goes where the plain one's prediction has the most entropy; random: anywhere; grid: to
+    tiles spread evenly."""
+    tile: int = 2
+    """Side of a tile in pixels of the coarser picture."""
+
 
 GIVEN, STEPS = (0, 0), ((1, 1), (0, 1), (1, 0))
 """Of every 2x2 pixels, the row and column of the one that the coarser picture has, and of those that are added."""
@@ -273,7 +314,25 @@ def build(
     config: NextScaleConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
 ) -> NextScale:
     """The model of `config`; conditional on `num_classes` labels if it says so. A static twin has the rich networks."""
-    model = NextScale(config, config.shape, num_classes if config.conditional else 0, rngs=rngs)
-    if twin_params is not None:
-        nnx.update(model, twin_params)
-    return model
+    return filled(NextScale(config, config.shape, num_classes if config.conditional else 0, rngs=rngs), twin_params)
+
+
+def _rules(config: NextScaleConfig) -> Iterator[Rule]:
+    yield from rules.drawn(config)
+    yield from rules.between(config, 2, scales=HALVINGS + 1)
+    height, width, _ = config.shape
+    fits = 2**config.scales <= min(height, width)
+    wanted = f"so few that the coarsest of {height}x{width} pixels has 2 rows and columns"
+    yield Rule("scales", config.scales, fits, wanted)
+    yield from rules.between(config, coarse_features=WIDEST, features=WIDEST, plain=WIDEST, coarse_layers=DEEPEST)
+    yield from rules.between(config, 0, blocks=DEEPEST)
+    yield from rules.between(config, 0, reach=64)
+    yield from rules.between(config, tile=LARGEST_SIDE)
+
+
+def _tiny(config: NextScaleConfig) -> dict[str, object]:
+    small = dict(scales=2, coarse_features=4, coarse_layers=1, reach=1, features=8, blocks=1, plain=4)
+    return small | dict(shape=(8, 8, config.shape[2]))
+
+
+FAMILY = register(Family(NextScaleConfig, build, task="autoregressive", tiny=_tiny, rules=_rules, apart=("tile",)))

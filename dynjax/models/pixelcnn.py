@@ -8,8 +8,9 @@ Letters: B examples, H W pixels, C channels, R rows of a window, E features of a
 P parameters of a pixel.
 """
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,35 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dynjax.config import PixelCNNConfig
+from dynjax.models import rules
 from dynjax.models.likelihoods import make_likelihood
+from dynjax.models.registry import Family, filled, register
+from dynjax.models.rules import DEEPEST, WIDEST, Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelCNNConfig:
+    """A gated PixelCNN, which draws a picture pixel after pixel."""
+
+    family: Literal["pixelcnn"] = "pixelcnn"
+    shape: tuple[int, int, int] = (28, 28, 1)
+    """Height, width and channels (1: grey, 3: colours) of the pictures."""
+    values: int = 2
+    """Values of a channel: 2 is black and white, 256 are all bytes."""
+    likelihood: Literal["categorical", "logistic"] = "categorical"
+    """categorical: a softmax over all values, of one channel; logistic: a mixture of rounded logistic distributions."""
+    components: int = 5
+    """Of the mixture of logistics."""
+    features: int = 32
+    layers: int = 8
+    embed: bool = False
+    """Values are names (codes), not brightness."""
+    conditional: bool = False
+    """Pictures can be asked for by their label."""
+    dynamics: Literal["static"] = "static"
+    """The dynamics are in how it is sampled."""
+    gate: Literal["learned"] = "learned"
+
 
 Cache = dict[str, Array]
 
@@ -209,7 +237,20 @@ def build(
     config: PixelCNNConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
 ) -> PixelCNN:
     """The model of `config`; conditional on `num_classes` labels if it says so."""
-    model = PixelCNN(config, config.shape, num_classes if config.conditional else 0, rngs=rngs)
-    if twin_params is not None:
-        nnx.update(model, twin_params)
-    return model
+    return filled(PixelCNN(config, config.shape, num_classes if config.conditional else 0, rngs=rngs), twin_params)
+
+
+def _rules(config: PixelCNNConfig) -> Iterator[Rule]:
+    yield from rules.drawn(config, config.embed)
+    yield from rules.between(config, features=WIDEST, layers=DEEPEST)
+
+
+FAMILY = register(
+    Family(
+        PixelCNNConfig,
+        build,
+        task="autoregressive",
+        tiny=lambda config: dict(shape=(8, 8, config.shape[2]), features=4, layers=1),
+        rules=_rules,
+    )
+)

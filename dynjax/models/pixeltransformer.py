@@ -10,8 +10,9 @@ Letters: B examples, H W pixels, C channels, R pixels of a window, S of a cache,
 head, P parameters of a pixel, L blocks.
 """
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,41 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dynjax.config import PixelTransformerConfig
 from dynjax.core import cost, execute
 from dynjax.core.decision import PREFIX, Decision
 from dynjax.core.gates import EntropyGate, content_chance
 from dynjax.core.wrapper import Wrapper, one_example
+from dynjax.models import rules
 from dynjax.models.likelihoods import Likelihood, make_likelihood
+from dynjax.models.registry import Family, filled, register
+from dynjax.models.rules import DEEPEST, WIDEST, Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelTransformerConfig:
+    """A causal transformer over pixels, which draws a picture pixel after pixel."""
+
+    family: Literal["pixeltransformer"] = "pixeltransformer"
+    shape: tuple[int, int, int] = (28, 28, 1)
+    """Height, width and channels (1: grey, 3: colours) of the pictures."""
+    values: int = 2
+    """Values of a channel: 2 is black and white, 256 are all bytes."""
+    likelihood: Literal["categorical", "logistic"] = "categorical"
+    """categorical: a softmax over all values, of one channel; logistic: a mixture of rounded logistic distributions."""
+    components: int = 5
+    """Of the mixture of logistics."""
+    features: int = 64
+    layers: int = 4
+    heads: int = 4
+    embed: bool = False
+    """Values are names (codes), not brightness."""
+    conditional: bool = False
+    """Pictures can be asked for by their label."""
+    dynamics: Literal["static", "exits"] = "static"
+    """static: dynamics are in how it is sampled; exits: a pixel takes no further block once its prediction is sure."""
+    gate: Literal["learned", "random"] = "learned"
+    """learned: by the entropy of the prediction; random: the control."""
+
 
 Cache = dict[str, Array]
 
@@ -252,7 +282,25 @@ def build(
     config: PixelTransformerConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
 ) -> PixelTransformer:
     """The model of `config`; conditional on `num_classes` labels if it says so."""
-    model = PixelTransformer(config, config.shape, num_classes if config.conditional else 0, rngs=rngs)
-    if twin_params is not None:
-        nnx.update(model, twin_params)
-    return model
+    return filled(
+        PixelTransformer(config, config.shape, num_classes if config.conditional else 0, rngs=rngs), twin_params
+    )
+
+
+def _rules(config: PixelTransformerConfig) -> Iterator[Rule]:
+    yield from rules.drawn(config, config.embed)
+    yield from rules.between(config, features=WIDEST, layers=DEEPEST, heads=DEEPEST)
+    yield from rules.heads_share("features", config.features, config.heads)
+    if config.dynamics == "exits":
+        yield Rule("layers", config.layers, config.layers >= 2, "at least 2: exits are between them")
+
+
+FAMILY = register(
+    Family(
+        PixelTransformerConfig,
+        build,
+        task="autoregressive",
+        tiny=lambda config: dict(shape=(8, 8, config.shape[2]), features=8, layers=2, heads=2),
+        rules=_rules,
+    )
+)

@@ -10,17 +10,44 @@ where the authors' code lays the centres of the corner pixels on each other (`al
 The coarser of two sub-networks has twice the channels. Letters: B examples, H W pixels, C D channels, K classes.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.config import RANetConfig
+from dynjax.models import rules
 from dynjax.models.blocks import ConvNorm, Pyramid, conv3
 from dynjax.models.exits import CONFIDENCE, ExitNet, Head, StaticExitNet
+from dynjax.models.registry import SOLVED, Family, filled, register
+from dynjax.models.rules import DEEPEST, HALVINGS, WIDEST, Rule
 from dynjax.ops import Exits
+
+
+@dataclasses.dataclass(frozen=True)
+class RANetConfig:
+    """A network of sub-networks for rising resolutions, with exits; the coarsest is run first."""
+
+    family: Literal["ranet"] = "ranet"
+    scales: int = 3
+    """Sub-networks; the last works at the picture's resolution, each one before at half of the next one's."""
+    channels: int = 16
+    """Channels of the finest base map; each coarser one has twice as many."""
+    growth: int = 6
+    """Channels that a layer of the finest sub-network adds, at least 4; twice as many in each coarser one."""
+    blocks: int = 2
+    """Dense blocks of the coarsest sub-network, each ending in an exit."""
+    step: int = 2
+    """Further blocks, and exits, that each finer sub-network has behind those that are fused with the coarser one's."""
+    layers: int = 4
+    """Layers of a dense block."""
+    dynamics: Literal["static", "exits"] = "static"
+    """static: only the last exit is there."""
+    gate: Literal["learned", "random"] = "learned"
+
 
 COARSE = 0.25
 """Share of a fused layer's channels that come from the coarser sub-network."""
@@ -161,10 +188,26 @@ def build(config: RANetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params:
     if int(config.growth * COARSE) < 1:
         raise ValueError(f"growth={config.growth} must be at least 4: a quarter comes from the coarser sub-network")
     parts, widths = zip(*stages(config, rngs), strict=True)
-    static = StaticExitNet(list(parts), Head(widths[-1], num_classes, rngs=rngs))
-    if twin_params is not None:
-        nnx.update(static, twin_params)
+    static = filled(StaticExitNet(list(parts), Head(widths[-1], num_classes, rngs=rngs)), twin_params)
     if config.dynamics == "static":
         return static
     heads = [Head(width, num_classes, rngs=rngs) for width in widths[:-1]]
     return ExitNet(Exits(static.stages, [*heads, static.head], confidence=CONFIDENCE[config.gate]))
+
+
+def _rules(config: RANetConfig) -> Iterator[Rule]:
+    yield from rules.between(config, scales=HALVINGS + 1, channels=WIDEST)
+    yield from rules.between(config, 4, growth=WIDEST)  # a quarter of it comes from the coarser sub-network
+    yield from rules.between(config, blocks=DEEPEST, layers=DEEPEST, step=DEEPEST)
+    yield from rules.doubled(config, "channels growth", config.scales)
+
+
+FAMILY = register(
+    Family(
+        RANetConfig,
+        build,
+        tiny=dict(scales=2, channels=4, growth=4, blocks=1, step=1, layers=1),
+        rules=_rules,
+        uses=lambda config: frozenset() if config.dynamics == "static" else SOLVED,
+    )
+)

@@ -6,20 +6,44 @@ input's shape and can be skipped.
 Letters: B examples, H W pixels, C channels, K classes.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from dynjax.config import ResNetConfig
 from dynjax.core.controls import RandomGate
 from dynjax.core.gates import BranchGate, ChannelGate, SampleGate
+from dynjax.models import rules
 from dynjax.models.blocks import Block, Mix, gather_pixels, pixels
 from dynjax.models.exits import CONFIDENCE, ExitNet
+from dynjax.models.registry import BUDGET, SOLVED, Family, filled, register
+from dynjax.models.rules import Rule
 from dynjax.ops import Channels, Exits, Skip, Slimmable, dynamize
 from dynjax.ops.policy import PolicySkip
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig:
+    """A residual network for small pictures and the dynamics put into its blocks."""
+
+    family: Literal["resnet"] = "resnet"
+    stem_stride: int = 1
+    """The first stage works at 1/stem_stride of the picture: 1 or 2."""
+    widths: tuple[int, ...] = (16, 32, 64)
+    """Channels of each stage; each further stage works at half the resolution of the one before."""
+    blocks: tuple[int, ...] = (3, 3, 3)
+    """Residual blocks of each stage."""
+    dynamics: Literal["static", "skip", "policy", "reinforce", "channels", "slices", "exits"] = "static"
+    """skip: a gate before each block; policy: one network decides all blocks, and reinforce is the same trained by
+    REINFORCE; channels: groups of hidden channels; slices: one of several hidden widths; exits: a head after each
+    stage. All per picture."""
+    gate: Literal["learned", "random"] = "learned"
+    groups: int = 4
+    """Groups of hidden channels, or slices of the hidden width."""
 
 
 class Stem(nnx.Module):
@@ -136,9 +160,7 @@ def build(
 
     `twin_params`: variables of a static twin, which go under the wrappers.
     """
-    model = ResNet(num_classes, config.widths, config.blocks, config.stem_stride, rngs=rngs)
-    if twin_params is not None:
-        nnx.update(model, twin_params)
+    model = filled(ResNet(num_classes, config.widths, config.blocks, config.stem_stride, rngs=rngs), twin_params)
     return model if config.dynamics == "static" else adaptive(model, config, num_classes, rngs=rngs)
 
 
@@ -172,3 +194,40 @@ def adaptive(model: ResNet, config: ResNetConfig, num_classes: int, *, rngs: nnx
 
     wrap = {"skip": skip, "channels": channels, "slices": slices}[config.dynamics]
     return dynamize(model, {r"stages/\d+/blocks/\d+": wrap}, rngs=rngs)
+
+
+def _rules(config: ResNetConfig) -> Iterator[Rule]:
+    yield from rules.levels(config, "stage")
+    yield from rules.one_of("stem_stride", config.stem_stride, 1, 2)
+    if config.dynamics not in ("static", "exits"):
+        yield from rules.has_blocks(config.blocks, config.dynamics)
+    wide = [width for width, count in zip(config.widths, config.blocks, strict=True) if count]
+    if config.dynamics in ("channels", "slices"):
+        yield from rules.between(config, groups=min(wide, default=1))
+    if config.dynamics == "channels":
+        divides = all(width % config.groups == 0 for width in wide)
+        wanted = f"a divisor of all --model.widths {' '.join(map(str, config.widths))}"
+        yield Rule("groups", config.groups, divides, wanted)
+
+
+def _uses(config: ResNetConfig) -> frozenset[str]:
+    special = {
+        "static": frozenset(),
+        "exits": SOLVED,
+        # Of REINFORCE the reward says what blocks cost.
+        "reinforce": SOLVED | {"loss.reinforce", "loss.wrong"},
+        "slices": BUDGET | {"loss.load_balance"},
+    }
+    return special.get(config.dynamics, BUDGET)
+
+
+FAMILY = register(
+    Family(
+        ResNetConfig,
+        build,
+        tiny=dict(widths=(4, 8), blocks=(1, 1), groups=2),
+        rules=_rules,
+        uses=_uses,
+        apart=("groups",),
+    )
+)

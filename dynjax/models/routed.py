@@ -9,18 +9,45 @@ convolution; cells have plain 3x3 convolutions unless separable ones are asked f
 Letters: B examples, H W pixels, C D channels, K classes, S scales.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from dynjax.config import RoutedConfig
 from dynjax.core.controls import SampledPaths
 from dynjax.core.gates import PathGate
-from dynjax.models.blocks import gather_pixels, pixels
-from dynjax.models.unet import repeat_pixels, spread_pixels
+from dynjax.models import rules
+from dynjax.models.blocks import gather_pixels, pixels, repeat_pixels, spread_pixels
+from dynjax.models.registry import Family, budgeted, filled, register
+from dynjax.models.rules import DEEPEST, HALVINGS, WIDEST, Rule
 from dynjax.ops import Cell, Supernet
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutedConfig:
+    """A grid of scales and layers through which every picture takes its own paths."""
+
+    family: Literal["routed"] = "routed"
+    task: Literal["classification", "segmentation"] = "classification"
+    """One label for the picture, or for every pixel."""
+    channels: int = 16
+    """Channels of the finest scale; each coarser one has twice as many."""
+    scales: int = 3
+    """Resolutions, each half of the one before."""
+    layers: int = 4
+    """Layers of cells, at least as many as scales: each reaches one scale more."""
+    stem_stride: int = 1
+    """The finest scale works at 1/stem_stride of the picture: 1, 2 or 4."""
+    operation: Literal["residual", "separable"] = "residual"
+    """What a cell does: a residual block of two 3x3 convolutions, or of two separable ones as in the paper, which are
+    slow on CPUs."""
+    dynamics: Literal["static", "gates", "single", "sandwich"] = "static"
+    """static: all paths open. gates: each cell has a gate for its paths. single, sandwich: trained by sampling paths,
+    one through the net, or all, none and some of them."""
+    gate: Literal["learned", "random"] = "learned"
 
 
 def _norm(channels: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
@@ -174,7 +201,26 @@ def build(
 
     `twin_params`: variables of a static twin, the same net without gates, which are put in.
     """
-    model = Routed(config, num_classes, rngs=rngs)
-    if twin_params is not None:
-        nnx.update(model, twin_params)
-    return model
+    return filled(Routed(config, num_classes, rngs=rngs), twin_params)
+
+
+def _rules(config: RoutedConfig) -> Iterator[Rule]:
+    yield from rules.between(config, channels=WIDEST, scales=HALVINGS + 1)
+    yield from rules.between(config, config.scales, layers=DEEPEST)  # each layer reaches one scale more
+    yield from rules.one_of("stem_stride", config.stem_stride, 1, 2, 4)
+    yield from rules.doubled(config, "channels", config.scales)
+    control = config.gate != "random" or config.dynamics not in ("single", "sandwich")
+    wanted = f"learned: random is the control of gates, and {config.dynamics} learns none"
+    yield Rule("gate", config.gate, control, wanted)
+
+
+FAMILY = register(
+    Family(
+        RoutedConfig,
+        build,
+        task=lambda config: config.task,
+        tiny=dict(channels=4, scales=2, layers=2),
+        rules=_rules,
+        uses=budgeted,
+    )
+)

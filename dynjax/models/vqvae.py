@@ -4,15 +4,42 @@ Letters: B examples, H W pixels, h w places of the grid, D numbers of a vector, 
 """
 
 import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from dynjax.config import VQVAEConfig
 from dynjax.core.gates import straight_through
+from dynjax.models import rules
 from dynjax.models.blocks import gather_pixels
+from dynjax.models.registry import Family, filled, register
+from dynjax.models.rules import DEEPEST, HALVINGS, WIDEST, Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class VQVAEConfig:
+    """An autoencoder whose picture in between is one of codes: names of vectors, fewer than there are pixels."""
+
+    family: Literal["vqvae"] = "vqvae"
+    shape: tuple[int, int, int] = (28, 28, 1)
+    """Height, width and channels (1: grey, 3: colours) of the pictures."""
+    halvings: int = 2
+    """The grid of codes has 1/2**halvings of the picture's rows and columns."""
+    codes: int = 64
+    """Vectors in the codebook."""
+    code_features: int = 8
+    """Numbers of a vector."""
+    features: int = 32
+    blocks: int = 1
+    """Residual blocks of the encoder, and of the decoder, at the grid's resolution."""
+    commitment: float = 0.25
+    """Weight of the loss that keeps the encoder near the vectors that it chose."""
+    dynamics: Literal["static"] = "static"
+    gate: Literal["learned"] = "learned"
 
 
 def nearest(z: Float[Array, "B h w D"], codebook: Float[Array, "V D"]) -> Int[Array, "B h w"]:
@@ -136,7 +163,27 @@ def to_bytes(x: Float[Array, "B H W C"]) -> UInt8[Array, "B H W 3"]:
 
 def build(config: VQVAEConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> VQVAE:
     """The VQ-VAE of `config`; it has no classes."""
-    model = VQVAE(config, rngs=rngs)
-    if twin_params is not None:
-        nnx.update(model, twin_params)
-    return model
+    return filled(VQVAE(config, rngs=rngs), twin_params)
+
+
+def _rules(config: VQVAEConfig) -> Iterator[Rule]:
+    yield from rules.picture(config.shape)
+    yield from rules.between(config, 0, halvings=HALVINGS)
+    (height, width, _), step = config.shape, 2**config.halvings
+    whole = height % step == 0 and width % step == 0
+    yield Rule("halvings", config.halvings, whole, f"such that {height}x{width} pixels can be halved so often")
+    yield from rules.between(config, 2, codes=WIDEST)
+    yield from rules.between(config, code_features=WIDEST, features=WIDEST)
+    yield from rules.between(config, 0, blocks=DEEPEST)
+    yield Rule("commitment", config.commitment, 0 <= config.commitment < math.inf, "0 or more")
+
+
+FAMILY = register(
+    Family(
+        VQVAEConfig,
+        build,
+        task="reconstruction",
+        tiny=dict(shape=(8, 8, 1), halvings=1, codes=4, code_features=2, features=4, blocks=0),
+        rules=_rules,
+    )
+)

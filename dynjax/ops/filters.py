@@ -81,7 +81,7 @@ class Involution(_PixelFilter):
             raise ValueError(f"group_channels={group_channels} must divide in_features={in_features}")
         groups, hidden = in_features // group_channels, max(in_features // reduction, 1)
         self.reduce = nnx.Linear(in_features, hidden, use_bias=False, rngs=rngs)
-        # As in models/unet.py: short trainings need statistics that follow sooner than flax's default.
+        # As in models/blocks.py: short trainings need statistics that follow sooner than flax's default.
         self.norm = nnx.BatchNorm(hidden, momentum=0.95, rngs=rngs)
         self.span = nnx.Linear(hidden, math.prod(self.kernel_size) * groups, rngs=rngs)
         self.project = _projection(in_features, out_features, rngs)

@@ -11,6 +11,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from dynjax.models import registry
+
 LARGEST = 64 << 20
 """Bytes of a document; what is larger was not written here."""
 SHOWN = 60
@@ -63,7 +65,7 @@ def _constant(name: str) -> float:
 
 def typed(value: Any, hint: Any, where: str = "", *, more: bool = False) -> Any:
     """`value` as the type that `hint` says: a dataclass, dict[str, ...], list, tuple, Literal, union, str, bool, int,
-    float or Any; a dataclass with a field `family` is one of a union of such, chosen by it.
+    float or Any; where it is a type variable, one of the configurations that are registered for its bound, by `family`.
 
     Fields of a dataclass that are missing take their default; unknown ones are refused, or with `more` left out.
     Raises ValueError naming the first that does not fit by its path, such as config.budget.target.
@@ -71,6 +73,9 @@ def typed(value: Any, hint: Any, where: str = "", *, more: bool = False) -> Any:
     at = where or "the document"
     if hint is Any:
         return value
+    if isinstance(hint, typing.TypeVar):  # a part that may be of any family that is registered for its interface
+        assert isinstance(hint.__bound__, type)
+        return _family(value, registry.OPEN[hint.__bound__], where, more)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _dataclass(value, hint, where, more)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -105,18 +110,19 @@ def _dataclass(value: Any, kind: type, where: str, more: bool) -> Any:
     return kind(**{name: typed(each, hints[name], _inside(where, name), more=more) for name, each in given.items()})
 
 
+def _family(value: Any, families: dict[str, registry.Family], where: str, more: bool) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {_shown(value)}: it must be an object with a family")
+    family = value.get("family")
+    if not isinstance(family, str) or family not in families:
+        raise ValueError(
+            f"unknown {where}.family {_shown(family)}: written by another version of dynjax? "
+            f"There are {', '.join(families)}"
+        )
+    return typed(value, families[family].config, where, more=more)
+
+
 def _union(value: Any, kinds: tuple, where: str, more: bool) -> Any:
-    families = {kind.family: kind for kind in kinds if hasattr(kind, "family")}
-    if families:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is {_shown(value)}: it must be an object with a family")
-        family = value.get("family", next(iter(families)))
-        if not isinstance(family, str) or family not in families:
-            raise ValueError(
-                f"unknown {where}.family {_shown(family)}: written by another version of dynjax? "
-                f"There are {', '.join(families)}"
-            )
-        return typed(value, families[family], where, more=more)
     if value is None and type(None) in kinds:
         return None
     (kind,) = (each for each in kinds if each is not type(None))

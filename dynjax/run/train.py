@@ -243,13 +243,13 @@ def _twin(config: Config, classes: tuple[str, ...]) -> nnx.State:
     """Averaged parameters and batch statistics of the static twin in `config.init_from`."""
     other, model, _ = checkpoint.load(config.init_from)
     _, names = read_config(config.init_from)
-    if other.model.dynamics != "static":
-        what = f"row {other.row} is {other.model.dynamics}"
+    if not models.is_static(other.model):
+        what = f"row {other.row} is {models.dynamics_of(other.model)}"
         raise UserError(f"--init-from {config.init_from}: {what}, it must be a static twin")
     if different := models.difference(other.model, config.model):
         raise UserError(f"--init-from {config.init_from}: {different}")
     # A VQ-VAE has no classes.
-    if not models.reconstructs(other.model) and (different := other_classes(names, classes)):
+    if models.task_of(other.model) != "reconstruction" and (different := other_classes(names, classes)):
         raise UserError(f"--init-from {config.init_from}: trained for other classes: {different}")
     return nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
 
@@ -314,8 +314,9 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
         if jax.process_index() == 0 and (Path(workdir) / lock.FILE).exists():
             with lock.hold(workdir):  # refused before minutes of reading data; nothing is made yet
                 pass
-    if config.model.family == "codes" and not config.init_from:
-        raise UserError(f"row {config.row} needs --init-from, the workdir of a trained VQ-VAE (rows *_vqvae)")
+    if (base := models.base_of(config.model)) != config.model and not config.init_from:
+        what = f"the workdir of a trained {base.family} (rows *_{base.family})"
+        raise UserError(f"row {config.row} needs --init-from, {what}")
     from_twin = config.init_from and not checkpoint.any_finished(workdir)
     if from_twin:
         read_config(config.init_from)  # before minutes of reading data

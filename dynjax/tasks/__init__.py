@@ -12,29 +12,23 @@ __all__ = ["make_task", "refuse_unused"]
 
 
 def refuse_unused(config: Config) -> None:
-    """Raises UserError for an option of the loss or the budget that is set, and that nothing of the row looks at.
-
-    Every task has `uses(model)`, the names of those that it looks at.
-    """
+    """Raises UserError for an option of the loss or the budget that is set, and that nothing of the row looks at."""
     from dynjax.tasks import autoregressive, classification, reconstruction, segmentation
 
-    task: types.ModuleType
-    if models.reconstructs(config.model):
-        task = reconstruction
-    elif models.generates(config.model):
-        task = autoregressive
-    else:
-        task = segmentation if models.segments(config.model) else classification
-    used = task.uses(config.model)
+    parts: dict[str, types.ModuleType] = dict(
+        autoregressive=autoregressive,
+        classification=classification,
+        reconstruction=reconstruction,
+        segmentation=segmentation,
+    )
+    used = parts[models.task_of(config.model)].USES | models.uses(config.model)
     for part in ("loss", "budget"):
         own = getattr(config, part)
         for field in dataclasses.fields(own):
             name, value = f"{part}.{field.name}", getattr(own, field.name)
             if name not in used and value != field.default:
-                what = f"{config.model.family}, {config.model.dynamics}"
-                raise UserError(
-                    f"--{name.replace('_', '-')} {value}: row {config.row} ({what}) does not use it; leave it out"
-                )
+                row = f"row {config.row} ({models.describe(config.model)})"
+                raise UserError(f"--{name.replace('_', '-')} {value}: {row} does not use it; leave it out")
 
 
 def make_task(config: Config, source: Source, *, training: bool = True) -> Any:
@@ -45,17 +39,18 @@ def make_task(config: Config, source: Source, *, training: bool = True) -> Any:
     """
     from dynjax.tasks import autoregressive, classification, reconstruction, segmentation
 
-    if models.generates(config.model) or models.reconstructs(config.model):
+    name = models.task_of(config.model)
+    if name in ("autoregressive", "reconstruction"):
         if (size := size_of(source)) != tuple(config.model.shape[:2]):
             height, width = size
             raise UserError(
                 f"row {config.row} draws pictures of {'x'.join(map(str, config.model.shape[:2]))} and those of "
                 f"data.name={config.data.name} are {height}x{width}: give --data.size or --model.shape"
             )
-        if models.reconstructs(config.model):
+        if name == "reconstruction":
             return reconstruction.ReconstructionTask(config.model.commitment)
         return autoregressive.AutoregressiveTask()
-    segments = models.segments(config.model)
+    segments = name == "segmentation"
     role = source.spec[target_of(source.spec)].role
     if segments != (role == "mask"):
         what = "pictures with masks" if segments else "pictures with one label each"
@@ -65,7 +60,7 @@ def make_task(config: Config, source: Source, *, training: bool = True) -> Any:
         )
     if training:
         _check_classes(config, source)
-    spends = None if config.model.dynamics == "static" else config.budget
+    spends = None if models.is_static(config.model) else config.budget
     classes = tuple(source.classes)
     if not segments:
         return classification.ClassificationTask(classes, config.loss, spends)

@@ -4,7 +4,7 @@ Letters: B examples, H W pixels.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +12,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dynjax.config import ModelConfig
 from dynjax.core import budget
-from dynjax.models.likelihoods import Likelihood, quantise
-from dynjax.ops.sampling import Autoregressive
+from dynjax.models.likelihoods import OfIntegers, Predicts, quantise
 
-
-@runtime_checkable
-class OfIntegers(Autoregressive, Protocol):
-    """A model whose likelihood says how probable integers are."""
-
-    @property
-    def likelihood(self) -> Likelihood: ...
-
-    @property
-    def classes(self) -> int: ...
-
-
-def uses(model: ModelConfig) -> set[str]:
-    """Options of the loss and the budget that training looks at: none, the loss is the bits."""
-    return set()
+USES: frozenset[str] = frozenset()
+"""Options of the loss that the task looks at, whatever the model."""
 
 
 def integers(model: OfIntegers, image: Array) -> Array:
@@ -58,7 +43,7 @@ def training_nats(model: OfIntegers, image: Array, label: Array, key: PRNGKeyArr
     learnt to look at those who left early. The model is left with all going on.
     """
     x = integers(model, image)
-    if not hasattr(model, "predictions"):
+    if not isinstance(model, Predicts):
         return nats(model, x, label)
     each = model.predictions(x, label) if model.classes else model.predictions(x)
     first, *others = [-model.likelihood.log_prob(params, x).sum((1, 2)) for params in each]

@@ -14,9 +14,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
-from dynjax.config import BudgetConfig, LossConfig, ModelConfig
+from dynjax.config import BudgetConfig, LossConfig
 from dynjax.core import budget, trace, views
 from dynjax.core.decision import Decision
+from dynjax.models.likelihoods import Predicts
 from dynjax.ops.attention import annealed_temperature, set_temperature
 from dynjax.ops.halting import geometric_prior, halting_distribution, kl_to_prior
 from dynjax.ops.policy import PolicySkip, blockdrop_reward, log_probability, reinforce_loss, set_curriculum
@@ -26,23 +27,8 @@ CURRICULUM = 0.3
 """Share of the training over which a policy comes to decide about all blocks (BlockDrop)."""
 
 
-def uses(model: ModelConfig) -> set[str]:
-    """Options of the loss and the budget that training and its evaluation look at."""
-    used = {"loss.cross_entropy", "loss.label_smoothing"}
-    if model.dynamics == "static" or model.family == "dynamicconvnet":  # mixed kernels skip nothing
-        return used
-    used |= spending.BUDGET
-    if model.dynamics == "pondernet" and model.gate == "learned":
-        used |= {"loss.ponder"}
-    if model.dynamics == "reinforce":
-        used |= {"loss.reinforce", "loss.wrong"}
-    if spending.branches(model):
-        used |= {"loss.load_balance"}
-    if model.family == "moe" and model.gate == "learned":
-        used |= {"loss.router_z"}
-    # Exits and PonderNet are trained on every output whatever they cost; of REINFORCE the reward says what blocks cost.
-    by_budget = model.dynamics not in ("exits", "reinforce") and "loss.ponder" not in used
-    return used if by_budget else used - {"budget.weight"}
+USES = frozenset({"loss.cross_entropy", "loss.label_smoothing"})
+"""Options of the loss that the task looks at, whatever the model."""
 
 
 def cross_entropy(logits: Float[Array, "B K"], label: Int[Array, " B"], smoothing: float = 0.0) -> Float[Array, " B"]:
@@ -110,7 +96,7 @@ class ClassificationTask:
         spent: dict[str, Any] = {"macs_fraction": 1.0}
         more: dict[str, Array] = {}
         budget_loss: Array | float = 0.0
-        if hasattr(model, "predictions"):
+        if isinstance(model, Predicts):
             outputs, decisions = trace.traced(lambda model, image: model.predictions(image))(model, image)
             losses = self._each(outputs, label)
             if decisions.decisions:

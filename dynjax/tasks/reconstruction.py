@@ -11,13 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dynjax.config import ModelConfig
 from dynjax.models.vqvae import VQVAE, Reconstruction
 
-
-def uses(model: ModelConfig) -> set[str]:
-    """Options of the loss and the budget that training looks at: none, the weight of a term is the model's."""
-    return set()
+USES: frozenset[str] = frozenset()
+"""Options of the loss that the task looks at, whatever the model."""
 
 
 @dataclasses.dataclass(frozen=True)

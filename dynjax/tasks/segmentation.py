@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
-from dynjax.config import BudgetConfig, LossConfig, ModelConfig
+from dynjax.config import BudgetConfig, LossConfig
 from dynjax.data.source import Source, read
 from dynjax.tasks import spending
 
@@ -26,12 +26,8 @@ POWERS = {"sqrt": -0.5, "inverse": -1.0}
 """Of a class's frequency: its weight, but for the scale and the cap."""
 
 
-def uses(model: ModelConfig) -> set[str]:
-    """Options of the loss and the budget that training and its evaluation look at."""
-    used = {"loss.cross_entropy", "loss.dice", "loss.class_weights", "loss.label_smoothing"}
-    if model.dynamics != "static":
-        used |= spending.BUDGET
-    return used | {"loss.load_balance"} if spending.branches(model) else used
+USES = frozenset({"loss.cross_entropy", "loss.dice", "loss.class_weights", "loss.label_smoothing"})
+"""Options of the loss that the task looks at, whatever the model."""
 
 
 def cross_entropy(

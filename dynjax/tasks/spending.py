@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dynjax.config import BudgetConfig, LossConfig, ModelConfig
+from dynjax.config import BudgetConfig, LossConfig
 from dynjax.core import budget, trace
 from dynjax.core.gates import Threshold
 from dynjax.ops.experts import router_z_loss
@@ -16,15 +16,6 @@ from dynjax.ops.experts import router_z_loss
 def steers(model: nnx.Module) -> bool:
     """Whether there is something in `model` that a budget can move."""
     return any(isinstance(each, Threshold) for _, each in nnx.iter_graph(model))
-
-
-BUDGET = {"budget.target", "budget.sampled", "budget.weight"}
-"""What `within_budget` looks at."""
-
-
-def branches(model: ModelConfig) -> bool:
-    """Whether a choice of one of several modules is among the model's decisions: what load balance is about."""
-    return (model.family, model.dynamics) in (("unet", "select"), ("resnet", "slices"), ("moe", "experts"))
 
 
 def auxiliary(losses: LossConfig, model: nnx.Module, decisions: trace.Trace) -> dict[str, Array]:

@@ -1,4 +1,6 @@
-"""The U-Net: shapes, odd sizes, half precision, and adaptive forms that hold the static twin's parameters."""
+"""Dense prediction: shapes, odd sizes, half precision, and adaptive forms that hold the static twin's parameters."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +10,26 @@ from blocks import make, still
 from flax import nnx
 
 import dynjax as dj
-from dynjax.config import UNetConfig
-from dynjax.models import unet
+from dynjax import models
+from dynjax.models import blocks
+from dynjax.models.backbones.residual import ResidualConfig
+from dynjax.models.dense import DenseConfig, StaticConfig
+from dynjax.models.dynamics.experts import ExpertsConfig
+from dynjax.models.dynamics.halt import HaltStepConfig
+from dynjax.models.dynamics.select import SelectConfig
+from dynjax.models.dynamics.skip import SkipConfig
+from dynjax.models.dynamics.tiles import TilesConfig
+from dynjax.models.heads.unet import UNetHeadConfig
 
-SMALL = dict(widths=(4, 6, 8), blocks=(1, 1, 2), stem_stride=2)
-FORMS = {
-    "tiles": dict(dynamics="tiles", tiles=(4, 3)),
-    "select": dict(dynamics="select", tiles=(4, 3)),
-    "skip": dict(dynamics="skip"),
-}
-BLOCKS = ["decoder/0/0", "decoder/1/0", "encoder/0/0", "encoder/1/0", "encoder/2/0", "encoder/2/1"]
+SMALL = DenseConfig(ResidualConfig(widths=(4, 6, 8), blocks=(1, 1, 2)), UNetHeadConfig(blocks=(1, 1)), StaticConfig())
+FORMS = {"tiles": TilesConfig(tiles=(4, 3)), "select": SelectConfig(tiles=(4, 3)), "skip": SkipConfig()}
+BLOCKS = [f"backbone/blocks/{each}" for each in ("0/0", "1/0", "2/0", "2/1")]
+BLOCKS += ["head/blocks/0/0", "head/blocks/1/0"]
 
 
-def build(rngs, **form):
-    return unet.build(UNetConfig(**SMALL, **form), 3, rngs=rngs)
+def build(rngs, dynamics=None, twin_params=None):
+    config = dataclasses.replace(SMALL, dynamics=dynamics or StaticConfig())
+    return models.build(config, 3, rngs=rngs, twin_params=twin_params)
 
 
 def pictures(*shape):
@@ -30,7 +38,7 @@ def pictures(*shape):
 
 @pytest.fixture(scope="module")
 def static():
-    return make(lambda rngs: build(rngs, dynamics="static"))
+    return make(build)
 
 
 def under(model, state):
@@ -45,14 +53,14 @@ def under(model, state):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_adaptive_forms_have_the_static_parameters_under_their_wrappers(form, static):
-    adaptive = make(lambda rngs: build(rngs, **FORMS[form]), seed=1)
+    adaptive = make(lambda rngs: build(rngs, FORMS[form]), seed=1)
     state = nnx.state(static, (nnx.Param, nnx.BatchStat))
     adaptive, left = under(adaptive, state)
     # What is left is of gates and of the plain branches.
     assert left and all(
         "gate" in path or (form == "select" and path[-4:-2] == ("blocks", 0)) or "blocks" in path for path in left
     )
-    decisions = BLOCKS if form == "skip" else [b for b in BLOCKS if "/2/" not in b]
+    decisions = BLOCKS if form == "skip" else [b for b in BLOCKS if "blocks/2/" not in b]
     x = pictures(2, 21, 30)
     dj.budget.set_threshold(adaptive, -30.0)
     logits, trace = jax.jit(lambda x: dj.traced(still(adaptive))(x))(x)
@@ -65,11 +73,8 @@ def test_adaptive_forms_have_the_static_parameters_under_their_wrappers(form, st
 def test_twin_params_give_the_logits_of_the_static_twin(form, static):
     twin_params = nnx.state(static, (nnx.Param, nnx.BatchStat))
 
-    def twin(rngs):
-        return unet.build(UNetConfig(**SMALL, **FORMS[form]), 3, rngs=rngs, twin_params=twin_params)
-
     # Not by `make`, which would put other numbers in their place; compiled at once rather than layer by layer.
-    adaptive = nnx.jit(lambda: twin(nnx.Rngs(3)))()
+    adaptive = nnx.jit(lambda: build(nnx.Rngs(3), FORMS[form], twin_params))()
     dj.budget.set_threshold(adaptive, -30.0)
     x = pictures(1, 16, 12)
     np.testing.assert_allclose(still(adaptive)(x), still(static)(x), rtol=1e-4, atol=1e-4)
@@ -77,15 +82,16 @@ def test_twin_params_give_the_logits_of_the_static_twin(form, static):
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
 def test_any_size_and_stride(stride):
-    config = UNetConfig(**SMALL | dict(stem_stride=stride, blocks=(1, 0, 1)), dynamics="static")
-    model = still(make(lambda rngs: unet.build(config, 5, rngs=rngs)))
+    backbone = ResidualConfig(widths=(4, 6, 8), blocks=(1, 0, 1), stem_stride=stride)
+    config = DenseConfig(backbone, UNetHeadConfig(blocks=(1, 0)), StaticConfig())
+    model = still(make(lambda rngs: models.build(config, 5, rngs=rngs)))
     for height, width in [(1, 1), (7, 5), (21, 30), (32, 16)]:
         logits = jax.eval_shape(lambda x: model(x), jax.ShapeDtypeStruct((2, height, width, 3), jnp.uint8))
         assert (logits.shape, logits.dtype) == ((2, height, width, 5), jnp.float32)
 
 
 def test_the_default_rows_compact_equals_masked(static):
-    adaptive = make(lambda rngs: build(rngs, **FORMS["tiles"]))
+    adaptive = make(lambda rngs: build(rngs, FORMS["tiles"]))
     x = pictures(2, 21, 30)
     run = jax.jit(lambda x: [still(adaptive, way)(x) for way in ("masked", "compact")])
     np.testing.assert_allclose(*run(x), rtol=1e-4, atol=1e-4)
@@ -103,7 +109,7 @@ def test_half_precision_parameters(static):
 
 
 def test_training_moves_statistics_and_has_gradients_everywhere(static):
-    adaptive = make(lambda rngs: build(rngs, **FORMS["select"]))
+    adaptive = make(lambda rngs: build(rngs, FORMS["select"]))
 
     def loss(model, x):
         logits, trace = dj.traced(model)(x)
@@ -119,11 +125,10 @@ def test_training_moves_statistics_and_has_gradients_everywhere(static):
 
 
 def test_the_random_control():
-    config = UNetConfig(**SMALL, dynamics="tiles", tiles=(4, 3), gate="random")
-    model = make(lambda rngs: unet.build(config, 3, rngs=rngs))
+    model = make(lambda rngs: build(rngs, TilesConfig(tiles=(4, 3), gate="random")))
     gates = [module for _, module in nnx.iter_modules(model) if isinstance(module, dj.RandomGate)]
     assert len(gates) == 4 and {gate.size for gate in gates} == {4, 3}
-    skip = make(lambda rngs: unet.build(UNetConfig(**SMALL, dynamics="skip", gate="random"), 3, rngs=rngs))
+    skip = make(lambda rngs: build(rngs, SkipConfig(gate="random")))
     assert sum(isinstance(module, dj.RandomGate) for _, module in nnx.iter_modules(skip)) == len(BLOCKS)
 
 
@@ -131,26 +136,43 @@ def test_gather_pixels_by_hand():
     x = jnp.arange(12.0).reshape(1, 2, 3, 2)
     # Pixels [0 1] [2 3] [4 5] over [6 7] [8 9] [10 11]; the odd last column is doubled.
     expected = [[[0, 1, 2, 3, 6, 7, 8, 9], [4, 5, 4, 5, 10, 11, 10, 11]]]
-    np.testing.assert_array_equal(unet.gather_pixels(x), [expected])
+    np.testing.assert_array_equal(blocks.gather_pixels(x), [expected])
 
 
 def test_spread_pixels_by_hand():
     x = jnp.arange(16.0).reshape(1, 1, 2, 8)
     first, second = [[[0, 1], [2, 3]], [[4, 5], [6, 7]]], [[[8, 9], [10, 11]], [[12, 13], [14, 15]]]
-    np.testing.assert_array_equal(unet.spread_pixels(x, 2)[0], np.concatenate([first, second], 1))
-    np.testing.assert_array_equal(unet.gather_pixels(unet.spread_pixels(x, 2)), x)
+    np.testing.assert_array_equal(blocks.spread_pixels(x, 2)[0], np.concatenate([first, second], 1))
+    np.testing.assert_array_equal(blocks.gather_pixels(blocks.spread_pixels(x, 2)), x)
 
 
 def test_repeat_pixels():
     x = jnp.arange(4.0).reshape(1, 2, 2, 1)
-    np.testing.assert_array_equal(unet.repeat_pixels(x)[0, ..., 0], np.kron([[0, 1], [2, 3]], np.ones((2, 2))))
+    np.testing.assert_array_equal(blocks.repeat_pixels(x)[0, ..., 0], np.kron([[0, 1], [2, 3]], np.ones((2, 2))))
 
 
 def test_errors():
+    backbone = SMALL.backbone
     for changes, message in [
-        (dict(widths=(4, 6)), r"widths=\(4, 6\) and blocks=\(1, 1, 2\)"),
-        (dict(stem_stride=3), "stem_stride=3"),
-        (dict(dynamics="tiles", tiles=(4, 3, 2, 2)), r"tiles=\(4, 3, 2, 2\) names more levels than widths=\(4, 6, 8\)"),
+        (dict(backbone=dataclasses.replace(backbone, widths=(4, 6))), r"widths=\(4, 6\) and blocks=\(1, 1, 2\)"),
+        (dict(backbone=dataclasses.replace(backbone, stem_stride=3)), "stem_stride=3"),
+        (dict(head=UNetHeadConfig(blocks=(1,))), r"blocks=\(1,\) must have one entry"),
+        (dict(dynamics=TilesConfig(tiles=(4, 3, 2, 2))), "dynamics of 4 levels, and the model has 3"),
     ]:
+        config = dataclasses.replace(SMALL, **changes)
         with pytest.raises(ValueError, match=message):
-            jax.eval_shape(lambda c=changes: nnx.state(unet.build(UNetConfig(**SMALL | c), 3, rngs=nnx.Rngs(0))))
+            jax.eval_shape(lambda c=config: nnx.state(models.build(c, 3, rngs=nnx.Rngs(0))))
+
+
+@pytest.mark.parametrize("random", [False, True])
+@pytest.mark.parametrize("dynamics", [ExpertsConfig(layers=2, hidden=6, experts=3), HaltStepConfig(steps=3)])
+def test_dynamics_in_the_place_of_the_coarsest_blocks(dynamics, random):
+    dynamics = dataclasses.replace(dynamics, gate="random" if random else "learned")
+    model = make(lambda rngs: build(rngs, dynamics))
+    dj.budget.set_threshold(model, 0.3)
+    x = pictures(2, 21, 30)
+    run = jax.jit(lambda x: [dj.traced(still(model, way))(x) for way in ("masked", "compact")])
+    (masked, trace), (compact, _) = run(x)
+    np.testing.assert_allclose(masked, compact, rtol=1e-4, atol=1e-4)
+    assert len(trace.decisions) == len(model.backbone.blocks[-1]) == (2 if isinstance(dynamics, ExpertsConfig) else 1)
+    assert all(path.startswith("backbone/blocks/2/") for path in trace.decisions)

@@ -1,0 +1,3 @@
+"""Backbones of dense prediction, one a file; see `dynjax.models.dense`."""
+
+from dynjax.models.backbones import residual

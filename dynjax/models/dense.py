@@ -1,0 +1,150 @@
+"""Dense prediction: a backbone gives maps of a picture, a head makes logits of its pixels, and dynamics go into the
+blocks of both.
+
+Each is a file of its own with a configuration that is registered under its interface, and knows none of the others:
+
+    register(Family(MyConfig, build=..., rules=..., tiny=...), BackboneConfig)
+
+`build` of a backbone is `(config, *, rngs)`, of a head `(config, backbone, classes, *, rngs)`, and of dynamics
+`(config, model, *, rngs)`, which returns the `Dense` model with its blocks changed; the `rules` of heads and dynamics
+take the backbone's configuration too.
+
+Letters: B examples, H W pixels, K classes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from dynjax.config import ModelConfig
+from dynjax.models import registry, rules
+from dynjax.models.registry import Family, filled, register
+from dynjax.models.rules import Rule
+
+
+@runtime_checkable
+class BackboneConfig(ModelConfig, rules.InLevels, Protocol):
+    """Of a backbone; `widths` and `blocks` are those of its levels, the finest first."""
+
+
+@runtime_checkable
+class HeadConfig(ModelConfig, Protocol):
+    """Of a head."""
+
+
+@runtime_checkable
+class DynamicsConfig(ModelConfig, Protocol):
+    """Of dynamics."""
+
+
+@runtime_checkable
+class InBlocks(Protocol):
+    """What dynamics can be put into."""
+
+    blocks: Sequence[nnx.List]
+    """Modules of each level, the finest first, that keep the shape of their input: dynamics wrap or replace them."""
+
+
+@runtime_checkable
+class Backbone(InBlocks, Protocol):
+    """Maps of a picture (B, H, W, 3) of bytes, the finest first."""
+
+    widths: tuple[int, ...]
+    """Channels of each map."""
+    strides: tuple[int, ...]
+    """Pixels of the picture, along a side, to one of each map; odd sizes are rounded up."""
+
+    def __call__(self, image: Array, /) -> list[jax.Array]: ...
+
+
+@runtime_checkable
+class Head(InBlocks, Protocol):
+    """Logits (B, H, W, K), float32, of every pixel of a picture of `size`, from the maps of a backbone."""
+
+    def __call__(self, maps: Sequence[Array], size: tuple[int, int], /) -> jax.Array: ...
+
+
+B = TypeVar("B", bound=BackboneConfig)
+H = TypeVar("H", bound=HeadConfig)
+D = TypeVar("D", bound=DynamicsConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticConfig:
+    """No dynamics: the twin."""
+
+    family: Literal["static"] = "static"
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseConfig(Generic[B, H, D]):
+    """A class for every pixel: a backbone, a head and dynamics."""
+
+    backbone: B
+    head: H
+    dynamics: D
+    family: Literal["dense"] = "dense"
+
+
+class Dense(nnx.Module):
+    """Logits for every pixel: (B, H, W, 3) bytes to (B, H, W, K) float32."""
+
+    def __init__(self, backbone: Backbone, head: Head):
+        self.backbone, self.head = backbone, head
+
+    def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W K"]:
+        return self.head(self.backbone(image), (image.shape[1], image.shape[2]))
+
+    def wrap(self, wrapper: Callable[[nnx.Module, int, int], nnx.Module], levels: int | None = None) -> "Dense":
+        """The model itself with `wrapper(block, channels, level)` in the place of every block of the finest `levels`,
+        of all by default: the head's before the backbone's. Raises ValueError where there are fewer levels."""
+        if levels is not None and levels > len(self.backbone.blocks):
+            raise ValueError(f"dynamics of {levels} levels, and the model has {len(self.backbone.blocks)}")
+        for part in (self.head, self.backbone):
+            for level, blocks in enumerate(part.blocks[:levels]):
+                for number, block in enumerate(blocks):
+                    blocks[number] = wrapper(block, self.backbone.widths[level], level)
+        return self
+
+    def coarsest(self, blocks: Sequence[nnx.Module]) -> "Dense":
+        """The model itself with `blocks` in the place of those of its coarsest map."""
+        own = self.backbone.blocks[-1]
+        while len(own):
+            own.pop()
+        own.extend(blocks)
+        return self
+
+
+def build(config: DenseConfig, classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
+    """The model of `config`, with the variables of a static twin under its dynamics if these are given."""
+    backbone = registry.family_of(config.backbone).build(config.backbone, rngs=rngs)
+    assert isinstance(backbone, Backbone), f"{type(backbone).__name__} is no dynjax.models.dense.Backbone"
+    head = registry.family_of(config.head).build(config.head, backbone, classes, rngs=rngs)
+    assert isinstance(head, Head), f"{type(head).__name__} is no dynjax.models.dense.Head"
+    model = filled(Dense(backbone, head), twin_params)
+    return registry.family_of(config.dynamics).build(config.dynamics, model, rngs=rngs)
+
+
+def _rules(config: DenseConfig) -> Iterator[Rule]:
+    yield from rules.within("backbone", registry.rules_of(config.backbone))
+    yield from rules.within("head", registry.rules_of(config.head, config.backbone))
+    yield from rules.within("dynamics", registry.rules_of(config.dynamics, config.backbone))
+
+
+register(Family(StaticConfig, lambda config, model, *, rngs: model), DynamicsConfig)
+FAMILY = register(
+    Family(
+        DenseConfig,
+        build,
+        task="segmentation",
+        tiny=lambda config: {part: registry.tiny(getattr(config, part)) for part in ("backbone", "head", "dynamics")},
+        rules=_rules,
+        uses=lambda config: registry.uses(config.dynamics),
+        dynamics=lambda config: config.dynamics.family,
+        twin=lambda config: dataclasses.replace(config, dynamics=StaticConfig()),
+    )
+)

@@ -1,0 +1,3 @@
+"""Heads of dense prediction, one a file; see `dynjax.models.dense`."""
+
+from dynjax.models.heads import unet
