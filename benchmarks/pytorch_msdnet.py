@@ -166,8 +166,9 @@ def main(raw: list[str]) -> None:
     val, test = (make_source(config.data, split) for split in ("val", "test"))
     # As everywhere, a budget is a share of the MACs of the same net with its last exit alone.
     twin = checkpoint.build(dataclasses.replace(config, model=models.static_twin(config.model)), len(val.classes))
-    whole = static_macs(checkpoint.evaluation_view(twin), val.size)
-    deployed = solve(model, whole, [*arguments.budgets, EVERYTHING], calibration_batches(val, 50, 20))
+    whole = static_macs(checkpoint.evaluation_view(twin), jax.ShapeDtypeStruct((1, *val.size, 3), np.uint8))
+    calibration = [batch["image"] for batch in calibration_batches(val, 50, 20)]
+    deployed = solve(model, whole, [*arguments.budgets, EVERYTHING], calibration)
     reference = build()
     ours = sum(each.size for each in jax.tree.leaves(nnx.state(model, nnx.Param))) / 1e6
     theirs = parameters(reference)

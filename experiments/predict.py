@@ -54,6 +54,8 @@ def at_budget(
 ) -> tuple[Any, str]:
     """The model as it skips: with the threshold that evaluate solved, otherwise solved on val now; and what is to be
     said where that spends more than the budget. Raises UserError."""
+    import jax
+    import numpy as np
     from flax import nnx
 
     from dynjax.core.budget import set_threshold
@@ -82,9 +84,10 @@ def at_budget(
         wanted, count = CALIBRATION
         pictures = calibration_batches(val, min(wanted, len(val)), count)
         spent, size = None, val.size
-    whole = static_macs(find_twin(dataclasses.replace(config, init_from=""), len(classes), "")[0], size)
+    twin, _ = find_twin(dataclasses.replace(config, init_from=""), len(classes), "")
+    whole = static_macs(twin, jax.ShapeDtypeStruct((1, *size, 3), np.uint8))
     if spent is None:
-        found = solve(model, whole, [budget], pictures)[budget]
+        found = solve(model, whole, [budget], [batch["image"] for batch in pictures])[budget]
         model, spent = found.model, found.report
     return model, unmet(config.row, budget, spent, whole)
 

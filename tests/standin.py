@@ -11,6 +11,7 @@ from flax import nnx
 from dynjax.config import AugmentConfig, Config, OptimizerConfig
 from dynjax.data import make_loader
 from dynjax.run import checkpoint, mesh, train
+from dynjax.tasks import Player
 
 
 class Net(nnx.Module):
@@ -42,6 +43,10 @@ class Task:
 
     def __init__(self, noise: float = 0.1):
         self.noise = noise
+
+    @property
+    def players(self):
+        return (Player("model", self.loss),)
 
     def loss(self, model, batch, key, progress):
         logits = model(batch["image"])

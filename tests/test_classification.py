@@ -13,7 +13,7 @@ from dynjax import tasks
 from dynjax.config import BudgetConfig, Config, DataConfig, LossConfig, MSDNetConfig, UNetConfig, UserError
 from dynjax.data import make_source
 from dynjax.ops import PolicySkip
-from dynjax.tasks import classification, spending
+from dynjax.tasks import adapters
 from dynjax.tasks.classification import ClassificationTask, confusion_matrix, cross_entropy, scores
 
 NAMES = ("a", "b", "c")
@@ -55,7 +55,6 @@ def test_a_model_with_gates_pays_for_its_macs():
     model = make(Gated)
     task = ClassificationTask(NAMES, LossConfig(), BudgetConfig(target=0.5, sampled=False, weight=7.0))
     batch = {"image": image(6, 4), "label": jnp.asarray([0, 1, 2, 0, 1, -1])}
-    assert spending.steers(model)
     both = nnx.value_and_grad(lambda model: task.loss(model, batch, KEY, 1.0), has_aux=True)
     (loss, metrics), grads = nnx.jit(both)(model)
     np.testing.assert_allclose(loss, metrics["task_loss"] + metrics["budget_loss"], rtol=1e-6)
@@ -102,8 +101,8 @@ def test_the_task_belongs_to_the_source():
     labels = make_source(DataConfig(name="digits8"), "val")
     masks = make_source(DataConfig(name="digits", examples=10, size=(48, 48)), "val")
     task = tasks.make_task(Config(row="r", model=MSDNetConfig(dynamics="exits")), labels)
-    assert (task.target, task.score, len(task.class_names)) == ("label", "accuracy", 10)
-    assert tasks.make_task(Config(row="r", model=UNetConfig()), masks).target == "mask"
+    assert (task.score, len(task.class_names)) == ("accuracy", 10)
+    assert tasks.make_task(Config(row="r", model=UNetConfig()), masks).score == "miou"
     with pytest.raises(UserError, match=r"row r \(unet\) needs pictures with masks; data.name=digits has a label"):
         tasks.make_task(Config(row="r", model=UNetConfig()), labels)
     with pytest.raises(UserError, match=r"row r \(msdnet\) needs pictures with one label each; .* has a mask"):
@@ -122,14 +121,14 @@ class Policied(nnx.Module):
 
 def test_a_policy_is_compared_with_itself_at_the_same_threshold(monkeypatch):
     seen = {"kept": []}
-    reward, log_probability = classification.blockdrop_reward, classification.log_probability
+    reward, log_probability = adapters.blockdrop_reward, adapters.log_probability
     monkeypatch.setattr(
-        classification,
+        adapters,
         "blockdrop_reward",
         lambda right, kept, wrong: seen["kept"].append(kept) or reward(right, kept, wrong),
     )
     monkeypatch.setattr(
-        classification, "log_probability", lambda drawn: seen.update(p=drawn.probability) or log_probability(drawn)
+        adapters, "log_probability", lambda drawn: seen.update(p=drawn.probability) or log_probability(drawn)
     )
     model, task = make(Policied), ClassificationTask(NAMES, LossConfig(), BudgetConfig(target=0.1))
     batch = {"image": image(6, 4), "label": jnp.asarray([0, 1, 2, 0, 1, -1])}

@@ -92,8 +92,8 @@ def make_loader(source: Any, batch_size: int, **options: Any) -> Any:
     return make(source, batch_size, **options)
 
 
-def calibration_batches(source: Any, batch_size: int, count: int) -> list[np.ndarray]:
-    """Pictures for solving a budget; see `dynjax.data.loader.calibration_batches`."""
+def calibration_batches(source: Any, batch_size: int, count: int) -> list[dict[str, np.ndarray]]:
+    """Batches for solving a budget; see `dynjax.data.loader.calibration_batches`."""
     from dynjax.data.loader import calibration_batches as make
 
     return make(source, batch_size, count)

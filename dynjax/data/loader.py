@@ -14,6 +14,7 @@ import numpy as np
 
 from dynjax.config import AugmentConfig, UserError
 from dynjax.data.augment import IGNORED, Augment, AugmentBatch, check_augment, mean_colour
+from dynjax.data.source import read, stack
 
 # Two threads and a short queue, of examples with masks or of whole batches with labels: grain's own defaults (16 and
 # 500) start slowly and hold much memory.
@@ -116,8 +117,8 @@ class BatchIterator:
         self._given = given
 
 
-def calibration_batches(source: Any, batch_size: int, count: int) -> list[np.ndarray]:
-    """`count` batches of pictures, uint8 (B, H, W, 3), spread evenly over the source; a short one is used again."""
+def calibration_batches(source: Any, batch_size: int, count: int) -> list[dict[str, np.ndarray]]:
+    """`count` batches spread evenly over the source; a short one is used again."""
     if len(source) == 0 or batch_size < 1 or count < 1:
         raise UserError(
             f"calibration needs examples: {len(source)} in the source, {count} batches of {batch_size} wanted"
@@ -126,7 +127,7 @@ def calibration_batches(source: Any, batch_size: int, count: int) -> list[np.nda
     # Every batch takes from all over the source: neighbours (frames of a film) are alike.
     indices = np.arange(wanted) * max(1.0, len(source) / wanted)
     indices = (indices.astype(int) % len(source)).reshape(batch_size, count).T
-    return [np.stack([source[int(index)]["image"] for index in batch]) for batch in indices]
+    return [stack([read(source, int(index)) for index in batch]) for batch in indices]
 
 
 def _fill_up(data: grain.MapDataset, total: int) -> grain.MapDataset:

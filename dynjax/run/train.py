@@ -1,11 +1,6 @@
 """One training loop for every task.
 
 `fit` takes any nnx model, task and iterable of batches; `train` builds these for a row.
-
-A task has `loss(model, batch, key, progress) -> (scalar, metrics)`, called with the model in its training view, a batch
-(dict of arrays whose first axis is the batch), a random key of this step and the share of the training that is over.
-Evaluated, `prepare(model, batch)` adds to a batch what is derived from it, `infer(model, batch)` is what a user gets
-and the only thing whose MACs count, and `counts(model, output, batch)` is summed over batches for `scores`.
 """
 
 import contextlib
@@ -17,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from dynjax import models
@@ -27,8 +20,10 @@ from dynjax.core import budget
 from dynjax.run import checkpoint, checks, lock, log
 from dynjax.run import mesh as meshes
 from dynjax.run.checkpoint import Run
-from dynjax.run.step import TrainState, make_optimizer, make_step
+from dynjax.run.evaluate import Arrays, Runner, make_runner, score
+from dynjax.run.step import TrainState, make_step
 from dynjax.run.stop import Stop, Stopped
+from dynjax.tasks.task import Learns, Scores, Task
 
 
 class Interrupted(Exception):
@@ -108,7 +103,7 @@ def _resume(
 
 def fit(
     model: nnx.Module,
-    task: Any,
+    task: Learns,
     loader: Iterable,
     config: Config,
     workdir: str | Path | None = None,
@@ -145,7 +140,7 @@ def fit(
 
 def _fit(
     model: nnx.Module,
-    task: Any,
+    task: Learns,
     loader: Iterable,
     about: Run,
     workdir: str | Path | None,
@@ -159,15 +154,12 @@ def _fit(
     mesh = meshes.make_mesh()
     everywhere = meshes.replicated(mesh)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        graphdef, params, *others = nnx.split(model, nnx.Param, ...)
-        (rest,) = others
-        optimizer = make_optimizer(config, params, gates)
-        ema = params if config.optimizer.ema else None
-        state = TrainState(jnp.int32(0), params, rest, optimizer.init(params), ema, jax.random.key(config.seed))
+        graphdef = nnx.graphdef(model)
+        state, step_of = make_step(model, task, config, gates)
         state, batches, start, behind = meshes.replicate(mesh, state), iter(loader), 0, False
         if workdir is not None:
             state, start, behind = _resume(state, batches, about, workdir, everywhere)
-        step_fn = jax.jit(make_step(graphdef, task, optimizer, config), donate_argnums=0, out_shardings=everywhere)
+        step_fn = jax.jit(step_of, donate_argnums=0, out_shardings=everywhere)
 
         def averaged() -> nnx.Module:
             params = state.params if state.ema is None else state.ema
@@ -205,7 +197,8 @@ def _fit(
                     # Compiled by now, and from now on there is something to lose.
                     stack.enter_context(stop.signals())
                 _report(said, pending, workdir)
-                pending = (step + 1, metrics)
+                resting = tuple(f"{player.name}/" for player in task.players if step % player.every)
+                pending = (step + 1, {name: each for name, each in metrics.items() if not name.startswith(resting)})
             _report(said, pending, workdir)
             said.flush()
         if not last or (stopping and evaluate is not None):
@@ -225,8 +218,8 @@ def _report(said: log.Log, pending: tuple[int, dict] | None, workdir: str | Path
         return
     step, metrics = pending
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(metrics[name]):
+    for name in metrics:
+        if name.rpartition("/")[2] in ("loss", "grad_norm") and not math.isfinite(metrics[name]):
             kept = checkpoint.steps(workdir) if workdir is not None else []
             last = f"the last good checkpoint is step {kept[-1]} of {workdir}" if kept else "there is no checkpoint yet"
             what = f"{name} is {metrics[name]} at step {step}: training stopped, {last}"
@@ -252,13 +245,12 @@ def _twin(config: Config, classes: tuple[str, ...]) -> nnx.State:
     return nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
 
 
-def validator(task: Any, source: Any, config: Config, stop: Stop | None = None) -> Callable[[nnx.Module], dict]:
+def validator(task: Task, source: Any, config: Config, stop: Stop | None = None) -> Callable[[nnx.Module], Scores]:
     """`evaluate` for `fit`: scores of `task` on all of `source`, with the gates' thresholds of the target budget.
 
     Raises UserError where the devices cannot share a batch equally, and Stopped between two batches when `stop` says
     so.
     """
-    import dynjax as dj
     from dynjax.data import make_loader
 
     mesh = meshes.make_mesh()
@@ -267,33 +259,22 @@ def validator(task: Any, source: Any, config: Config, stop: Stop | None = None) 
             f"--batch-size {config.batch_size} is not a multiple of {devices}, the devices that share a batch"
         )
 
-    def sums(graphdef: nnx.GraphDef, state: nnx.State, batch: dict) -> dict:
-        model = nnx.merge(graphdef, state)
-        batch = task.prepare(model, batch)
-        output, trace = dj.traced(lambda model, batch: task.infer(model, batch))(model, batch)
-        share = jnp.where(batch["valid"], trace.macs() / trace.full_macs, 0.0)
-        return {
-            # Blank examples, which fill the last batch up, have nothing to be predicted: -1 throughout.
-            "counts": task.counts(model, output, batch),
-            "macs_fraction": share.sum(),
-            "examples": batch["valid"].sum(),
-        }
-
-    sums = jax.jit(sums, static_argnums=0, out_shardings=meshes.replicated(mesh))
-
-    def evaluate(model: nnx.Module) -> dict:
-        if task.budget is not None and task.budget.sampled:
-            budget.set_threshold(model, budget.sampled_threshold(task.budget.target))
-        graphdef, state = nnx.split(model)
-        state = meshes.replicate(mesh, state)
-        total: dict[str, Any] = {}
+    def batches() -> Iterator[Arrays]:
         once = {"augment": None, "shuffle": False, "repeat": False}
         for batch in make_loader(source, config.batch_size, seed=0, **once, **meshes.processes()):
             if stop is not None and stop():
                 raise Stopped
-            found = jax.device_get(sums(graphdef, state, meshes.share(mesh, batch)))
-            total = {name: total.get(name, 0) + np.asarray(value, np.float64) for name, value in found.items()}
-        return task.scores(total["counts"]) | {"macs_fraction": float(total["macs_fraction"] / total["examples"])}
+            yield meshes.share(mesh, batch)
+
+    runners: list[Runner] = []  # one, compiled at the first evaluation
+
+    def evaluate(model: nnx.Module) -> Scores:
+        if task.budget is not None and task.budget.sampled:
+            budget.set_threshold(model, budget.sampled_threshold(task.budget.target))
+        if not runners:
+            runners.append(make_runner(model, task, meshes.replicated(mesh)))
+        found = score(runners[0], meshes.replicate(mesh, nnx.state(model)), batches(), task)
+        return found.scores | {"macs_fraction": found.fraction}
 
     return evaluate
 

@@ -1,30 +1,57 @@
 """Tasks: what is to be predicted, its loss and its scores. A training loop takes any of them."""
 
 import dataclasses
-import types
+from collections.abc import Callable
 from typing import Any
 
 from dynjax import models
-from dynjax.config import Config, UserError
+from dynjax.config import BudgetConfig, Config, UserError, VQVAEConfig
+from dynjax.tasks.autoregressive import AutoregressiveTask
+from dynjax.tasks.classification import ClassificationTask
+from dynjax.tasks.reconstruction import ReconstructionTask
+from dynjax.tasks.segmentation import SegmentationTask, class_frequencies, class_weights
+from dynjax.tasks.task import Batch, Player, Shown, Task
 
-__all__ = ["make_task", "refuse_unused"]
+__all__ = ["TASKS", "Batch", "Player", "Shown", "Task", "make_task", "refuse_unused"]
+
+
+def _task_of(config: Config) -> str:
+    """The name of the task that the row's model is for."""
+    if models.reconstructs(config.model):
+        return "reconstruction"
+    if models.generates(config.model):
+        return "autoregressive"
+    return "segmentation" if models.segments(config.model) else "classification"
+
+
+def _uses(config: Config) -> set[str]:
+    """Options of the loss and the budget that training and its evaluation look at, such as loss.dice."""
+    model, task = config.model, _task_of(config)
+    spends = {"budget.target", "budget.sampled", "budget.weight"}
+    if task in ("reconstruction", "autoregressive"):
+        return set()
+    used = {"loss.cross_entropy", "loss.label_smoothing"}
+    if task == "segmentation":
+        used |= {"loss.dice", "loss.class_weights"}
+    if model.dynamics == "static" or model.family == "dynamicconvnet":  # mixed kernels skip nothing
+        return used
+    used |= spends
+    if model.dynamics == "pondernet" and model.gate == "learned":
+        used |= {"loss.ponder"}
+    if model.dynamics == "reinforce":
+        used |= {"loss.reinforce", "loss.wrong"}
+    if (model.family, model.dynamics) in (("unet", "select"), ("resnet", "slices"), ("moe", "experts")):
+        used |= {"loss.load_balance"}
+    if model.family == "moe" and model.gate == "learned":
+        used |= {"loss.router_z"}
+    # Exits and PonderNet are trained on every output whatever they cost; of REINFORCE the reward says what blocks cost.
+    by_budget = model.dynamics not in ("exits", "reinforce") and "loss.ponder" not in used
+    return used if by_budget else used - {"budget.weight"}
 
 
 def refuse_unused(config: Config) -> None:
-    """Raises UserError for an option of the loss or the budget that is set, and that nothing of the row looks at.
-
-    Every task has `uses(model)`, the names of those that it looks at.
-    """
-    from dynjax.tasks import autoregressive, classification, reconstruction, segmentation
-
-    task: types.ModuleType
-    if models.reconstructs(config.model):
-        task = reconstruction
-    elif models.generates(config.model):
-        task = autoregressive
-    else:
-        task = segmentation if models.segments(config.model) else classification
-    used = task.uses(config.model)
+    """Raises UserError for an option of the loss or the budget that is set, and that nothing of the row looks at."""
+    used = _uses(config)
     for part in ("loss", "budget"):
         own = getattr(config, part)
         for field in dataclasses.fields(own):
@@ -36,45 +63,76 @@ def refuse_unused(config: Config) -> None:
                 )
 
 
-def make_task(config: Config, source: Any, *, training: bool = True) -> Any:
-    """The task that belongs to what `source` has to be predicted. Raises UserError where the row's model cannot do it.
+def make_task(config: Config, source: Any, *, training: bool = True) -> Task:
+    """The task that the row's model is for. Raises UserError where `source` does not fit it.
 
-    For training, the source must have two classes, in its names and in its masks or labels, and class weights are
+    For training, a source of classes must have two, in its names and in its masks or labels, and class weights are
     measured on it.
     """
-    from dynjax.tasks import autoregressive, classification, reconstruction, segmentation
+    return TASKS[_task_of(config)](config, source, training)
 
-    if models.generates(config.model) or models.reconstructs(config.model):
-        if tuple(source.size) != tuple(config.model.shape[:2]):
-            height, width = source.size
-            raise UserError(
-                f"row {config.row} draws pictures of {'x'.join(map(str, config.model.shape[:2]))} and those of "
-                f"data.name={config.data.name} are {height}x{width}: give --data.size or --model.shape"
-            )
-        if models.reconstructs(config.model):
-            return reconstruction.ReconstructionTask(config.model.commitment)
-        return autoregressive.AutoregressiveTask()
-    segments = models.segments(config.model)
-    if segments != (source.target == "mask"):
-        what = "pictures with masks" if segments else "pictures with one label each"
+
+def _autoregressive(config: Config, source: Any, training: bool) -> Task:
+    _check_size(config, source)
+    return AutoregressiveTask()
+
+
+def _reconstruction(config: Config, source: Any, training: bool) -> Task:
+    _check_size(config, source)
+    assert isinstance(config.model, VQVAEConfig)
+    return ReconstructionTask(config.model.commitment)
+
+
+def _classification(config: Config, source: Any, training: bool) -> Task:
+    _check_target(config, source, "label", "pictures with one label each", training)
+    return ClassificationTask(tuple(source.classes), config.loss, _spends(config))
+
+
+def _segmentation(config: Config, source: Any, training: bool) -> Task:
+    _check_target(config, source, "mask", "pictures with masks", training)
+    classes, kind = tuple(source.classes), config.loss.class_weights
+    weights = class_weights(kind, class_frequencies(source)) if training and kind != "none" else None
+    return SegmentationTask(len(classes), classes, config.loss, weights, _spends(config))
+
+
+TASKS: dict[str, Callable[[Config, Any, bool], Task]] = {
+    "autoregressive": _autoregressive,
+    "classification": _classification,
+    "reconstruction": _reconstruction,
+    "segmentation": _segmentation,
+}
+"""By the name that a model's family gives, from the row, a source and whether it is for training. May be added to."""
+
+
+def _spends(config: Config) -> BudgetConfig | None:
+    """The row's budget; of no weight where the row's model is not steered by it, None of a static model."""
+    if models.static_twin(config.model) == config.model:
+        return None
+    steered = "budget.weight" in _uses(config)
+    return config.budget if steered else dataclasses.replace(config.budget, weight=0.0)
+
+
+def _check_size(config: Config, source: Any) -> None:
+    """Raises UserError where pictures have another size than those that the model draws."""
+    model = config.model
+    assert models.generates(model) or models.reconstructs(model)
+    if tuple(source.size) != tuple(model.shape[:2]):
+        height, width = source.size
+        raise UserError(
+            f"row {config.row} draws pictures of {'x'.join(map(str, model.shape[:2]))} and those of "
+            f"data.name={config.data.name} are {height}x{width}: give --data.size or --model.shape"
+        )
+
+
+def _check_target(config: Config, source: Any, target: str, what: str, training: bool) -> None:
+    """One class alone is learnt to 100% by any model. Raises UserError."""
+    if source.target != target:
         raise UserError(
             f"row {config.row} ({config.model.family}) needs {what}; data.name={config.data.name} has a "
             f"{source.target} for each picture"
         )
-    if training:
-        _check_classes(config, source)
-    spends = None if config.model.dynamics == "static" else config.budget
-    classes = tuple(source.classes)
-    if not segments:
-        return classification.ClassificationTask(classes, config.loss, spends)
-    weights = None
-    if training and config.loss.class_weights != "none":
-        weights = segmentation.class_weights(config.loss.class_weights, segmentation.class_frequencies(source))
-    return segmentation.SegmentationTask(len(classes), classes, config.loss, weights, spends)
-
-
-def _check_classes(config: Config, source: Any) -> None:
-    """One class alone is learnt to 100% by any model. Raises UserError."""
+    if not training:
+        return
     names, seen = tuple(source.classes), getattr(source, "seen", None)
     if len(names) < 2:
         what = f"one class alone, {names[0]}" if names else "no class"
