@@ -10,7 +10,7 @@ import dynjax as dj
 from dynjax import models
 from dynjax.config import DataConfig, MSDNetConfig, ResNetConfig
 from dynjax.data import make_loader, make_source
-from dynjax.run.anytime import ExitOutputs, anytime, budgeted, find_exits, read_exits
+from dynjax.tasks.anytime import ExitOutputs, anytime, budgeted, find_exits, read_exits
 
 CORRECT = np.array([[1, 0, 0, 1], [1, 1, 0, 0], [1, 1, 1, 1]], bool)
 DOUBT = np.array([[-2.0, 1.0, 3.0, -1.0], [-3.0, -1.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])

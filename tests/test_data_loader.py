@@ -191,14 +191,17 @@ def test_a_cutout_takes_the_mean_colour():
 
 
 def test_calibration_pictures_come_from_all_over_the_source():
-    batches = calibration_batches(Numbered(100), 4, 5)
+    batches = [batch["image"] for batch in calibration_batches(Numbered(100), 4, 5)]
     assert len(batches) == 5 and all(b.shape == (4, 6, 8, 3) and b.dtype == np.uint8 for b in batches)
     found = [b[:, 0, 0, 0].tolist() for b in batches]
     assert sorted(np.concatenate(found).tolist()) == list(range(0, 100, 5))
     assert all(max(f) - min(f) > 50 for f in found)
-    short = [b[:, 0, 0, 0].tolist() for b in calibration_batches(Numbered(3), 2, 4)]
+    short = [b[:, 0, 0, 0].tolist() for b in (batch["image"] for batch in calibration_batches(Numbered(3), 2, 4))]
     assert {n for f in short for n in f} == {0, 1, 2}
-    assert [b[:, 0, 0, 0].tolist() for b in calibration_batches(InMemory(8), 2, 2)] == [[1, 5], [3, 7]]
+    assert [b[:, 0, 0, 0].tolist() for b in (batch["image"] for batch in calibration_batches(InMemory(8), 2, 2))] == [
+        [1, 5],
+        [3, 7],
+    ]
     with pytest.raises(UserError, match="calibration needs examples: 0 in the source"):
         calibration_batches(Numbered(0), 2, 4)
 

@@ -16,7 +16,7 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
-Block = TypeVar("Block", bound=Callable)
+Block = TypeVar("Block")
 
 Granularity = Literal[
     "sample",  # (B,)

@@ -262,7 +262,7 @@ def shown(
     `batch_size` is that of the scores, so that nothing is compiled anew.
     """
 
-    def examine(indices: list[int]) -> tuple[Batch, Output, np.ndarray]:
+    def examine(indices: list[int]) -> tuple[dict[str, np.ndarray], Output, np.ndarray]:
         batch = stack([read(source, index) for index in indices])
         batch["valid"] = np.ones(len(indices), bool)
         # Repeated up to the batch size that is compiled already.

@@ -23,7 +23,7 @@ from dynjax.run.checkpoint import Run
 from dynjax.run.evaluate import Arrays, Runner, make_runner, score
 from dynjax.run.step import TrainState, make_step
 from dynjax.run.stop import Stop, Stopped
-from dynjax.tasks.task import Learns, Scores, Task
+from dynjax.tasks.task import Learns, Player, Scores, Task
 
 
 class Interrupted(Exception):
@@ -34,7 +34,7 @@ class Interrupted(Exception):
 class Fitted:
     model: nnx.Module
     """The averaged parameters in a model of their own, in its evaluation view."""
-    scores: dict[str, Any]
+    scores: Scores
     """Of the last evaluation; empty without one."""
     step: int
 
@@ -107,7 +107,7 @@ def fit(
     loader: Iterable,
     config: Config,
     workdir: str | Path | None = None,
-    evaluate: Callable[[nnx.Module], dict] | None = None,
+    evaluate: Callable[[nnx.Module], Scores] | None = None,
     *,
     gates: nnx.filterlib.Filter = budget.gate_filter,
     classes: tuple[str, ...] = (),
@@ -144,7 +144,7 @@ def _fit(
     loader: Iterable,
     about: Run,
     workdir: str | Path | None,
-    evaluate: Callable[[nnx.Module], dict] | None,
+    evaluate: Callable[[nnx.Module], Scores] | None,
     gates: nnx.filterlib.Filter,
     stop: Stop,
     quiet: bool,
@@ -167,39 +167,33 @@ def _fit(
 
         said = log.Log(workdir, start=start, steps=config.steps, images_per_step=config.batch_size, quiet=quiet)
         with contextlib.closing(said):
-            scores: dict[str, Any] = {}
-            pending: tuple[int, dict] | None = None
+            scores: Scores = {}
+            reports = _Reports(said, workdir, task.players)
             # The order is an invariant: evaluate, checkpoint, fetch, step, log the step before.
             for step in range(start, config.steps + 1):
                 last, stopping = step == config.steps, stop()
                 due = (step > start or behind) and config.evaluate_every and step % config.evaluate_every == 0
                 if evaluate is not None and (last or due) and not stopping:
-                    _report(said, pending, workdir)
-                    pending = None
+                    reports.flush()
                     try:
                         scores = evaluate(averaged())
                         said.evaluation(step, scores)
                     except Stopped:
                         stopping = True
                 if workdir is not None and step > start and (last or stopping or step % config.checkpoint_every == 0):
-                    _report(said, pending, workdir)  # what is saved is known to be finite
-                    pending = None
+                    reports.flush()  # what is saved is known to be finite
                     checkpoint.save(workdir, step, state, _position(batches, step))
                     said.pause()
                 if last or stopping:
                     break
-                if (batch := next(batches, None)) is None:
-                    raise UserError(f"the data ended after {step} of {config.steps} batches: the loader must repeat")
-                batch = meshes.share(mesh, batch)
+                batch = meshes.share(mesh, _next(batches, step, config.steps))
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
                 if step == start:
                     # Compiled by now, and from now on there is something to lose.
                     stack.enter_context(stop.signals())
-                _report(said, pending, workdir)
-                resting = tuple(f"{player.name}/" for player in task.players if step % player.every)
-                pending = (step + 1, {name: each for name, each in metrics.items() if not name.startswith(resting)})
-            _report(said, pending, workdir)
+                reports.add(step, metrics)
+            reports.flush()
             said.flush()
         if not last or (stopping and evaluate is not None):
             how = "the same command goes on from there" if workdir else "nothing was saved: there is no workdir"
@@ -207,24 +201,43 @@ def _fit(
         return Fitted(averaged(), scores, step)
 
 
+def _next(batches: Iterator, step: int, steps: int) -> dict:
+    if (batch := next(batches, None)) is None:
+        raise UserError(f"the data ended after {step} of {steps} batches: the loader must repeat")
+    return batch
+
+
 def _say(text: str) -> None:
     if jax.process_index() == 0:
         print(text, file=sys.stderr)
 
 
-def _report(said: log.Log, pending: tuple[int, dict] | None, workdir: str | Path | None) -> None:
-    """Fetch and log the metrics of one step. Raises UserError when its loss or gradient is not finite."""
-    if pending is None:
-        return
-    step, metrics = pending
-    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    for name in metrics:
-        if name.rpartition("/")[2] in ("loss", "grad_norm") and not math.isfinite(metrics[name]):
-            kept = checkpoint.steps(workdir) if workdir is not None else []
-            last = f"the last good checkpoint is step {kept[-1]} of {workdir}" if kept else "there is no checkpoint yet"
-            what = f"{name} is {metrics[name]} at step {step}: training stopped, {last}"
-            raise UserError(f"{what}; a lower --optimizer.learning-rate may help")
-    said.train(step, metrics)
+class _Reports:
+    """Metrics on their way to the log: those of a step are fetched when the next one has begun."""
+
+    def __init__(self, said: log.Log, workdir: str | Path | None, players: tuple[Player, ...]):
+        self.said, self.workdir, self.players = said, workdir, players
+        self.waiting: tuple[int, dict] | None = None
+
+    def add(self, step: int, metrics: dict) -> None:
+        """Those of the step after `step`, without those of players that rested in it."""
+        self.flush()
+        resting = tuple(f"{player.name}/" for player in self.players if step % player.every)
+        self.waiting = step + 1, {name: each for name, each in metrics.items() if not name.startswith(resting)}
+
+    def flush(self) -> None:
+        """Log what waits. Raises UserError when its loss or gradient is not finite."""
+        if self.waiting is None:
+            return
+        (step, found), self.waiting = self.waiting, None
+        metrics = {name: float(value) for name, value in jax.device_get(found).items()}
+        for name, value in metrics.items():
+            if name.rpartition("/")[2] in ("loss", "grad_norm") and not math.isfinite(value):
+                kept = checkpoint.steps(self.workdir) if self.workdir is not None else []
+                last = f"the last good checkpoint is step {kept[-1]} of {self.workdir}" if kept else ""
+                what = f"{name} is {value} at step {step}: training stopped, {last or 'there is no checkpoint yet'}"
+                raise UserError(f"{what}; a lower --optimizer.learning-rate may help")
+        self.said.train(step, metrics)
 
 
 # A row
@@ -279,7 +292,7 @@ def validator(task: Task, source: Any, config: Config, stop: Stop | None = None)
     return evaluate
 
 
-def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
+def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> Scores:
     """Train the row's model in `workdir`, or go on where it stopped; returns the final scores on val."""
     from dynjax.data import make_loader, make_source
     from dynjax.tasks import make_task, refuse_unused

@@ -121,5 +121,5 @@ class Shown:
     """MACs and score of the static twin; None where it is not trained."""
     batches: Callable[[Any], Any]
     """A pass over a source in batches."""
-    examine: Callable[[list[int]], tuple[Batch, Output, Float[np.ndarray, "..."]]]
+    examine: Callable[[list[int]], tuple[dict[str, np.ndarray], Output, Float[np.ndarray, "..."]]]
     """Some examples of the source, what the model gives of them, and their heat maps (see `Trace.heatmap`)."""
