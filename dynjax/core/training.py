@@ -26,6 +26,8 @@ class Call:
     """The output and trace of another call without noise, under the same threshold."""
     weights: Mapping[str, float]
     """The options of LossConfig by name."""
+    shares: Float[Array, "B outputs"] | None = None
+    """How much each output counts, where a module weighs them."""
 
 
 @runtime_checkable

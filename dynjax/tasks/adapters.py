@@ -40,7 +40,8 @@ class Ponder:
         return halting_distribution(decision)
 
     def terms(self, call: Call) -> dict[str, Float[Array, ""]]:
-        p = self.weights(call)
+        p = call.shares
+        assert p is not None
         steps = p.shape[1]
         prior = geometric_prior(min(0.95, 1 / (float(call.target) * steps)), steps)
         total = jnp.where(call.valid, kl_to_prior(p, prior), 0).sum()

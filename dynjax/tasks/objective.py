@@ -90,11 +90,11 @@ def objective(task: Supervised, model: nnx.Module, batch: Batch, key: PRNGKeyArr
     else:
         outputs, trace = traced(run)(model, batch)
     more: dict[str, Array] = {}
-    task_loss = None
+    shares = None
     if trace is not None:
         call = _call(task, model, batch, outputs, trace, target)
-        more = _terms(ops, call)
-        task_loss = next((_weighed(op, call) for op in weighing), None)
+        shares = next((op.weights(call) for op in weighing), None)
+        more = _terms(ops, dataclasses.replace(call, shares=shares))
     if spends is not None and spends.sampled:
         budget.set_threshold(model, budget.sampled_threshold(spends.target))
     spent: dict[str, Any] = {"macs_fraction": 1.0}
@@ -103,7 +103,10 @@ def objective(task: Supervised, model: nnx.Module, batch: Batch, key: PRNGKeyArr
         spent = {"target": target, **budget.statistics(trace)}
         if spends.weight:
             budget_loss = spends.weight * budget.budget_loss(trace, target, budget.release(progress))
-    task_loss = task.average(outputs, batch) if task_loss is None else task_loss
+    if shares is None:
+        task_loss = task.average(outputs, batch)
+    else:
+        task_loss = mean_of((shares * task.each(outputs, batch)).sum(-1), task.valid(batch))
     loss = task_loss + budget_loss + sum(more.values(), jnp.float32(0))
     metrics = {"loss": loss, "task_loss": task_loss, "budget_loss": budget_loss, **more, **spent}
     metrics |= task.metrics(outputs, batch)
@@ -129,12 +132,6 @@ def _call(
         again=again,
         weights={name: value for name, value in options.items() if isinstance(value, float)},
     )
-
-
-def _weighed(op: Weighs, call: Call) -> Float[Array, ""] | None:
-    """The mean loss where the outputs of an example count as a module says."""
-    weights = op.weights(call)
-    return None if weights is None else mean_of((weights * call.losses(call.outputs)).sum(-1), call.valid)
 
 
 def _terms(ops: list[Any], call: Call) -> dict[str, Array]:
