@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 import dynjax as dj
 from benchmarks import tables
 from benchmarks.executors import Stack, median_ms
-from dynjax.core.decision import Decision
+from dynjax.core.decision import EACH, ONE, Decision, Place, Rule
+from dynjax.core.decision import some as several
 from dynjax.ops.halting import Halt
 from dynjax.ops.policy import PolicySkip
 from dynjax.show.report import LINES, MARKERS, style
@@ -35,11 +36,11 @@ BATCH, BLOCKS = 32, 8
 class Tell(nnx.Module):
     """A gate that says the same whatever comes; a variable, so that nothing is known while the program is compiled."""
 
-    def __init__(self, keep: Any, granularity: str):
-        self.keep, self.granularity = nnx.Variable(jnp.asarray(keep, jnp.float32)), granularity
+    def __init__(self, keep: Any, place: Place = "example", rule: Rule = EACH):
+        self.keep, self.place, self.rule = nnx.Variable(jnp.asarray(keep, jnp.float32)), place, rule
 
     def __call__(self, x: Any) -> Decision:
-        return Decision(self.keep[...], self.keep[...], self.granularity)
+        return Decision(self.keep[...], self.keep[...], self.place, self.rule)
 
 
 def some(share: float, *shape: int) -> np.ndarray:
@@ -69,7 +70,7 @@ def used_cores(call: Callable[[], jax.Array], repeats: int) -> float:
 
 def skip() -> tuple:
     block = stack(32)
-    return maps(16, 16, 32), block, lambda share: dj.Skip(block, Tell(some(share, BATCH), "sample"))
+    return maps(16, 16, 32), block, lambda share: dj.Skip(block, Tell(some(share, BATCH)))
 
 
 def policy() -> tuple:
@@ -78,7 +79,7 @@ def policy() -> tuple:
     return (
         maps(16, 16, 32),
         nnx.Sequential(*blocks),
-        lambda share: PolicySkip(blocks, Tell(keep[share], "channel")),
+        lambda share: PolicySkip(blocks, Tell(keep[share])),
     )
 
 
@@ -96,7 +97,7 @@ def halt() -> tuple:
 
     def gate(state):
         keep = (state[1] > 0.5).astype(jnp.float32)
-        return Decision(keep, keep, "sample")
+        return Decision(keep, keep, "example")
 
     def module(share):
         inner = Halt(step, gate, BLOCKS, kind="hard")
@@ -149,7 +150,7 @@ def channels() -> tuple:
     return (
         maps(16, 16, 64),
         lambda x: last(nnx.relu(first(x))),
-        lambda share: dj.Channels([first, nnx.relu], last, Tell(some(share, BATCH, 8), "channel")),
+        lambda share: dj.Channels([first, nnx.relu], last, Tell(some(share, BATCH, 8))),
     )
 
 
@@ -159,7 +160,7 @@ def slices() -> tuple:
 
     def module(share):
         choice = np.eye(4)[[widths.index(share)] * BATCH]
-        return dj.Slimmable([first, nnx.relu], last, Tell(choice, "branch"), widths=widths)
+        return dj.Slimmable([first, nnx.relu], last, Tell(choice, rule=ONE), widths=widths)
 
     return maps(16, 16, 64), lambda x: last(nnx.relu(first(x))), module
 
@@ -170,7 +171,7 @@ def experts() -> tuple:
     def module(share):
         top = round(8 * share)
         order = np.random.default_rng(0).permuted(np.tile(np.arange(8), (BATCH, 64, 1)), axis=-1)
-        gate = Tell((order < top).astype(np.float32), "token branch")
+        gate = Tell((order < top).astype(np.float32), "token", several(top))
         gate.top = top  # as a router has it
         if not made:
             made["experts"] = dj.Experts(64, 128, 8, gate=gate, rngs=nnx.Rngs(0))
@@ -203,7 +204,7 @@ def paths() -> tuple:
 
     def module(share):
         keep = np.repeat(some(share, BATCH)[:, None], 3, 1)
-        return _Paths(dj.Cell(operation, Tell(keep, "path"), up=up, down=down))
+        return _Paths(dj.Cell(operation, Tell(keep), up=up, down=down))
 
     def dense(x):
         h = operation(x)

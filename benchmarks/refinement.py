@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import tables
 from dynjax.config import UserError
+from dynjax.core import views
 from dynjax.core.budget import LOWEST
 from dynjax.core.deploy import Solver
 from dynjax.core.gates import Threshold
@@ -56,7 +57,7 @@ def changed(config: Any, model: nnx.Module, classes: int, **fields: Any) -> nnx.
     """The same weights where what draws is otherwise: behind another gate, or without."""
     new = dataclasses.replace(drawn_by(config.model), **fields)
     new = dataclasses.replace(config.model, prior=new) if config.model.family == "codes" else new
-    fresh = checkpoint.evaluation_view(checkpoint.build(dataclasses.replace(config, model=new), classes))
+    fresh = views.still(checkpoint.build(dataclasses.replace(config, model=new), classes))
     wanted = {path for path, _ in nnx.to_flat_state(nnx.state(fresh, nnx.Not(Threshold)))}
     found = nnx.to_flat_state(nnx.state(model, nnx.Not(Threshold)))
     nnx.update(fresh, nnx.from_flat_state([(path, value) for path, value in found if path in wanted]))

@@ -149,6 +149,7 @@ def unmet(row: str, budget: float, spent: Any, whole: float) -> str:
 def find_twin(config: Config, classes: int, workdir: str) -> tuple[Any, bool]:
     """The static twin of a row's model, and whether it is trained: from `workdir`, from --init-from, or fresh."""
     from dynjax import models
+    from dynjax.core import views
     from dynjax.run import checkpoint
 
     static = dataclasses.replace(config, model=models.static_twin(config.model))
@@ -163,7 +164,7 @@ def find_twin(config: Config, classes: int, workdir: str) -> tuple[Any, bool]:
         if found.model.dynamics != "static":
             raise UserError(f"--twin {workdir}: row {found.row} is {found.model.dynamics}, not static")
         return twin, True
-    return checkpoint.evaluation_view(checkpoint.build(static, classes)), False
+    return views.still(checkpoint.build(static, classes)), False
 
 
 def split_labels(compare: tuple[str, ...]) -> dict[str, str]:

@@ -59,7 +59,7 @@ def at_budget(
     from flax import nnx
 
     from dynjax.core.budget import set_threshold
-    from dynjax.core.deploy import compact
+    from dynjax.core.views import compact
     from dynjax.data import calibration_batches
     from dynjax.run.evaluate import solve, static_macs
 

@@ -157,7 +157,7 @@ def within_budget(model: Any, budget: float | None, seed: int, config: Config, c
 
     from dynjax import models
     from dynjax.core.budget import LOWEST, set_threshold
-    from dynjax.core.deploy import compact
+    from dynjax.core.views import compact
     from dynjax.run import checkpoint
     from dynjax.run.evaluate import solve, static_macs, steers
 
@@ -191,14 +191,16 @@ def spent_on(model: Any, images: Any, batch: int) -> Any:
     import numpy as np
     from flax import nnx
 
+    from dynjax.core import views
+    from dynjax.core.decision import PREFIX
     from dynjax.core.trace import traced
 
-    graphdef, state = nnx.split(nnx.view(model, execution="masked", raise_if_not_found=False))
+    graphdef, state = nnx.split(views.masked(model))
 
     @jax.jit
     def run(state: nnx.State, x: Any) -> Any:
         trace = traced(nnx.merge(graphdef, state))(x)[1]
-        blocks = [each.keep.sum(-1) for each in trace.decisions.values() if each.granularity == "tile exit"]
+        blocks = [each.keep.sum(-1) for each in trace.decisions.values() if (each.place, each.rule) == ("tile", PREFIX)]
         return trace.macs(), *blocks
 
     index = [np.minimum(np.arange(k, k + batch), len(images) - 1) for k in range(0, len(images), batch)]
@@ -213,10 +215,10 @@ def main(raw: list[str]) -> None:
     check(arguments)
     import jax
     import numpy as np
-    from flax import nnx
     from tqdm.auto import tqdm
 
     from dynjax import models
+    from dynjax.core import views
     from dynjax.models.likelihoods import to_bytes
     from dynjax.ops.sampling import Known, Sampled
     from dynjax.run import checkpoint
@@ -270,8 +272,7 @@ def main(raw: list[str]) -> None:
     drawn, took = all_of(model, arguments.sampler, **options)
     flips = None
     if refines and arguments.check != "none":
-        masked = nnx.view(model, execution="masked", raise_if_not_found=False)
-        flips = (drawn.image != all_of(masked, arguments.sampler)[0].image).any(-1).sum((1, 2))
+        flips = (drawn.image != all_of(views.masked(model), arguments.sampler)[0].image).any(-1).sum((1, 2))
     elif arguments.check not in ("none", arguments.sampler):
         flips = (drawn.image != all_of(model, arguments.check)[0].image).any(-1).sum((1, 2))
 

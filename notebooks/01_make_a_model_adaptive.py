@@ -220,7 +220,7 @@ model.eval()
 images = test_images[:4]
 logits, trace = jax.jit(dj.traced(model))(images)
 for path, decision in trace.decisions.items():
-    print(f"{path:12} {decision.granularity} decisions {decision.keep.shape}, kept {decision.kept():.0%}")
+    print(f"{path:12} decisions per {decision.place} {decision.keep.shape}, kept {decision.kept():.0%}")
 print("largest difference to the plain model:", float(jnp.abs(logits - plain(images)).max()))
 
 # %% [markdown]

@@ -109,7 +109,7 @@ def show(title, model, names=None, target=0.5):
     order = np.argsort(spent, kind="stable")[np.linspace(0, 127, 20).astype(int)]
     columns = []
     for decision in trace.decisions.values():
-        shown = decision.probability if decision.granularity == "kernel" else decision.keep
+        shown = decision.probability if decision.rule.name == "mixture" else decision.keep
         shown = np.asarray(shown)[order].reshape(len(order), -1, *(shown.shape[-1:] if shown.ndim > 1 else ()))
         columns.append(shown.mean(1) if shown.ndim == 3 else shown)
     table = np.concatenate(columns, 1)

@@ -8,6 +8,8 @@ import numpy as np
 from flax import nnx
 
 from dynjax import budget
+from dynjax.core.trace import Trace
+from dynjax.core.training import Call
 
 CHANNELS = 4
 
@@ -57,6 +59,12 @@ def _evaluated(gate, x, threshold):
 def evaluate(gate, x, threshold=0.0):
     """The decision of a gate that does not train."""
     return _evaluated(gate, x, jnp.float32(threshold))
+
+
+def call(trace: Trace, **known) -> Call:
+    """What a step knows, as far as it matters."""
+    usual = dict(outputs=[], valid=jnp.ones(trace.examples, bool), target=0.5, weights={})
+    return Call(trace, **usual | dict.fromkeys(("losses", "correct", "again"), jnp.shape) | known)
 
 
 def image(*shape: int, seed: int = 0) -> jax.Array:

@@ -44,35 +44,35 @@ def _shapes(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     yield from ((*sides, shape[-1]) for sides in ODD if len(sides) == len(shape) - 1)
 
 
-def _units(granularity: str, size: int | None, shape: tuple[int, ...], kept: tuple[int, ...]) -> tuple[int, ...]:
+def _units(about: tuple, size: int | None, shape: tuple[int, ...], kept: tuple[int, ...]) -> tuple[int, ...]:
     """What is decided about an input of `shape`, where `kept` is decided about another."""
     if size is not None:
         return (shape[0], -(-shape[1] // size), -(-shape[2] // size), *kept[3:])
-    return (*shape[:2], *kept[2:]) if granularity.startswith("token") else (shape[0], *kept[1:])
+    return (*shape[:2], *kept[2:]) if about[0] == "token" else (shape[0], *kept[1:])
 
 
 def _given(name: str) -> Iterator[tuple[str, Callable, Callable]]:
     """Name, compiled function of input and decision, and what draws both."""
-    granularity, size, whole, kept, wrap = GIVEN[name]
+    about, size, whole, kept, wrap = GIVEN[name]
 
     @jax.jit
     def run(x, keep):
-        model = wrap(tell(granularity, size)(keep))
+        model = wrap(tell(about, size)(keep))
         return still(model)(x), still(model, "compact")(x)
 
     for shape in _shapes(whole):
-        units = _units(granularity, size, shape, kept)
+        units = _units(about, size, shape, kept)
         yield (
             name,
             run,
-            lambda rng, shape=shape, units=units: (_draw_image(rng, shape), _pattern(rng, granularity, units)),
+            lambda rng, shape=shape, units=units: (_draw_image(rng, shape), _pattern(rng, about, units)),
         )
 
 
-def _pattern(rng: np.random.Generator, granularity: str, shape: tuple[int, ...]) -> jax.Array:
+def _pattern(rng: np.random.Generator, about: tuple, shape: tuple[int, ...]) -> jax.Array:
     """All, none, one, or a random share of the units; of one among K, the same for all or one for each."""
     kind = rng.integers(8)
-    if granularity in ("branch", "tile branch"):
+    if about[1].name == "one":
         chosen = rng.integers(shape[-1], size=shape[:-1] if kind > 1 else ())
         keep = np.eye(shape[-1])[np.broadcast_to(chosen, shape[:-1])]
     elif kind == 2:

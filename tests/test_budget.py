@@ -9,7 +9,7 @@ from flax import nnx
 
 import dynjax as dj
 from dynjax import budget
-from dynjax.core.decision import Decision
+from dynjax.core.decision import EACH, ONE, Decision, Linear
 
 
 def trace(*decisions, static=0.0):
@@ -20,7 +20,7 @@ def trace(*decisions, static=0.0):
 def samples(keep, macs, probability=None):
     keep = jnp.asarray(keep, jnp.float32)
     probability = keep if probability is None else jnp.asarray(probability, jnp.float32)
-    return Decision(keep, probability, "sample", (macs,), (macs,))
+    return Decision(keep, probability, "example", EACH, Linear((macs,), (macs,)))
 
 
 def test_budget_loss_by_hand():
@@ -75,7 +75,8 @@ def test_check():
 
 def branches(keep, probability):
     keep, probability = (jnp.asarray(a, jnp.float32) for a in (keep, probability))
-    return Decision(keep, probability, "branch", (1.0,) * keep.shape[-1], (1.0,) * keep.shape[-1])
+    ones = (1.0,) * keep.shape[-1]
+    return Decision(keep, probability, "example", ONE, Linear(ones, ones))
 
 
 def test_load_balance():

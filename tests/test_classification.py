@@ -12,8 +12,7 @@ import dynjax as dj
 from dynjax import tasks
 from dynjax.config import BudgetConfig, Config, DataConfig, LossConfig, MSDNetConfig, UNetConfig, UserError
 from dynjax.data import make_source
-from dynjax.ops import PolicySkip
-from dynjax.tasks import adapters
+from dynjax.ops import PolicySkip, policy
 from dynjax.tasks.classification import ClassificationTask, confusion_matrix, cross_entropy, scores
 
 NAMES = ("a", "b", "c")
@@ -121,14 +120,14 @@ class Policied(nnx.Module):
 
 def test_a_policy_is_compared_with_itself_at_the_same_threshold(monkeypatch):
     seen = {"kept": []}
-    reward, log_probability = adapters.blockdrop_reward, adapters.log_probability
+    reward, log_probability = policy.blockdrop_reward, policy.log_probability
     monkeypatch.setattr(
-        adapters,
+        policy,
         "blockdrop_reward",
         lambda right, kept, wrong: seen["kept"].append(kept) or reward(right, kept, wrong),
     )
     monkeypatch.setattr(
-        adapters, "log_probability", lambda drawn: seen.update(p=drawn.probability) or log_probability(drawn)
+        policy, "log_probability", lambda drawn: seen.update(p=drawn.probability) or log_probability(drawn)
     )
     model, task = make(Policied), ClassificationTask(NAMES, LossConfig(), BudgetConfig(target=0.1))
     batch = {"image": image(6, 4), "label": jnp.asarray([0, 1, 2, 0, 1, -1])}

@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 from dynjax import budget
+from dynjax.core import views
 from dynjax.run import checkpoint, log, train
 from experiments import cli, rows
 from experiments import train as command
@@ -202,9 +203,7 @@ def test_init_from_puts_the_twin_under_the_wrappers(static, row):
     """With everything kept the adaptive model is its twin."""
     _, twin, _ = checkpoint.load(static)
     config = parse(row, "--init-from", str(static))
-    model = checkpoint.evaluation_view(
-        checkpoint.build(config, 11, train._twin(config, checkpoint.read_config(static)[1]))
-    )
+    model = views.still(checkpoint.build(config, 11, train._twin(config, checkpoint.read_config(static)[1])))
     budget.set_threshold(model, -30.0)
     x = jax.random.bits(jax.random.key(0), (2, 48, 48, 3), np.uint8)
     adaptive, static_twin = (jax.jit(lambda x, net=net: net(x))(x) for net in (model, twin))

@@ -12,6 +12,7 @@ import dynjax as dj
 from dynjax import budget, config, models
 from dynjax.config import UserError
 from dynjax.core.controls import SampledPaths
+from dynjax.core.decision import EACH, ONE
 from dynjax.ops import RandomRouter
 from experiments import rows
 
@@ -21,10 +22,15 @@ def test_fixed_gate():
     keep = np.random.default_rng(0).integers(0, 2, (3, 3, 2))
     np.testing.assert_array_equal(dj.FixedGate(keep, size=4)(x).keep, keep)
     np.testing.assert_array_equal(dj.FixedGate([0])(x).keep, [0, 0, 0])
-    shapes = [((3,), "sample"), ((1, 2), "branch"), ((1, 3, 2), "tile"), ((3, 3, 2, 2), "tile branch")]
-    for shape, granularity in shapes:
+    shapes = [
+        ((3,), "example", EACH),
+        ((1, 2), "example", ONE),
+        ((1, 3, 2), "tile", EACH),
+        ((3, 3, 2, 2), "tile", ONE),
+    ]
+    for shape, *about in shapes:
         decision = dj.FixedGate(np.ones(shape), size=4)(x)
-        assert decision.granularity == granularity and decision.keep.shape == (3, *shape[1:])
+        assert [decision.place, decision.rule] == about and decision.keep.shape == (3, *shape[1:])
     with pytest.raises(ValueError, match="keep has 2 examples and the input has 3"):
         dj.FixedGate(np.ones(2))(x)
     with pytest.raises(ValueError, match=r"keep has shape \(\)"):
@@ -92,7 +98,7 @@ def test_a_grid_gate_keeps_an_even_share_whatever_the_content():
     for threshold, share in ((-30.0, 1), (30.0, 0)):
         assert evaluate(gate, x, threshold).keep.mean() == share
     odd = dj.GridGate()(image(1, 3, 5, 1))
-    assert odd.keep.shape == (1, 3, 5) and odd.granularity == "tile"
+    assert odd.keep.shape == (1, 3, 5) and odd.place == "tile"
 
 
 def combinations():

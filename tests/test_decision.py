@@ -1,5 +1,7 @@
 """What decisions cost, worked out by hand."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,20 +9,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dynjax.core.decision import Decision, Decisions, record
+import dynjax as dj
+from dynjax.core.decision import EACH, MIXTURE, ONE, PREFIX, Decision, Decisions, Linear, record, some
+from dynjax.core.wrapper import Wrapper
 
 
-def decision(keep, granularity, unit, whole, probability=None):
+def decision(keep, place, unit, whole, probability=None, rule=EACH):
     keep = jnp.asarray(keep, jnp.float32)
     probability = keep if probability is None else jnp.asarray(probability, jnp.float32)
-    return Decision(keep, probability, granularity, unit, whole)
+    return Decision(keep, probability, place, rule, Linear(unit, whole))
 
 
 def test_samples():
-    d = decision([1, 0, 1, 1], "sample", (10.0,), (10.0,), [0.5, 0.25, 1, 0])
+    d = decision([1, 0, 1, 1], "example", (10.0,), (10.0,), [0.5, 0.25, 1, 0])
     np.testing.assert_array_equal(d.macs(), [10, 0, 10, 10])
     np.testing.assert_array_equal(d.expected_macs(), [5, 2.5, 10, 0])
-    assert (d.full_macs, d.masked_macs, float(d.kept())) == (10, 10, 0.75)
+    assert (d.full_macs, d.cost.masked, float(d.kept())) == (10, 10, 0.75)
 
 
 def test_tiles_cost_their_border_and_at_most_the_whole_input():
@@ -39,9 +43,9 @@ def test_the_limit_has_no_gradient():
 
 
 def test_branches():
-    d = decision([[1, 0], [0, 1], [0, 1]], "branch", (2.0, 10.0), (2.0, 10.0))
+    d = decision([[1, 0], [0, 1], [0, 1]], "example", (2.0, 10.0), (2.0, 10.0), rule=ONE)
     np.testing.assert_array_equal(d.macs(), [2, 10, 10])
-    assert (d.full_macs, d.masked_macs) == (10, 12)
+    assert (d.full_macs, d.cost.masked) == (10, 12)
     assert d.kept() == pytest.approx(2 / 3)
 
 
@@ -50,39 +54,39 @@ def test_branches_per_tile_are_limited_one_by_one():
     keep[..., 1] = 1
     keep[0, 0, 0] = [1, 0]
     # One tile of the cheap branch, three of the dear one: 3 * 40 is more than the 100 of its whole input.
-    d = decision(keep, "tile branch", (5.0, 40.0), (20.0, 100.0))
+    d = decision(keep, "tile", (5.0, 40.0), (20.0, 100.0), rule=ONE)
     np.testing.assert_array_equal(d.macs(), [105])
-    assert (d.full_macs, d.masked_macs, float(d.kept())) == (100, 120, 0.75)
+    assert (d.full_macs, d.cost.masked, float(d.kept())) == (100, 120, 0.75)
 
 
 def test_exits_and_channels_count_each_stage_and_group():
-    stages = decision([[1, 1, 0], [1, 0, 0]], "exit", (1.0, 10.0, 100.0), (1.0, 10.0, 100.0))
+    stages = decision([[1, 1, 0], [1, 0, 0]], "example", (1.0, 10.0, 100.0), (1.0, 10.0, 100.0), rule=PREFIX)
     np.testing.assert_array_equal(stages.macs(), [11, 1])
     assert (stages.full_macs, float(stages.kept())) == (111, 0.5)
-    groups = decision([[1, 0, 1]], "channel", (4.0,), (12.0,))
+    groups = decision([[1, 0, 1]], "example", (4.0,), (12.0,))
     np.testing.assert_array_equal(groups.macs(), [8])
     tiles = np.ones((2, 2, 1, 2))
     tiles[0, 0, 0, 1] = 0
-    np.testing.assert_array_equal(decision(tiles, "tile exit", (3.0, 7.0), (6.0, 14.0)).macs(), [13, 20])
+    np.testing.assert_array_equal(decision(tiles, "tile", (3.0, 7.0), (6.0, 14.0), rule=PREFIX).macs(), [13, 20])
 
 
 def test_a_decision_passes_through_jit_and_counts_in_float32():
-    d = decision([1, 0], "sample", (1e9 + 1,), (2e9,))
-    half = Decision(d.keep.astype(jnp.bfloat16), d.probability, "sample", d.unit_macs, d.whole_macs)
+    d = decision([1, 0], "example", (1e9 + 1,), (2e9,))
+    half = Decision(d.keep.astype(jnp.bfloat16), d.probability, "example", EACH, d.cost)
     out = jax.jit(lambda d: d)(half)
     chex.assert_trees_all_equal(out, half)
-    assert (out.unit_macs, out.granularity) == ((1e9 + 1,), "sample")
+    assert (out.cost.unit, out.place, out.rule) == ((1e9 + 1,), "example", EACH)
     assert out.macs().dtype == jnp.float32 and float(out.macs()[0]) == np.float32(1e9 + 1)
 
 
-class Wrapper(nnx.Module):
+class Records(nnx.Module):
     def __call__(self, x):
-        record(self, decision(x, "sample", (1.0,), (1.0,)))
+        record(self, decision(x, "example", (1.0,), (1.0,)))
         return x
 
 
 def test_recorded_only_while_a_trace_is_taken():
-    wrapper, x = Wrapper(), jnp.ones(2)
+    wrapper, x = Records(), jnp.ones(2)
     wrapper(x)
     assert not nnx.state(wrapper, Decisions)
     _, captured = nnx.capture(wrapper, Decisions)(x)
@@ -92,14 +96,52 @@ def test_recorded_only_while_a_trace_is_taken():
 def test_experts_of_tokens_cost_as_many_as_a_token_can_take():
     keep = jnp.asarray([[[1, 1, 0], [1, 0, 0]]], jnp.float32)  # the second token takes one of its two
     probability = jnp.asarray([[[0.5, 0.25, 0.25], [0.75, 0.125, 0.125]]])
-    costs = dict(unit_macs=(10.0,) * 3, whole_macs=(20.0,) * 3, most=2)
-    decision = Decision(keep, probability, "token branch", **costs)
+    decision = Decision(keep, probability, "token", some(2), Linear((10.0,) * 3, (20.0,) * 3))
     np.testing.assert_allclose(decision.macs(), [30])
-    assert (decision.full_macs, decision.masked_macs) == (40, 60)
+    assert (decision.full_macs, decision.cost.masked) == (40, 60)
     np.testing.assert_allclose(decision.expected_macs(), [20 + 7.5 + 7.5])  # the first expert's 25 stop at all it has
 
 
 def test_kernels_cost_nothing():
-    decision = Decision(jnp.ones((2, 3)), jnp.full((2, 3), 1 / 3), "kernel", (0.0,) * 3, (0.0,) * 3)
+    decision = Decision(jnp.ones((2, 3)), jnp.full((2, 3), 1 / 3), "example", MIXTURE)
     np.testing.assert_array_equal(decision.macs(), [0, 0])
     assert decision.full_macs == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Squared:
+    """Attention among the kept: quadratic in their number, of `units`."""
+
+    each: float
+    units: int
+
+    def __call__(self, kept):
+        return self.each * (kept**2).sum(1)
+
+    @property
+    def masked(self):
+        return self.each * self.units**2
+
+    def full(self, most):
+        return self.masked
+
+
+class Attends(Wrapper):
+    """Looks from every kept token at every kept one, at a cost of its own."""
+
+    def __call__(self, x):
+        told = Decision(jnp.asarray([[1.0, 1, 0], [1, 0, 0]]), jnp.full((2, 3), 0.5), "token")
+        kept = self.expect(told, "token", EACH, x.shape[:2], "")
+        record(self, dataclasses.replace(kept, cost=Squared(2.0 * x.shape[2], x.shape[1])))
+        seen = x * kept.keep[..., None]
+        return (seen @ seen.swapaxes(1, 2)) @ seen
+
+
+def test_a_cost_may_be_any_function_of_what_is_kept():
+    _, trace = dj.traced(Attends())(jnp.ones((2, 3, 5)))
+    np.testing.assert_array_equal(trace.macs(), [40, 10])
+    np.testing.assert_array_equal(trace.expected_macs(), [22.5, 22.5])
+    assert (trace.static_macs, trace.full_macs) == (0, 90)
+    np.testing.assert_allclose(trace.heatmap((4, 4)).sum((1, 2)), [40, 10])
+    grad = jax.grad(lambda keep: Decision(keep, keep, "token", EACH, Squared(1.0, 3)).macs().sum())(jnp.ones((1, 3)))
+    np.testing.assert_array_equal(grad, [[6, 6, 6]])

@@ -10,7 +10,8 @@ from flax import nnx
 
 import dynjax as dj
 from dynjax import budget
-from dynjax.core.deploy import Report, Solver, compact
+from dynjax.core.deploy import Report, Solver
+from dynjax.core.views import compact
 
 
 class Net(nnx.Module):

@@ -13,6 +13,7 @@ from flax import nnx
 import dynjax as dj
 from dynjax import cost
 from dynjax.config import DynamicConvNetConfig, UNetConfig, UserError
+from dynjax.core.decision import MIXTURE
 from dynjax.models import build, static_twin, unet
 from dynjax.ops.kernels import CondConv, set_temperature, with_kernels
 
@@ -54,7 +55,7 @@ def test_logits_of_any_size_and_their_decisions(dynamics):
         assert (logits.shape, logits.dtype) == ((3, 5), jnp.float32)
     paths = [f"stages/{stage}/0/conv{number}" for stage in (0, 1) for number in (1, 2)]
     assert sorted(trace.decisions) == (paths if dynamics in MIXTURES else [])
-    assert all(d.keep.shape == (3, 3) and d.granularity == "kernel" for d in trace.decisions.values())
+    assert all(d.keep.shape == (3, 3) and d.rule == MIXTURE for d in trace.decisions.values())
 
 
 def test_a_few_steps_of_training_lower_the_loss():

@@ -13,6 +13,7 @@ from flax.errors import TraceContextError
 import dynjax as dj
 from dynjax import budget, cost
 from dynjax.core import gates
+from dynjax.core.decision import EACH, ONE
 
 KEY = jax.random.key(0)
 LOGITS = jnp.asarray([-40.0, -2.0, 0.0, 1.0, 40.0])
@@ -78,6 +79,13 @@ def test_a_tile_that_the_border_cuts_counts_the_pixels_it_has():
 
 # Modules
 
+ABOUT = {
+    "sample": ("example", EACH),
+    "tile": ("tile", EACH),
+    "branch": ("example", ONE),
+    "tile branch": ("tile", ONE),
+    "channel": ("example", EACH),
+}
 MAKERS = {
     "sample": (lambda rngs: dj.SampleGate(4, rngs=rngs), (3,)),
     "tile": (lambda rngs: dj.TileGate(4, size=4, rngs=rngs), (3, 3, 2)),
@@ -94,17 +102,17 @@ def gate(request):
 
 
 def test_every_gate_decides_hard_and_draws_noise_only_when_it_trains(gate):
-    granularity, gate, shape = gate
+    name, gate, shape = gate
     x = image(3, 9, 7, 4)
     drawn = [train(gate, x) for _ in range(6)]
     still = [evaluate(gate, x) for _ in range(2)]
     for decision in (*drawn, *still):
         assert decision.keep.shape == decision.probability.shape == shape
-        assert decision.granularity == granularity
+        assert (decision.place, decision.rule) == ABOUT[name]
         assert set(np.unique(decision.keep)) <= {0.0, 1.0}
         keep, probability = np.asarray(decision.keep), np.asarray(decision.probability)
         assert ((probability >= 0) & (probability <= 1)).all()
-        if "branch" in granularity:
+        if "branch" in name:
             np.testing.assert_array_equal(keep.sum(-1), 1)
             np.testing.assert_allclose(probability.sum(-1), 1, rtol=1e-6)
         np.testing.assert_allclose(decision.probability, still[0].probability, rtol=1e-5)
@@ -113,9 +121,9 @@ def test_every_gate_decides_hard_and_draws_noise_only_when_it_trains(gate):
 
 
 def test_a_higher_threshold_spends_less(gate):
-    granularity, gate, _ = gate
+    name, gate, _ = gate
     x = image(3, 9, 7, 4)
-    rank = np.arange(3.0) if "branch" in granularity else 1.0
+    rank = np.arange(3.0) if "branch" in name else 1.0
 
     def spent(chosen):
         return float((np.asarray(chosen) * rank).sum())
@@ -125,7 +133,7 @@ def test_a_higher_threshold_spends_less(gate):
         amounts = [spent(getattr(decision, field)) for decision in decisions]
         assert amounts == sorted(amounts, reverse=True)
     ends = [spent(decisions[i].keep) for i in (0, -1)]
-    most = np.asarray(decisions[0].keep).sum() * 2 if "branch" in granularity else decisions[0].keep.size
+    most = np.asarray(decisions[0].keep).sum() * 2 if "branch" in name else decisions[0].keep.size
     assert ends == [most, 0]
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 import dynjax as dj
 from dynjax import execute
-from dynjax.core.decision import Decision
+from dynjax.core.decision import EACH, ONE, Decision, some
 from dynjax.ops.halting import Halt
 
 HUGE = 1e30
@@ -36,12 +36,12 @@ def test_a_blend_takes_what_was_chosen_and_its_gradients_are_finite():
 
 
 class Tell(nnx.Module):
-    def __init__(self, keep, granularity, size=None, probability=None):
-        self.keep, self.granularity, self.size = nnx.Variable(jnp.asarray(keep, jnp.float32)), granularity, size
+    def __init__(self, keep, place, rule=EACH, size=None, probability=None):
+        self.keep, self.place, self.rule, self.size = nnx.Variable(jnp.asarray(keep, jnp.float32)), place, rule, size
         self.probability = nnx.Variable(jnp.asarray(keep if probability is None else probability, jnp.float32))
 
     def __call__(self, x):
-        return Decision(self.keep[...], self.probability[...], self.granularity)
+        return Decision(self.keep[...], self.probability[...], self.place, self.rule)
 
 
 def _maps(huge=(1,)):
@@ -59,20 +59,20 @@ def _tiles():
 def _channels():
     first, last = make(lambda rngs: nnx.List([nnx.Linear(2, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)]))
     first.bias[...] = jnp.asarray([0.0, 0.0, HUGE, HUGE])
-    return image(2, 2), dj.Channels([first, overflow], last, Tell([[1, 0]] * 2, "channel"))
+    return image(2, 2), dj.Channels([first, overflow], last, Tell([[1, 0]] * 2, "example"))
 
 
 def _experts():
-    gate = Tell([[1, 0]] * 2, "branches", probability=[[0.5, 0.5]] * 2)
+    gate = Tell([[1, 0]] * 2, "example", some(2), probability=[[0.5, 0.5]] * 2)
     model = make(lambda rngs: dj.Experts(2, 3, 2, gate=gate, activation=overflow, rngs=rngs))
-    model.gate = Tell([[1, 0]] * 2, "branches", probability=[[0.5, 0.5]] * 2)
+    model.gate = Tell([[1, 0]] * 2, "example", some(2), probability=[[0.5, 0.5]] * 2)
     model.up_bias[...] = jnp.asarray([[0.0] * 3, [HUGE] * 3])
     return image(2, 2), model
 
 
 def _cell():
     """The operation runs for the second example, whose path up is taken and whose path keep is not."""
-    model = dj.Cell(overflow, Tell([[1, 1], [1, 0]], "path"), up=jnp.zeros_like)
+    model = dj.Cell(overflow, Tell([[1, 1], [1, 0]], "example"), up=jnp.zeros_like)
     return _maps(), lambda x, view=model: view(x)["keep"].features, model
 
 
@@ -90,7 +90,7 @@ def _halt():
 
     def gate(state):
         go_on = (state[1] < 1.5).astype(jnp.float32)
-        return Decision(go_on, go_on, "sample")
+        return Decision(go_on, go_on, "example")
 
     halt = Halt(step, gate, 3, kind="pondernet")
     x = jnp.asarray([[HUGE], [1.0]])
@@ -98,14 +98,14 @@ def _halt():
 
 
 CASES = {
-    "Skip": lambda: (_maps(), dj.Skip(overflow, Tell([1, 0], "sample"))),
-    "Skip otherwise": lambda: (_maps(), dj.Skip(jnp.tanh, Tell([0, 1], "sample"), otherwise=overflow)),
-    "PolicySkip": lambda: (_maps(), dj.PolicySkip([overflow, jnp.tanh], Tell([[1, 1], [0, 1]], "channel"))),
-    "Select": lambda: (_maps(), dj.Select([jnp.tanh, overflow], Tell([[0, 1], [1, 0]], "branch"))),
-    "Tiles": lambda: (_tiles()[0], dj.Tiles(overflow, Tell(_tiles()[1], "tile", 2))),
+    "Skip": lambda: (_maps(), dj.Skip(overflow, Tell([1, 0], "example"))),
+    "Skip otherwise": lambda: (_maps(), dj.Skip(jnp.tanh, Tell([0, 1], "example"), otherwise=overflow)),
+    "PolicySkip": lambda: (_maps(), dj.PolicySkip([overflow, jnp.tanh], Tell([[1, 1], [0, 1]], "example"))),
+    "Select": lambda: (_maps(), dj.Select([jnp.tanh, overflow], Tell([[0, 1], [1, 0]], "example", ONE))),
+    "Tiles": lambda: (_tiles()[0], dj.Tiles(overflow, Tell(_tiles()[1], "tile", size=2))),
     "Select per tile": lambda: (
         _tiles()[0],
-        dj.Select([jnp.tanh, overflow], Tell(np.stack([1 - np.array(_tiles()[1]), _tiles()[1]], -1), "tile branch", 2)),
+        dj.Select([jnp.tanh, overflow], Tell(np.stack([1 - np.array(_tiles()[1]), _tiles()[1]], -1), "tile", ONE, 2)),
     ),
     "Channels": _channels,
     "Experts": _experts,

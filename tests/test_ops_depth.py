@@ -12,6 +12,7 @@ from test_ops_tiles import Squeeze, assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost
+from dynjax.core.decision import PREFIX
 from dynjax.core.deploy import Solver
 
 # Skip
@@ -158,7 +159,7 @@ def test_exits_stop_the_examples_that_a_head_is_sure_about(build, options):
         np.testing.assert_allclose(masked, predictions[last, np.arange(8)], rtol=1e-5, atol=1e-5)
         assert_same(masked, *compact)
         (decision,) = trace(jnp.float32(threshold), x).decisions.values()
-        assert decision.granularity == "exit"
+        assert (decision.place, decision.rule) == ("example", PREFIX)
         np.testing.assert_array_equal(decision.keep, runs.T)
         spent.append(float(decision.macs().sum()))
     assert stages >= {0, len(model.stages) - 1} and len(stages) > 2
@@ -252,7 +253,7 @@ def test_tiles_stop_where_a_head_is_sure():
         masked, *compact = run(jnp.float32(threshold), x)
         assert_same(masked, *compact)
         decision = trace(jnp.float32(threshold), x).decisions[""]
-        assert decision.granularity == "tile exit" and decision.keep.shape == (2, 3, 4, 3)
+        assert (decision.place, decision.rule) == ("tile", PREFIX) and decision.keep.shape == (2, 3, 4, 3)
         assert (jnp.diff(decision.keep) <= 0).all() and (decision.keep[..., 0] == 1).all()
         shares.append(float(decision.keep[..., 1:].mean()))
         if threshold == -30:

@@ -10,6 +10,7 @@ from test_ops_tiles import assert_same, three_ways
 
 import dynjax as dj
 from dynjax import budget, cost
+from dynjax.core.decision import ONE, some
 from dynjax.ops import experts
 from dynjax.ops.experts import gathered, places, route
 
@@ -47,7 +48,7 @@ def test_top_k_routing_is_the_softmax_over_the_top_logits():
     expected = softmax(np.where(logits >= second, logits, -np.inf))
     y, trace = jax.jit(dj.traced(model))(x)
     decision = trace.decisions[""]
-    assert decision.granularity == "token branch" and decision.most == 2
+    assert (decision.place, decision.rule) == ("token", some(2))
     np.testing.assert_array_equal(decision.keep, logits >= second)
     np.testing.assert_allclose(decision.probability, softmax(logits), rtol=1e-5)
     np.testing.assert_allclose(y, by_hand(model, np.asarray(x), expected), rtol=1e-4, atol=1e-5)
@@ -59,7 +60,7 @@ def test_switch_routing_weighs_one_expert_by_its_probability():
     p = softmax(np.asarray(x) @ np.asarray(model.gate.kernel))
     expected = np.where(p == p.max(-1, keepdims=True), p, 0)
     y, trace = jax.jit(dj.traced(model))(x)
-    assert trace.decisions[""].granularity == "branch"
+    assert trace.decisions[""].rule == ONE
     np.testing.assert_allclose(y, by_hand(model, np.asarray(x), expected), rtol=1e-4, atol=1e-5)
 
 
@@ -203,7 +204,7 @@ def test_the_threshold_lowers_the_number_of_experts():
     one = 7 * 2 * FEATURES * HIDDEN
     router = 7 * FEATURES * EXPERTS
     assert trace.static_macs == router and trace.full_macs == router + 3 * one
-    assert trace.decisions[""].unit_macs == (one / 7,) * EXPERTS
+    assert trace.decisions[""].cost.unit == (one / 7,) * EXPERTS
     np.testing.assert_allclose(spent[0], trace.full_macs)
     np.testing.assert_allclose(spent[-1], router + one)
     assert (np.diff(spent, axis=0) <= 0).all() and len({float(s.sum()) for s in spent}) == 5

@@ -12,6 +12,7 @@ from test_ops_tiles import assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost
+from dynjax.core.decision import PREFIX
 from dynjax.ops import halting
 from dynjax.ops.halting import Halt
 
@@ -44,9 +45,6 @@ def test_kl_to_the_geometric_prior():
     np.testing.assert_allclose(halting.kl_to_prior(jnp.asarray(p), prior), [by_hand, 0.0], rtol=1e-5, atol=1e-6)
     slope = jax.grad(lambda p: halting.kl_to_prior(p, prior).sum())(jnp.asarray(p))
     assert np.isfinite(slope).all()
-    losses = jnp.asarray([[1.0, 2.0, 4.0, 8.0], [0.0, 0.0, 0.0, 1.0]])
-    loss = halting.pondernet_loss(losses, jnp.asarray(p), prior, beta=0.1)
-    np.testing.assert_allclose(loss, ((0.5 + 0.5 + 1.0 + 0.1 * by_hand) + 0.421875) / 2, rtol=1e-5)
     with pytest.raises(ValueError, match=r"rate=1.0 must be in \(0, 1\)"):
         halting.geometric_prior(1.0, 4)
 
@@ -62,7 +60,7 @@ class Table(nnx.Module):
 
     def __call__(self, x):
         go_on = 1 - self.rows[...][x[:, 1].astype(int), x[:, 0].astype(int) - 1]
-        return dj.Decision((go_on >= 0.5).astype(jnp.float32), go_on, "sample")
+        return dj.Decision((go_on >= 0.5).astype(jnp.float32), go_on, "example")
 
 
 ROWS = [[0.3, 0.5, 0.4, 0.9], [0.995, 0.5, 0.5, 0.5], [0.1, 0.1, 0.1, 0.1]]
@@ -87,19 +85,17 @@ def test_halting_by_hand(kind, counts, steps, execution):
     y, trace = jax.jit(lambda x: dj.traced(model)(x))(START)
     np.testing.assert_allclose(y[:, 0], counts, rtol=1e-5)
     (decision,) = trace.decisions.values()
-    assert decision.granularity == "exit"
+    assert (decision.place, decision.rule) == ("example", PREFIX)
     np.testing.assert_array_equal(decision.keep, np.arange(4)[None] < np.asarray(steps)[:, None])
 
 
-def test_ponder_cost_is_steps_plus_remainder_and_bounds_the_expected_steps():
+def test_the_expected_steps_have_the_gradient_of_the_mass_that_is_left():
     (decision,) = jax.jit(dj.traced(still(counted("act"))))(START)[1].decisions.values()
-    np.testing.assert_allclose(halting.ponder_cost(decision), [3 + 0.2, 1 + 1.0, 4 + 0.7], rtol=1e-5)
     weights = halting.act_weights(jnp.asarray(ROWS))
     np.testing.assert_allclose(halting.halting_distribution(decision), weights, atol=1e-6)
     # The core's own measure, in steps: what each step costs times the mass that is left before it.
     expected = (weights * jnp.arange(1.0, 5.0)[None]).sum(-1)
     np.testing.assert_allclose(decision.probability.sum(-1), expected, rtol=1e-5)
-    assert (expected <= halting.ponder_cost(decision)).all()
 
     def slopes(measure):
         def loss(model, x):
@@ -107,8 +103,6 @@ def test_ponder_cost_is_steps_plus_remainder_and_bounds_the_expected_steps():
 
         return nnx.jit(nnx.grad(loss))(nnx.view(counted("act"), deterministic=False), START)["gate"]["rows"][...]
 
-    # N has no gradient, and R = 1 - the sum of the probabilities before the last step.
-    np.testing.assert_allclose(slopes(halting.ponder_cost), [[-1, -1, 0, 0], [0, 0, 0, 0], [-1, -1, -1, 0]])
     # Each probability takes its mass from all steps that are run after it.
     expected = [[-2, -1, 0, 0], [0, 0, 0, 0], [-3, -2, -1, 0]]
     np.testing.assert_allclose(slopes(lambda d: d.probability.sum(-1)), expected)
@@ -174,7 +168,7 @@ def test_masked_equals_compact_per_tile(shape, size):
     for threshold in (-30.0, -0.5, 0.0, 0.5, 30.0):
         assert_same(*run(jnp.float32(threshold), x))
         decision = trace(jnp.float32(threshold), x).decisions[""]
-        assert decision.granularity == "tile exit" and (jnp.diff(decision.keep) <= 0).all()
+        assert (decision.place, decision.rule) == ("tile", PREFIX) and (jnp.diff(decision.keep) <= 0).all()
         kept.append(float(decision.keep.mean()))
     assert kept[0] == 1 and kept[-1] == pytest.approx(1 / 3) and kept == sorted(kept, reverse=True)
     assert len(set(kept)) > 2

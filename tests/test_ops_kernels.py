@@ -14,6 +14,7 @@ from test_ops_tiles import assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost
+from dynjax.core.decision import MIXTURE
 from dynjax.ops.kernels import CondConv, DynamicConv, HyperConv, ODConv, set_temperature, with_kernels
 
 MIXTURES = (CondConv, DynamicConv, ODConv)
@@ -157,7 +158,7 @@ def test_attention_is_in_the_trace_and_costs_nothing(kind):
     y, trace, plain = jax.jit(lambda x: (*dj.traced(conv)(x), conv(x)))(x)
     np.testing.assert_allclose(y, plain, rtol=1e-5, atol=1e-5)
     (decision,) = trace.decisions.values()
-    assert decision.granularity == "kernel"
+    assert decision.rule == MIXTURE
     np.testing.assert_array_equal(decision.keep, np.ones((2, 3)))
     np.testing.assert_allclose(decision.probability, conv.attention(x.mean((1, 2)))[-1], rtol=1e-5)
     assert trace.full_macs == trace.static_macs == cost.macs(conv, x) / 2

@@ -11,6 +11,7 @@ from test_ops_tiles import assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost
+from dynjax.core.decision import EACH
 from dynjax.ops import policy
 from dynjax.ops.policy import PolicySkip
 
@@ -38,7 +39,7 @@ def model():
 @pytest.mark.parametrize("examples", [1, 5])
 def test_masked_equals_compact_and_the_chain_by_hand(examples, model):
     def wrap(x, keep):
-        gate, otherwise = dj.FixedGate(keep, granularity="channel"), {2: model.otherwise["2"]}
+        gate, otherwise = dj.FixedGate(keep, rule=EACH), {2: model.otherwise["2"]}
         return PolicySkip(model.blocks, gate, skip=model.skip, otherwise=otherwise), x
 
     @jax.jit
@@ -124,10 +125,10 @@ def test_reward_by_hand():
 def test_log_probability_and_the_gradient_of_reinforce_by_hand():
     keep, p = jnp.asarray([[1.0, 0.0], [1.0, 1.0]]), jnp.asarray([[0.8, 0.3], [0.5, 0.25]])
     expected = [np.log(0.8) + np.log(0.7), np.log(0.5) + np.log(0.25)]
-    np.testing.assert_allclose(policy.log_probability(dj.Decision(keep, p, "channel")), expected, rtol=1e-6)
+    np.testing.assert_allclose(policy.log_probability(dj.Decision(keep, p, "example")), expected, rtol=1e-6)
 
     def loss(p):
-        log_p = policy.log_probability(dj.Decision(keep, p, "channel"))
+        log_p = policy.log_probability(dj.Decision(keep, p, "example"))
         return policy.reinforce_loss(log_p, jnp.asarray([0.75, -1.0]), jnp.asarray([0.25, 0.0]))
 
     np.testing.assert_allclose(loss(p), -(0.5 * expected[0] - expected[1]) / 2, rtol=1e-6)
@@ -146,7 +147,7 @@ def test_reinforce_is_unbiased():
     chances = jnp.where(choices > 0, p[None], 1 - p[None]).prod(-1)
 
     def surrogate(p):
-        decision = dj.Decision(choices, jnp.broadcast_to(p, (4, 2)), "channel")
+        decision = dj.Decision(choices, jnp.broadcast_to(p, (4, 2)), "example")
         losses = [
             policy.reinforce_loss(log_p[None], r[None], jnp.full((1,), 0.4))
             for log_p, r in zip(policy.log_probability(decision), rewards, strict=True)
@@ -169,7 +170,7 @@ def test_the_curriculum_frees_the_last_blocks_first(model):
 
 
 def test_errors():
-    plain, gate = make(blocks.Pointwise), dj.FixedGate(np.ones((1, 2)), granularity="channel")
+    plain, gate = make(blocks.Pointwise), dj.FixedGate(np.ones((1, 2)), rule=EACH)
     for build, message in [
         (lambda: PolicySkip([plain, plain], gate, skip=()), "skip=.. must be rising numbers of the 2 blocks"),
         (lambda: PolicySkip([plain, plain], gate, skip=(1, 2)), "rising numbers of the 2 blocks"),

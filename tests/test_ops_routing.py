@@ -14,7 +14,7 @@ from test_ops_tiles import Squeeze, assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost, execute
-from dynjax.core.decision import Decision
+from dynjax.core.decision import EACH, Decision
 from dynjax.ops import Flow
 
 
@@ -144,7 +144,7 @@ class Weighted(nnx.Module):
 
     def __call__(self, x):
         weights = self.weights[...]
-        return Decision((weights > 0).astype(jnp.float32), weights, "path")
+        return Decision((weights > 0).astype(jnp.float32), weights, "example")
 
 
 def parts(rngs):
@@ -229,7 +229,7 @@ def test_macs_of_a_cell_are_those_of_its_open_parts(modules):
     # The paper's expected cost: what a path costs counts its weight, the operation that of the most open path.
     np.testing.assert_allclose(trace.expected_macs(), spent / 2, rtol=1e-6)
     assert trace.static_macs == 0 and trace.full_macs == operation + up + down
-    assert trace.decisions[""].granularity == "path"
+    assert trace.decisions[""].rule == EACH
 
 
 def test_inputs_are_summed_and_where_none_arrives_the_cell_is_dropped(modules):

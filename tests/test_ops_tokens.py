@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from blocks import Pointwise, at, image, make, still
+from blocks import Pointwise, at, call, image, make, still
 from flax import nnx
 from test_ops_tiles import assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost, execute
+from dynjax.core import training
 from dynjax.core.decision import Decision
 from dynjax.core.trace import Trace
-from dynjax.ops import selection_loss
 
 FEATURES = 4
 
@@ -154,19 +154,23 @@ def test_gradients_reach_router_and_block():
     assert all(np.isfinite(leaf).all() and leaf.any() for leaf in leaves)
 
 
+def selection(model, trace):
+    return training.terms(model, call(trace)).get("selection")
+
+
 def test_the_selection_loss_is_the_cross_entropy_of_what_was_chosen():
-    keep, p = np.array([[1.0, 0, 0]]), np.array([[0.9, 0.2, 0.5]])
-    decisions = {"a": Decision(jnp.asarray(keep), jnp.asarray(p), "token"), "b": Decision(keep, p, "path")}
+    keep, p = jnp.array([[1.0, 0, 0]]), jnp.array([[0.9, 0.2, 0.5]])
+    decisions = {"": Decision(keep, p, "token"), "other": Decision(keep, p, "example")}
     expected = -(np.log(0.9) + np.log(0.8) + np.log(0.5)) / 3
-    np.testing.assert_allclose(selection_loss(Trace(decisions, 0.0, 1.0, 1)), expected, rtol=1e-6)
-    assert selection_loss(Trace({}, 0.0, 1.0, 1)) == 0
+    model, x = make(depths), image(2, 7, FEATURES)
+    np.testing.assert_allclose(selection(model, Trace(decisions, 0.0, 1.0, 1)), expected, rtol=1e-6)
+    assert selection(model, Trace({}, 0.0, 1.0, 1)) is None
 
     def loss(model, x):
         trace = dj.traced(model)(x)[1]
-        return selection_loss(trace), trace
+        return selection(model, trace), trace
 
     # Its slope takes the logits of the chosen up and the others down.
-    model, x = make(depths), image(2, 7, FEATURES)
     grads, trace = nnx.jit(nnx.grad(loss, has_aux=True))(model, x)
     decision = trace.decisions[""]
     np.testing.assert_allclose(grads.gate.bias[...], [(decision.probability - decision.keep).mean()], rtol=1e-5)
@@ -180,7 +184,7 @@ def test_errors():
     with pytest.raises(ValueError, match=hint):
         dj.MixtureOfDepths(block, dj.FixedGate(np.ones((1, 4))))(x)
     with pytest.raises(ValueError, match=r"gives shape \(2, 5, 2\) for \(2, 5, 4\); it must keep the shape"):
-        dj.MixtureOfDepths(lambda x, mask: x[..., :2], dj.FixedGate(np.ones((1, 5)), granularity="token"))(x)
+        dj.MixtureOfDepths(lambda x, mask: x[..., :2], dj.FixedGate(np.ones((1, 5)), place="token"))(x)
     with pytest.raises(ValueError, match=r"capacity=0 must be in \(0, 1\]"):
         make(lambda rngs: dj.TokenGate(FEATURES, capacity=0, rngs=rngs))
     with pytest.raises(ValueError, match=r"features=4, but its input has shape \(2, 5, 3\): give it features=3"):

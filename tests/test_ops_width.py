@@ -14,6 +14,7 @@ from test_ops_tiles import assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost
+from dynjax.core.decision import EACH, ONE
 from dynjax.ops import width
 from dynjax.ops.slices import narrow, pick_groups, roles, span
 
@@ -150,7 +151,7 @@ def test_masked_equals_compact(kind, examples):
 
 
 def channels(keep):
-    return dj.FixedGate(keep, granularity="channel")
+    return dj.FixedGate(keep, rule=EACH)
 
 
 def gated(rngs, kind=linear, groups=4):
@@ -186,14 +187,14 @@ def test_macs_of_channels():
     narrow_pair = nnx.Sequential(
         nnx.Conv(CHANNELS, 2, (3, 3), 2, rngs=nnx.Rngs(0)), nnx.Conv(2, 5, (3, 3), rngs=nnx.Rngs(0))
     )
-    assert decision.granularity == "channel"
-    assert decision.unit_macs == (cost.macs(narrow_pair, x[:1]),) * 4
+    assert decision.rule == EACH
+    assert decision.cost.unit == (cost.macs(narrow_pair, x[:1]),) * 4
     assert trace.static_macs == gate and trace.full_macs == cost.macs(still(model), x[:1])
-    np.testing.assert_allclose(trace.macs(), gate + decision.keep.sum(1) * decision.unit_macs[0])
+    np.testing.assert_allclose(trace.macs(), gate + decision.keep.sum(1) * decision.cost.unit[0])
     # The narrow block of one group, which compact execution runs, is what XLA counts too.
     one = model._slice([*still(model).first.layers, *still(model).last.layers], span(2, 2), 4, 1)
     flops = jax.jit(one).lower(x[:1]).compile().cost_analysis()["flops"]
-    assert flops / 2 == pytest.approx(decision.unit_macs[0], rel=0.2)  # XLA counts the elementwise work as well
+    assert flops / 2 == pytest.approx(decision.cost.unit[0], rel=0.2)  # XLA counts the elementwise work as well
 
 
 def test_a_residual_blocks_layers_are_shared():
@@ -293,9 +294,9 @@ def test_the_threshold_moves_the_choice_to_the_narrowest():
     for threshold in (-30.0, 0.0, 0.3, 30.0):
         trace = run(jnp.float32(threshold))
         spent.append(np.asarray(trace.macs()))
-    unit = np.asarray(trace.decisions[""].unit_macs)
+    unit = np.asarray(trace.decisions[""].cost.unit)
     np.testing.assert_array_equal(unit, 3 * 2 * CHANNELS * np.asarray([2, 4, 8]))
-    assert trace.decisions[""].granularity == "branch"
+    assert trace.decisions[""].rule == ONE
     gate = cost.macs(still(model.gate), x[:1])
     assert trace.static_macs == gate and trace.full_macs == gate + unit[-1]
     np.testing.assert_allclose(spent[0], trace.full_macs)
@@ -317,65 +318,6 @@ def test_training_moves_the_statistics_of_its_width(norms):
     for name in ("mean", "var"):
         np.testing.assert_array_equal(moved["first", "layers", 1, name], [True] * 4 + [False] * 4)
         assert moved["last", "layers", 1, name].all()
-
-
-def test_the_widths_of_a_step():
-    draw = jax.jit(lambda key: width.sandwich_widths((0.1, 0.3, 0.5, 0.7, 1.0), key, 4))
-    drawn = np.asarray([draw(jax.random.key(seed)) for seed in range(30)])
-    np.testing.assert_array_equal(drawn[:, :2], [[4, 0]] * 30)
-    assert set(drawn[:, 2:].ravel()) == {1, 2, 3} and (drawn[:, 2] != drawn[:, 3]).all()
-    np.testing.assert_array_equal(width.sandwich_widths((0.5, 1.0), jax.random.key(0), 2), [1, 0])
-    with pytest.raises(ValueError, match="n=4 must be at least 2 and at most the 3 widths"):
-        width.sandwich_widths(WIDTHS, jax.random.key(0), 4)
-
-
-def test_a_width_by_a_traced_index_trains_like_the_view():
-    model, x = slim(gate=False), image(6, CHANNELS)
-
-    @nnx.jit
-    def by_index(model, index, x):
-        return nnx.grad(lambda model: (width.at_width(model, WIDTHS, index, x) ** 2).sum())(model)
-
-    @nnx.jit
-    def by_view(model, x):
-        return nnx.grad(lambda model: (width.at_width(model, WIDTHS, 1, x) ** 2).sum())(model)
-
-    one, other = nnx.clone(model), nnx.clone(model)
-    grads = by_index(one, jnp.asarray(1), x), by_view(other, x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *grads)
-    statistics = [nnx.state(m, nnx.BatchStat) for m in (one, other)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *statistics)
-    assert (one.norms[1][0].mean[...] != model.norms[1][0].mean[...]).all()
-    np.testing.assert_array_equal(one.norms[0][0].mean[...], model.norms[0][0].mean[...])
-
-
-def test_distillation_is_the_cross_entropy_against_the_teacher():
-    student, teacher = np.asarray([[1.0, 2.0, 0.5], [0.0, 0.0, 0.0]]), np.asarray([[0.0, 1.0, 3.0], [2.0, 0.0, 0.0]])
-    p = np.exp(teacher) / np.exp(teacher).sum(1, keepdims=True)
-    log_q = student - np.log(np.exp(student).sum(1, keepdims=True))
-    loss, slopes = jax.value_and_grad(width.distillation_loss, argnums=(0, 1))(
-        jnp.asarray(student), jnp.asarray(teacher)
-    )
-    assert float(loss) == pytest.approx(-(p * log_q).sum(1).mean(), rel=1e-5)
-    np.testing.assert_allclose(slopes[0], (np.exp(log_q) - p) / 2, atol=1e-6)
-    np.testing.assert_array_equal(slopes[1], np.zeros((2, 3)))
-
-
-def test_recalibration_is_the_mean_of_the_batches_statistics():
-    model = slim(gate=False, norms="shared")
-    batches = [image(5, CHANNELS, seed=1), 2 * image(7, CHANNELS, seed=2)]
-    new = width.recalibrate(model, batches, width=0.625)  # a width that no list names
-    h = [np.asarray(x) @ np.asarray(model.first.layers[0].kernel)[:, :5] for x in batches]
-    norm, old = new.first.layers[1], model.first.layers[1]
-    np.testing.assert_allclose(norm.mean[:5], np.mean([a.mean(0) for a in h], 0), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(norm.var[:5], np.mean([a.var(0) for a in h], 0), rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(norm.mean[5:], old.mean[5:])
-    assert (norm.mean[:5] != old.mean[:5]).all() and norm.momentum == old.momentum and new.width is None
-    np.testing.assert_array_equal(norm.scale[...], old.scale[...])
-    with pytest.raises(ValueError, match="batches is empty"):
-        width.recalibrate(model, [])
-    with pytest.raises(ValueError, match="wdith"):
-        width.recalibrate(model, batches, wdith=0.5)
 
 
 def test_errors_of_slimmable():

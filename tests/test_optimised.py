@@ -14,17 +14,17 @@ from flax import nnx
 from test_ops_tiles import assert_same
 
 import dynjax as dj
-from dynjax.core.decision import Decision
+from dynjax.core.decision import EACH, ONE, Decision, some
 from dynjax.ops.kernels import CondConv
 
 pytestmark = pytest.mark.optimised
 
 
-def tell(granularity, size=None, **more):
+def tell(about, size=None, **more):
     """Makes gates that say what they are given."""
 
     def gate(keep):
-        told = lambda x: Decision(keep, keep * 0.5 + 0.25, granularity)  # noqa: E731
+        told = lambda x: Decision(keep, keep * 0.5 + 0.25, *about)  # noqa: E731
         told.size = size
         for name, value in more.items():
             setattr(told, name, value)
@@ -78,27 +78,27 @@ def mixed():
 MAPS, TOKENS = (3, 9, 10, CHANNELS), (3, 7, CHANNELS)
 TILES = (3, 3, 3)
 GIVEN = {
-    "Skip": ("sample", None, MAPS, (3,), lambda gate: dj.Skip(make(blocks.Residual), gate)),
-    "Skip one": ("sample", None, (1, *MAPS[1:]), (1,), lambda gate: dj.Skip(make(blocks.Residual), gate)),
-    "Skip around CondConv": ("sample", None, MAPS, (3,), lambda gate: dj.Skip(mixed(), gate)),
-    "PolicySkip": ("channel", None, MAPS, (3, 2), lambda gate: dj.PolicySkip(two(), gate)),
-    "Tiles": ("tile", 4, MAPS, TILES, lambda gate: dj.Tiles(make(blocks.Residual), gate)),
-    "Tiles on windows": ("tile", 4, MAPS, TILES, lambda gate: dj.Tiles(make(blocks.Pooled), gate)),
-    "Tiles, one": ("tile", 16, (1, *MAPS[1:]), (1, 1, 1), lambda gate: dj.Tiles(make(blocks.Residual), gate)),
-    "Select": ("branch", None, MAPS, (3, 2), lambda gate: dj.Select(two(), gate)),
-    "Select per tile": ("tile branch", 4, MAPS, (*TILES, 2), lambda gate: dj.Select(two(), gate)),
-    "Channels": ("channel", None, TOKENS, (3, 4), channels),
-    "Slimmable": ("branch", None, TOKENS, (3, 3), slimmable),
-    "Experts": ("token branch", None, TOKENS, (3, 7, 3), experts),
-    "MixtureOfDepths": ("token", None, TOKENS, (3, 7), lambda gate: dj.MixtureOfDepths(attend, gate)),
-    "Cell": ("path", None, MAPS, (3, 2), Paths),
+    "Skip": (("example", EACH), None, MAPS, (3,), lambda gate: dj.Skip(make(blocks.Residual), gate)),
+    "Skip one": (("example", EACH), None, (1, *MAPS[1:]), (1,), lambda gate: dj.Skip(make(blocks.Residual), gate)),
+    "Skip around CondConv": (("example", EACH), None, MAPS, (3,), lambda gate: dj.Skip(mixed(), gate)),
+    "PolicySkip": (("example", EACH), None, MAPS, (3, 2), lambda gate: dj.PolicySkip(two(), gate)),
+    "Tiles": (("tile", EACH), 4, MAPS, TILES, lambda gate: dj.Tiles(make(blocks.Residual), gate)),
+    "Tiles on windows": (("tile", EACH), 4, MAPS, TILES, lambda gate: dj.Tiles(make(blocks.Pooled), gate)),
+    "Tiles, one": (("tile", EACH), 16, (1, *MAPS[1:]), (1, 1, 1), lambda gate: dj.Tiles(make(blocks.Residual), gate)),
+    "Select": (("example", ONE), None, MAPS, (3, 2), lambda gate: dj.Select(two(), gate)),
+    "Select per tile": (("tile", ONE), 4, MAPS, (*TILES, 2), lambda gate: dj.Select(two(), gate)),
+    "Channels": (("example", EACH), None, TOKENS, (3, 4), channels),
+    "Slimmable": (("example", ONE), None, TOKENS, (3, 3), slimmable),
+    "Experts": (("token", some(3)), None, TOKENS, (3, 7, 3), experts),
+    "MixtureOfDepths": (("token", EACH), None, TOKENS, (3, 7), lambda gate: dj.MixtureOfDepths(attend, gate)),
+    "Cell": (("example", EACH), None, MAPS, (3, 2), Paths),
 }
 
 
-def patterns(granularity, shape):
+def patterns(about, shape):
     """All, none, and several by chance; of one of K, each alone and several by chance."""
     random = np.random.default_rng(0)
-    if granularity in ("branch", "tile branch"):
+    if about[1] == ONE:
         chosen = [
             np.full(shape[:-1], 0),
             np.full(shape[:-1], shape[-1] - 1),
@@ -110,15 +110,15 @@ def patterns(granularity, shape):
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_masked_equals_compact(name):
-    granularity, size, shape, kept, wrap = GIVEN[name]
-    x, gate = image(*shape), tell(granularity, size)
+    about, size, shape, kept, wrap = GIVEN[name]
+    x, gate = image(*shape), tell(about, size)
 
     @jax.jit
     def run(x, keep):
         model = wrap(gate(keep))
         return still(model)(x), still(model, "compact")(x)
 
-    found = [run(x, jnp.asarray(keep, jnp.float32)) for keep in patterns(granularity, kept)]
+    found = [run(x, jnp.asarray(keep, jnp.float32)) for keep in patterns(about, kept)]
     for outputs in found:
         assert_same(*outputs)
     assert any((found[0][0] != outputs[0]).any() for outputs in found[1:])

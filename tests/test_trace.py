@@ -11,7 +11,7 @@ from flax.errors import TraceContextError
 
 import dynjax as dj
 from dynjax import cost
-from dynjax.core.decision import Decision
+from dynjax.core.decision import EACH, Decision, Linear
 from dynjax.ops.kernels import CondConv
 
 LINEAR = CHANNELS**2
@@ -187,7 +187,7 @@ def test_training_in_a_jit_that_closes_over_the_model_says_what_to_do(kind):
 
 def test_expected_macs_follow_the_probability():
     keep, probability = jnp.asarray([1.0, 0.0]), jnp.asarray([0.25, 0.75])
-    trace = dj.Trace({"a": Decision(keep, probability, "sample", (8.0,), (8.0,))}, 2.0, 10.0, 2)
+    trace = dj.Trace({"a": Decision(keep, probability, "example", EACH, Linear((8.0,), (8.0,)))}, 2.0, 10.0, 2)
     np.testing.assert_array_equal(trace.macs(), [10, 2])
     np.testing.assert_array_equal(trace.expected_macs(), [4, 8])
 

@@ -42,7 +42,7 @@ def budget_loss(
     decisions = _that_cost(trace)
     if not decisions:
         return network
-    own = (target * trace.full_macs - trace.static_macs) / sum(d.full_macs for d in decisions)
+    own = (target * trace.full_macs - trace.static_macs) / (trace.full_macs - trace.static_macs)
     own = jnp.clip(own, 0.0, 1.0)
     lower, upper = (1 - released) * own, own + released * (1 - own)
     shares = jnp.stack([d.macs().mean() / d.full_macs for d in decisions])
@@ -64,14 +64,14 @@ def release(progress: Float[Array, ""] | float | int, until: float = 1 / 3) -> F
 
 
 def load_balance(trace: Trace) -> Float[Array, ""]:
-    """Mean over branch decisions of K * sum_k f_k p_k, which is 1 when all K branches are used alike.
+    """Mean over decisions among K kinds, not all at once, of K * sum_k f_k p_k, which is 1 when all are used alike.
 
-    Fedus et al. 2022 (arXiv:2101.03961, eq. 4). f_k is branch k's share of all that was taken, p_k its mean
-    probability; 0 where there are no branches.
+    Fedus et al. 2022 (arXiv:2101.03961, eq. 4). f_k is kind k's share of all that was taken, p_k its mean
+    probability; 0 where there are no such decisions.
     """
     losses = []
     for d in trace.decisions.values():
-        if "branch" in d.granularity:
+        if d.rule.most is not None:
             taken = jax.lax.stop_gradient(d.keep).reshape(-1, d.keep.shape[-1]).mean(0)
             taken = taken / jnp.where(taken.sum() > 0, taken.sum(), 1)
             probable = d.probability.reshape(-1, d.probability.shape[-1]).mean(0)
@@ -93,7 +93,7 @@ def statistics(trace: Trace) -> dict[str, Float[Array, ""]]:
     for d in decisions:
         p = jnp.clip(d.probability, 1e-7, 1 - 1e-7)
         binary = -(p * jnp.log2(p) + (1 - p) * jnp.log2(1 - p))
-        entropies.append((-p * jnp.log2(p)).sum(-1).mean() if "branch" in d.granularity else binary.mean())
+        entropies.append(binary.mean() if d.rule.most is None else (-p * jnp.log2(p)).sum(-1).mean())
     return result | {
         "gate_entropy": jnp.stack(entropies).mean(),
         "dead": (kept < 0.01).mean(),

@@ -13,10 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.core import gates
-from dynjax.core.decision import AXES, Decision, Granularity
+from dynjax.core.decision import AXES, EACH, ONE, Decision, Place, Rule, some
 
 
-class SampledPaths(nnx.Module):
+class SampledPaths(gates.Gate):
     """Paths drawn by chance: trains a supernet by sampling its sub-networks, and is the control of learned routing.
 
     `x` (B, ...) gives a decision of shape (B, paths); an open path counts in full. `draw`, for each example anew:
@@ -44,13 +44,9 @@ class SampledPaths(nnx.Module):
             raise ValueError(f"draw={draw!r} must be 'single', 'sandwich' or 'independent'")
         if not 0 < rate < 1:
             raise ValueError(f"rate={rate} must be in (0, 1)")
-        self.paths, self.draw, self.rate, self.deterministic = gates.positive(paths, "paths"), draw, rate, False
+        self.paths, self.draw, self.rate = gates.positive(paths, "paths"), draw, rate
         self.threshold = gates.Threshold(jnp.zeros(()))
         self.rngs = nnx.Rngs(gate=rngs.params())
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        if deterministic is not None:
-            self.deterministic = deterministic
 
     def __call__(self, x: Float[Array, "B ..."]) -> Decision:
         shape = (x.shape[0], self.paths)
@@ -65,33 +61,39 @@ class SampledPaths(nnx.Module):
         if self.draw == "sandwich" and not self.deterministic:
             turn = (jnp.arange(shape[0]) % 3)[:, None]
             keep = jnp.where(turn == 2, keep, (turn == 0).astype(keep.dtype))
-        return Decision(keep, keep, "path")
+        return Decision(keep, keep, "example")
 
 
 class FixedGate(nnx.Module):
     """The same decision always, whatever the input.
 
-    `keep` of 0s and 1s has one of the shapes of `Granularity`, with `size`, the side of a tile in pixels, where there
-    are tiles. Its first axis may be 1, which is repeated for every example. `granularity` says what it is about; left
-    out, (B,) is per sample, (B, K) one of K branches, (B, h, w) with `size` per tile, (B, T, K) without it experts of
-    tokens, (B, h, w, K) one of K branches per tile. Others of shape (B, K), such as "channel", must be named.
+    `keep` of 0s and 1s is of shape (B,), (B, h, w) or (B, T), with one more axis where there are several kinds of work
+    on a unit, and with `size`, the side of a tile in pixels, where there are tiles. Its first axis may be 1, which is
+    repeated for every example. `place` and `rule` say what it is about; left out, (B,) is per example, (B, K) one of K
+    per example, (B, h, w) with `size` per tile, (B, T, K) without it some of K per token, (B, h, w, K) one of K per
+    tile.
 
     Raises:
-        ValueError: for a `keep` of another number of axes than its granularity has.
+        ValueError: for a `keep` of another number of axes than its place has.
     """
 
-    def __init__(self, keep, size: int | None = None, *, granularity: Granularity | None = None):
+    def __init__(self, keep, size: int | None = None, *, place: Place | None = None, rule: Rule | None = None):
         keep = jnp.asarray(keep, jnp.float32)
         if keep.ndim not in (1, 2, 3, 4):
             raise ValueError(f"keep has shape {keep.shape}; it must be (B,), (B, K), (B, h, w) or (B, h, w, K)")
-        third: Granularity = "tile" if size is not None else "token branch"
-        usual: tuple[Granularity, ...] = ("sample", "branch", third, "tile branch")
-        granularity = granularity or usual[keep.ndim - 1]
-        if granularity not in AXES:
-            raise ValueError(f"granularity={granularity!r} must be one of {', '.join(AXES)}")
-        if keep.ndim != AXES[granularity]:
-            raise ValueError(f"keep has shape {keep.shape}; per {granularity} it must have {AXES[granularity]} axes")
-        self.keep, self.granularity = nnx.Variable(keep), granularity
+        third: Place = "tile" if size is not None else "token"
+        usual: tuple[Place, ...] = ("example", "example", third, "tile")
+        self.place = usual[keep.ndim - 1] if place is None else place
+        if self.place not in AXES:
+            raise ValueError(f"place={place!r} must be one of {', '.join(AXES)}")
+        axes = AXES[self.place]
+        if keep.ndim not in (axes, axes + 1):
+            raise ValueError(
+                f"keep has shape {keep.shape}; per {self.place} it must have {axes} axes, or {axes + 1} with kinds"
+            )
+        several = ONE if self.place != "token" else some(keep.shape[-1])
+        self.rule = rule or (EACH if keep.ndim == axes else several)
+        self.keep = nnx.Variable(keep)
         self.size = size if size is None else gates.positive(size, "size")
 
     def __call__(self, x: Float[Array, "B ..."]) -> Decision:
@@ -101,7 +103,7 @@ class FixedGate(nnx.Module):
                 f"keep has {keep.shape[0]} examples and the input has {x.shape[0]}; give it that many, or 1"
             )
         keep = jnp.broadcast_to(keep, (x.shape[0], *keep.shape[1:]))
-        return Decision(keep, keep, self.granularity)
+        return Decision(keep, keep, self.place, self.rule)
 
 
 class GridGate(nnx.Module):
@@ -128,7 +130,7 @@ class GridGate(nnx.Module):
         return Decision(gates.threshold(logits), jax.nn.sigmoid(logits), "tile")
 
 
-class RandomGate(nnx.Module):
+class RandomGate(gates.Gate):
     """Keeps a share `rate` at random: the control of every table.
 
     Per example (B,), per tile (B, h, w) with `size`, or each of `units` groups of channels (B, K) by itself; paths are
@@ -150,19 +152,16 @@ class RandomGate(nnx.Module):
             raise ValueError(f"rate={rate} must be in (0, 1)")
         if units is not None and (size is not None or branches is not None):
             raise ValueError(f"units={units} are decided per example and alone: leave out size and branches")
-        self.rate, self.size, self.deterministic = rate, size if size is None else gates.positive(size, "size"), False
+        self.rate, self.size = rate, size if size is None else gates.positive(size, "size")
         self.units = units if units is None else gates.positive(units, "units")
         self.branches = branches if branches is None else gates.positive(branches, "branches")
         self.threshold = gates.Threshold(jnp.zeros(()))
         self.rngs = nnx.Rngs(gate=rngs.params())
 
-    def set_view(self, deterministic: bool | None = None) -> None:
-        if deterministic is not None:
-            self.deterministic = deterministic
-
     def __call__(self, x: Float[Array, "B ..."]) -> Decision:
         shape = () if self.size is None else tuple(-(-n // self.size) for n in x.shape[1:3])
         shape = shape if self.units is None else (self.units,)
+        place: Place = "example" if self.size is None else "tile"
         logit = math.log(self.rate) - math.log1p(-self.rate) - self.threshold[...]
         if self.deterministic:
             noise = _content_noise(x, shape)
@@ -175,18 +174,13 @@ class RandomGate(nnx.Module):
             chosen = (jax.nn.sigmoid(noise)[..., None] > bounds).sum(-1)
             keep = jax.nn.one_hot(chosen, self.branches)
             probability = jnp.broadcast_to(probability, keep.shape)
-            return Decision(keep, probability, "branch" if self.size is None else "tile branch")
+            return Decision(keep, probability, place, ONE)
         keep = gates.threshold(logit + noise)
         probability = jnp.broadcast_to(jax.nn.sigmoid(logit), keep.shape)
-        granularity: Granularity = "sample" if self.size is None else "tile"
-        return Decision(keep, probability, granularity if self.units is None else "channel")
+        return Decision(keep, probability, place)
 
 
 def _content_noise(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Logistic noise (B, *shape) that is a function of each example's content.
-
-    A continuous one: rounding in an earlier layer must not draw the whole choice anew.
-    """
+    """Logistic noise (B, *shape) that is a function of each example's content."""
     content = x.astype(jnp.float32).mean(tuple(range(1, x.ndim))).reshape(-1, *(1,) * len(shape))
-    uniform = jnp.mod(jax.random.uniform(jax.random.key(0), (1, *shape)) + 97 * content, 1)
-    return jax.scipy.special.logit(jnp.clip(uniform, 1e-6, 1 - 1e-6))
+    return gates.logistic(gates.content_chance(content, jax.random.uniform(jax.random.key(0), (1, *shape))))

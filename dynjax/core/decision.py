@@ -1,6 +1,6 @@
-"""A decision is data: what a gate chose for one input, and what one unit of the choice costs.
+"""A decision is data: what a gate chose for one input, and what the choice costs.
 
-Letters: B examples, h w tiles, K kinds of work on one unit (branches, stages, groups, steps, experts).
+Letters: B examples, h w tiles, T tokens, K kinds of work on one unit (branches, stages, groups, steps, experts).
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import contextvars
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,104 +18,127 @@ from jaxtyping import Array, Float
 
 Block = TypeVar("Block")
 
-Granularity = Literal[
-    "sample",  # (B,)
-    "tile",  # (B, h, w)
-    "token",  # (B, T)
-    "branch",  # (B, K), one of K
-    "branches",  # (B, K), up to a fixed number of the K
-    "tile branch",  # (B, h, w, K), one of K
-    "token branch",  # (B, T, K), a fixed number of the K
-    "exit",  # (B, K), the stages run, from the first to the last
-    "tile exit",  # (B, h, w, K)
-    "channel",  # (B, K), groups of channels
-    "path",  # (B, K), any of the K ways out of a cell
-    "kernel",  # (B, K) or (B, h, w, K), how much each of K kernels counts; always all kept, at no cost of their own
-]
-"""What a decision is about: the place it is made for, and the rule of the choice. A wrapper takes its own alone.
+Place = Literal["example", "tile", "token", "time"]
+"""Where a unit lies: (B,), (B, h, w), (B, T) or (B, T). With several kinds of work on a unit there is one more axis."""
+AXES: dict[str, int] = {"example": 1, "tile": 3, "token": 2, "time": 2}
 
-With one kind of work on a unit there is no last axis for it."""
 
-AXES: dict[str, int] = {
-    "sample": 1,
-    "tile": 3,
-    "token": 2,
-    "branch": 2,
-    "branches": 2,
-    "tile branch": 4,
-    "token branch": 3,
-    "exit": 2,
-    "tile exit": 4,
-    "channel": 2,
-    "path": 2,
-}
-"""Number of axes of a decision; not of a "kernel", which has 2 or 4."""
-ONE_KIND = ("sample", "tile", "token")
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What may be chosen of the kinds of work on one unit: `most` of them at once (None: all of them)."""
+
+    name: str
+    most: int | None = None
+
+
+EACH = Rule("each")
+"""Each on its own: blocks, groups of channels, paths."""
+ONE = Rule("one", 1)
+"""One of K, the cheapest first."""
+PREFIX = Rule("prefix")
+"""The first so many: stages up to an exit, the steps of a recurrence."""
+MIXTURE = Rule("mixture")
+"""All of them, each counting as much as its probability says."""
+
+
+def some(k: int) -> Rule:
+    """Up to `k` of the K."""
+    return Rule("some", k)
+
+
+@runtime_checkable
+class Cost(Protocol):
+    """What the kept units cost; a frozen object, which must not depend on the number of examples."""
+
+    def __call__(self, kept: Float[Array, "B kinds"], /) -> Float[Array, " B"]:
+        """MACs per example of so many kept units of each kind."""
+        ...
+
+    @property
+    def masked(self) -> float:
+        """MACs per example that the masked execution computes, whatever is kept."""
+        ...
+
+    def full(self, most: int | None, /) -> float:
+        """MACs per example with everything kept, of which a unit can take `most` kinds at once (None: all)."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """So many MACs for each kept unit, and never more than for the whole input.
+
+    Both have one value, or one for each kind: `unit` for one kept unit, the border that a tile's window needs included,
+    `whole` for the whole input, which is the most that an executor spends and what masked execution always computes.
+    """
+
+    unit: tuple[float, ...] = (0.0,)
+    whole: tuple[float, ...] = (0.0,)
+
+    def __call__(self, kept: Float[Array, "B kinds"]) -> Float[Array, " B"]:
+        spent = kept * jnp.asarray([self.unit], jnp.float32)
+        # The executor takes the whole input rather than spend more; open gates must still feel a pull, so the cap has
+        # no gradient.
+        capped = jnp.minimum(spent, jnp.asarray([self.whole], jnp.float32))
+        return (spent + jax.lax.stop_gradient(capped - spent)).sum(1)
+
+    @property
+    def masked(self) -> float:
+        return sum(self.whole)
+
+    def full(self, most: int | None) -> float:
+        return sum(sorted(self.whole, reverse=True)[:most])
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What was kept, how probable that was, and what it costs.
+    """What was kept, how probable that was, what it is about, and what it costs.
 
     `keep` is exactly 0 or 1; when training its gradient is that of the relaxed choice (straight through).
-    `probability` is the relaxed choice in [0, 1], differentiable, without noise. Branches are one-hot over the last
-    axis; exits say for each stage, on the last axis, whether it is run. Steps of a recurrence are stages too.
+    `probability` is the relaxed choice in [0, 1], differentiable, without noise. `place` says where a unit lies and
+    `rule` what may be chosen of the kinds of work on it, which are the last axis where there are several: one-hot for
+    one of K; for stages, which of them are run.
 
-    A gate fills the two arrays and `granularity`; the wrapper that executes the decision adds the costs, in MACs per
-    example, one value or one per branch, stage or group: `unit_macs` for one kept unit, the border that a tile's window
-    needs included, and `whole_macs` for the whole input, which is the most that an executor spends and what the masked
-    execution always computes. `most` is how many of the kinds one unit can take at once (None: of branches one, else
-    all). Where there are tiles, `tile` has their sides as shares of the map's height and width.
+    A gate fills these; the wrapper that executes the decision, which takes its own place and rule alone, adds `cost`
+    and, where there are tiles, `tile`: their sides as shares of the map's height and width. `excluded` is what the
+    decisions inside together count too much where they are in kinds that exclude each other.
     """
 
     # Any: in trees of shapes, or while JAX maps over one, the leaves are no arrays.
     keep: Float[Array, "..."] | Any
     probability: Float[Array, "..."] | Any
-    granularity: Granularity = dataclasses.field(metadata=dict(static=True))
-    unit_macs: tuple[float, ...] = dataclasses.field(default=(0.0,), metadata=dict(static=True))
-    whole_macs: tuple[float, ...] = dataclasses.field(default=(0.0,), metadata=dict(static=True))
-    most: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+    place: Place = dataclasses.field(metadata=dict(static=True))
+    rule: Rule = dataclasses.field(default=EACH, metadata=dict(static=True))
+    cost: Cost = dataclasses.field(default=Linear(), metadata=dict(static=True))
     tile: tuple[float, float] | None = dataclasses.field(default=None, metadata=dict(static=True))
-
-    @property
-    def masked_macs(self) -> float:
-        """MACs per example that the masked execution computes, whatever is kept."""
-        return sum(self.whole_macs)
+    excluded: float = dataclasses.field(default=0.0, metadata=dict(static=True))
 
     @property
     def full_macs(self) -> float:
         """MACs per example with everything kept; of kinds that exclude each other, the dearest."""
-        most = self.most or (1 if "branch" in self.granularity else len(self.whole_macs))
-        return sum(sorted(self.whole_macs, reverse=True)[:most])
+        return self.cost.full(self.rule.most)
 
     def macs(self) -> Float[Array, " B"]:
         """MACs spent per example; the gradient reaches the gate through `keep`."""
-        return self._macs(self.keep)
+        return self.cost(self._units(self.keep).sum(1))
 
     def expected_macs(self) -> Float[Array, " B"]:
         """Expected MACs per example under `probability`; of experts, as many as a token can take."""
-        return self._macs(self.probability * self.most if self.most else self.probability)
+        return self.cost(self._units(self.probability * (self.rule.most or 1)).sum(1))
 
     def unit_keep(self) -> Float[Array, "B units kinds"]:
-        """`keep` with every place of one example on one axis and the branches, stages or groups (or 1) on the last."""
+        """`keep` with every place of one example on one axis and the kinds (or 1) on the last."""
         return self._units(self.keep)
 
     def _units(self, chosen: jax.Array) -> jax.Array:
-        kinds = 1 if self.granularity in ONE_KIND else chosen.shape[-1]
+        kinds = 1 if chosen.ndim == AXES[self.place] else chosen.shape[-1]
         return chosen.astype(jnp.float32).reshape(chosen.shape[0], -1, kinds)
 
-    def _macs(self, chosen: jax.Array) -> jax.Array:
-        spent = self._units(chosen).sum(1) * jnp.asarray([self.unit_macs], jnp.float32)
-        # The executor takes the whole input rather than spend more; open gates must still feel a pull, so the cap has
-        # no gradient.
-        capped = jnp.minimum(spent, jnp.asarray([self.whole_macs], jnp.float32))
-        return (spent + jax.lax.stop_gradient(capped - spent)).sum(1)
-
     def kept(self) -> Float[Array, ""]:
-        """Share of the units kept; of branches, the share that did not take the first."""
+        """Share of the units kept; where kinds exclude each other, of those that took another than the first."""
         keep = self.unit_keep()
-        return 1 - keep[..., 0].mean() if "branch" in self.granularity else keep.mean()
+        return keep.mean() if self.rule.most is None else keep.max(-1).mean() - keep[..., 0].mean()
 
 
 class Decisions(nnx.Variable):
@@ -174,7 +197,7 @@ def record(module: nnx.Module, decision: Decision) -> None:
 
 def unseen(block: Block) -> Block:
     """`block` as an executor's loop runs it, or as it is only looked at: no trace is taken inside."""
-    if not isinstance(block, nnx.Module) or not hasattr(block, "__captures__"):
+    if not isinstance(block, nnx.Module) or not any(hasattr(m, "__captures__") for _, m in nnx.iter_modules(block)):
         return block
     block = nnx.view(block, raise_if_not_found=False)
     for _, module in nnx.iter_modules(block):
@@ -183,6 +206,35 @@ def unseen(block: Block) -> Block:
     return block
 
 
+def seen(run: Callable, module: nnx.Module, /, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Decision]]:
+    """What `run(module, ...)` gives, and the decisions taken in it by the path of their module ("a/b#1": its second).
+
+    Raises:
+        ValueError: for a decision inside a function that JAX transforms, out of which it does not come.
+    """
+    # A view shares the variables but is made of new modules: capturing writes to modules, which those of an outer
+    # trace refuse.
+    module = nnx.view(module, raise_if_not_found=False)
+
+    def call(module: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
+        for _, each in nnx.iter_modules(module):
+            if isinstance(each, nnx.List) and hasattr(each, "__captures__"):
+                # Flax 0.12.8 captures on lists too. They sow nothing, and a name among their numbers cannot be
+                # sorted, which nnx.split and nnx.view do.
+                del each.__captures__
+        return run(module, *args, **kwargs)
+
+    with watched() as check:
+        output, captured = nnx.capture(call, Decisions)(module, *args, **kwargs)
+    decisions: dict[str, Decision] = {}
+    for path, variable in nnx.to_flat_state(captured):
+        calls = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+        name = "/".join(map(str, path[:-1]))
+        decisions |= {name if not number else f"{name}#{number}": each for number, each in enumerate(calls)}
+    check(decisions.values())
+    return output, decisions
+
+
 def _likeness(decision: Decision) -> tuple:
     """What tells decisions apart without a look at their values."""
-    return decision.granularity, decision.keep.shape, decision.unit_macs, decision.whole_macs
+    return decision.place, decision.rule, decision.keep.shape, decision.cost

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from dynjax.core import budget as budgets
+from dynjax.core import views
 from dynjax.core.trace import traced
 
 
@@ -79,14 +80,6 @@ def _compiled(fixed, state, arrays):
     return output, nnx.from_flat_state(changed)
 
 
-def compact(model: nnx.Module) -> nnx.Module:
-    """A view of `model` that skips for real: compact, no noise, running averages. It shares the variables.
-
-    Call it under `jax.jit`, as all that is compact: its loops are compiled anew in every call that is not.
-    """
-    return nnx.view(model, execution="compact", deterministic=True, use_running_average=True, raise_if_not_found=False)
-
-
 def deploy(model: nnx.Module, budget: float | int, calibration: Iterable) -> Deployed:
     """A copy of `model` whose mean MACs over `calibration` meet `budget`: call it, it is compiled.
 
@@ -131,10 +124,7 @@ class Solver:
             self.batches.append(jax.tree.map(jnp.asarray, x))
         if not self.batches:
             raise ValueError("calibration is empty: give at least one batch of inputs")
-        still = nnx.view(
-            model, execution="masked", deterministic=True, use_running_average=True, raise_if_not_found=False
-        )
-        self.model = nnx.clone(still)
+        self.model = nnx.clone(views.still(model))
         graphdef, self._state = nnx.split(self.model)
 
         @jax.jit
@@ -179,6 +169,6 @@ class Solver:
         mean = float(spent.mean())
         met = mean <= budget * full * (1 + 1e-6)
         p95, most = float(np.percentile(spent, 95)), float(spent.max())
-        model = nnx.clone(compact(self.model))
+        model = nnx.clone(views.compact(self.model))
         budgets.set_threshold(model, threshold)
         return Deployed(model, Report(budget, threshold, met, mean, p95, most, full))

@@ -14,7 +14,7 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
-from dynjax.core.decision import Decision, Granularity
+from dynjax.core.decision import ONE, Decision, Place
 
 OPEN = 2.0
 """Logit that gates start from: about 0.88 of the units are kept."""
@@ -63,6 +63,21 @@ def gumbel_softmax(logits: Float[Array, "... K"], key: jax.Array, temperature: f
 def one_hot_argmax(logits: Float[Array, "... K"]) -> Float[Array, "... K"]:
     """One-hot of the largest logit; the first of equals."""
     return jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=logits.dtype)
+
+
+def content_chance(
+    content: Float[Array, "..."], start: Float[Array, "..."] | float = 0.0, turns: float = 97
+) -> Float[Array, "..."]:
+    """Looks drawn from [0, 1) by chance, and is a function of the content, so that every execution agrees.
+
+    A continuous one: rounding in an earlier layer must not draw the whole choice anew.
+    """
+    return jnp.mod(start + turns * content, 1)
+
+
+def logistic(uniform: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Logistic noise from uniform."""
+    return jax.scipy.special.logit(jnp.clip(uniform, 1e-6, 1 - 1e-6))
 
 
 def top_k(logits: Float[Array, "... N"], k: int) -> Float[Array, "... N"]:
@@ -114,7 +129,17 @@ def log_entropy(logits: Float[Array, "... K"]) -> Float[Array, "..."]:
 # Modules
 
 
-class _Logits(nnx.Module):
+class Gate(nnx.Module):
+    """A gate that draws noise unless it is `deterministic`: the abstract base of those that do."""
+
+    deterministic: bool = False
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
+class _Logits(Gate):
     """Logits from pooled features: normalise, a hidden layer, a linear layer. The state that every learned gate has."""
 
     def __init__(self, features: int, units: int, *, hidden: int, bias, temperature: float, rngs: nnx.Rngs):
@@ -130,11 +155,7 @@ class _Logits(nnx.Module):
         self.bias = GateParam(jnp.broadcast_to(jnp.asarray(bias, jnp.float32), (units,)))
         self.threshold = Threshold(jnp.zeros(()))
         self.rngs = nnx.Rngs(gate=rngs.params())
-        self.features, self.temperature, self.deterministic = features, temperature, False
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        if deterministic is not None:
-            self.deterministic = deterministic
+        self.features, self.temperature = features, temperature
 
     def __call__(self, pooled: jax.Array) -> jax.Array:
         pooled = pooled.astype(jnp.float32)
@@ -143,22 +164,22 @@ class _Logits(nnx.Module):
         hidden = jax.nn.relu(pooled @ self.hidden[...] + _row(self.hidden_bias, pooled))
         return hidden @ self.out[...] + _row(self.bias, pooled)
 
-    def binary(self, logits: jax.Array, granularity: Granularity) -> Decision:
+    def binary(self, logits: jax.Array, place: Place = "example") -> Decision:
         logits = logits - self.threshold[...]
         if self.deterministic:
             keep = threshold(logits)
         else:
             keep = gumbel_sigmoid(logits, next_key(self.rngs), self.temperature)
-        return Decision(keep, jax.nn.sigmoid(logits), granularity)
+        return Decision(keep, jax.nn.sigmoid(logits), place)
 
-    def categorical(self, logits: jax.Array, granularity: Granularity) -> Decision:
+    def categorical(self, logits: jax.Array, place: Place) -> Decision:
         # Branches are ordered from the cheapest: a higher threshold makes every dearer branch less likely.
         logits = logits - self.threshold[...] * jax.lax.broadcasted_iota(logits.dtype, logits.shape, logits.ndim - 1)
         if self.deterministic:
             keep = one_hot_argmax(logits)
         else:
             keep = gumbel_softmax(logits, next_key(self.rngs), self.temperature)
-        return Decision(keep, jax.nn.softmax(logits), granularity)
+        return Decision(keep, jax.nn.softmax(logits), place, ONE)
 
 
 class SampleGate(nnx.Module):
@@ -175,7 +196,7 @@ class SampleGate(nnx.Module):
 
     def __call__(self, x: Float[Array, "B *axes C"]) -> Decision:
         _check_features(x, self.logits.features, "SampleGate")
-        return self.logits.binary(self.logits(_mean(x))[:, 0], "sample")
+        return self.logits.binary(self.logits(_mean(x))[:, 0])
 
 
 class TileGate(nnx.Module):
@@ -230,8 +251,8 @@ class BranchGate(nnx.Module):
     def __call__(self, x: Float[Array, "B *axes C"]) -> Decision:
         if self.size is None:
             _check_features(x, self.logits.features, "BranchGate")
-            return self.logits.categorical(self.logits(_mean(x)), "branch")
-        return self.logits.categorical(self.logits(_tile_features(x, self, self.size)), "tile branch")
+            return self.logits.categorical(self.logits(_mean(x)), "example")
+        return self.logits.categorical(self.logits(_tile_features(x, self, self.size)), "tile")
 
 
 class ChannelGate(nnx.Module):
@@ -257,7 +278,7 @@ class ChannelGate(nnx.Module):
 
     def __call__(self, x: Float[Array, "B *axes C"]) -> Decision:
         _check_features(x, self.logits.features, "ChannelGate")
-        return self.logits.binary(self.logits(_mean(x)), "channel")
+        return self.logits.binary(self.logits(_mean(x)))
 
 
 class EntropyGate(nnx.Module):
@@ -297,7 +318,7 @@ class PathGate(nnx.Module):
         _check_features(x, self.logits.features, "PathGate")
         logits = self.logits(_mean(x)) - self.logits.threshold[...]
         weight = jax.nn.relu(jnp.tanh(logits))
-        return Decision(straight_through((weight > 0).astype(weight.dtype), jax.nn.sigmoid(logits)), weight, "path")
+        return Decision(straight_through((weight > 0).astype(weight.dtype), jax.nn.sigmoid(logits)), weight, "example")
 
 
 def _tile_features(x: jax.Array, gate: TileGate | BranchGate, size: int) -> jax.Array:

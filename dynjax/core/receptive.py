@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dynjax.core import cost, execute, windows, wrapping
+from dynjax.core import cost, execute, views, windows
 
 _PROBES = (33, 73)
 """Sides of the maps on which a block is probed, smallest first. What crosses the first is not looked at further."""
@@ -49,14 +49,14 @@ def receptive_radius(block: Callable, x: jax.Array | jax.ShapeDtypeStruct) -> in
         ValueError: if the block has a stride, reaches over the whole map or across its border, compares pixels with the
             whole map, mixes examples, or treats pixels differently by their place.
     """
-    block = wrapping.still(block)
+    block = views.still(block)
     with _errors_named(block):
         return _remembered(_found, block, x.shape[-1], jnp.dtype(x.dtype))
 
 
 def probe(block: Callable, channels: int, dtype=jnp.float32) -> int:
     """The receptive radius as changed pixels and windows show it; see `receptive_radius`."""
-    block = wrapping.still(block)
+    block = views.still(block)
     with _errors_named(block):
         return _remembered(_probed, block, channels, jnp.dtype(dtype))
 
@@ -273,7 +273,7 @@ def _culprit(block: Callable) -> str:
 
 def window_macs(block: Callable, x: jax.Array | jax.ShapeDtypeStruct, size: int, radius: int) -> float:
     """MACs that the compact execution spends on one tile of `size` pixels, its border included."""
-    block, side = wrapping.still(block), size + 2 * radius
+    block, side = views.still(block), size + 2 * radius
     closed = windows.trace(block, x.shape, x.dtype)
     window = jax.ShapeDtypeStruct((1, side, side, x.shape[-1]), x.dtype)
     if not windows.supported(closed, size=size, radius=radius):

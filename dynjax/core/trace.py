@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,8 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
-from dynjax.core import cost
-from dynjax.core.decision import INSIDE, Decision, Decisions, watched
+from dynjax.core import cost, views
+from dynjax.core.decision import INSIDE, Decision, Linear, seen
 
 
 @jax.tree_util.register_dataclass
@@ -55,10 +56,11 @@ class Trace:
         total = jnp.zeros((self.examples, height, width), jnp.float32)
         for decision in self.decisions.values():
             spent = decision.macs()
-            if not decision.granularity.startswith("tile"):
+            if decision.place != "tile":
                 even = even + spent
                 continue
-            units = (decision.unit_keep() * jnp.asarray(decision.unit_macs, jnp.float32)[None, None]).sum(-1)
+            unit = decision.cost.unit if isinstance(decision.cost, Linear) else (1.0,)
+            units = (decision.unit_keep() * jnp.asarray(unit, jnp.float32)[None, None]).sum(-1)
             fine = _pixels(units.reshape(decision.keep.shape[:3]), decision.tile, size)
             whole = fine.sum((1, 2), keepdims=True)
             # A picture smaller than the grid of tiles may miss those that were kept.
@@ -109,24 +111,10 @@ def traced(fn: Callable, *, examples: int | None = None) -> Callable:
         is_module = isinstance(fn, nnx.Module)
         if not is_module and not (args and isinstance(args[0], nnx.Module)):
             raise ValueError("traced: give it a model, a method of one, or a function whose first argument is one")
+        model: Any
         model, rest = (fn, args) if is_module else (args[0], args[1:])
-        # A view shares the variables but is made of new modules: capturing writes to modules, which those of an outer
-        # trace refuse.
-        model = nnx.view(model, raise_if_not_found=False)
-
-        def run(model, *rest, **kwargs):
-            for _, module in nnx.iter_modules(model):
-                if isinstance(module, nnx.List) and hasattr(module, "__captures__"):
-                    # Flax 0.12.8 captures on lists too. They sow nothing, and a name among their numbers cannot be
-                    # sorted, which nnx.split and nnx.view do.
-                    del module.__captures__
-            return model(*rest, **kwargs) if is_module else fn(model, *rest, **kwargs)
-
         try:
-            with watched() as check:
-                output, captured = nnx.capture(run, Decisions)(model, *rest, **kwargs)
-            decisions = _by_path(captured)
-            check(decisions.values())
+            output, decisions = seen(_call if is_module else fn, model, *rest, **kwargs)
         except (TypeError, ValueError) as error:
             if "__captures__" in str(error):  # where a transformation of nnx wants what it is given back as it was
                 raise ValueError(f"traced: a module {INSIDE}") from error
@@ -138,15 +126,17 @@ def traced(fn: Callable, *, examples: int | None = None) -> Callable:
                 "inside, or use nnx.view(model, deterministic=True, use_running_average=True)"
             ) from error
         number = _examples(decisions, rest, kwargs, examples)
-        still = nnx.view(
-            model, execution="masked", deterministic=True, use_running_average=True, raise_if_not_found=False
-        )
+        still = views.still(model)
         whole = cost.macs(*((still, *rest) if is_module else (fn, still, *rest)), **kwargs) / number
-        static = whole - sum(d.masked_macs for d in decisions.values())
-        full = static + sum(d.full_macs for d in decisions.values())
+        static = whole - sum(d.cost.masked for d in decisions.values())
+        full = static + sum(d.full_macs - d.excluded for d in decisions.values())
         return output, Trace(decisions, static, full, number)
 
     return call
+
+
+def _call(model: Callable, *args, **kwargs):
+    return model(*args, **kwargs)
 
 
 def _examples(decisions: dict[str, Decision], args, kwargs, given: int | None) -> int:
@@ -173,13 +163,3 @@ def _examples(decisions: dict[str, Decision], args, kwargs, given: int | None) -
             + ("decide about one batch in all of them" if decisions else "say traced(fn, examples=B)")
         )
     return numbers[0]
-
-
-def _by_path(captured: nnx.State) -> dict[str, Decision]:
-    found = {}
-    for path, variable in nnx.to_flat_state(captured):
-        calls = variable.get_value() if isinstance(variable, nnx.Variable) else variable
-        for number, decision in enumerate(calls):
-            name = "/".join(str(p) for p in path[:-1])
-            found[name if not number else f"{name}#{number}"] = decision
-    return found

@@ -6,7 +6,7 @@ from flax import nnx
 
 from dynjax.core.decision import unseen
 
-Model = TypeVar("Model")  # a module, or what is called in its place
+Model = TypeVar("Model")  # a module, which need not be callable, or what is called in its place
 
 
 def still(model: Model) -> Model:

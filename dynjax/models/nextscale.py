@@ -22,9 +22,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dynjax.config import NextScaleConfig, PixelCNNConfig
-from dynjax.core import execute, wrapping
+from dynjax.core import execute, wrapper
 from dynjax.core.controls import GridGate, RandomGate
+from dynjax.core.decision import EACH
 from dynjax.core.gates import EntropyGate
+from dynjax.core.wrapper import Wrapper
 from dynjax.models.likelihoods import Likelihood, make_likelihood
 from dynjax.models.pixelcnn import PixelCNN
 from dynjax.ops import sampling
@@ -59,7 +61,7 @@ class Plain(nnx.Module):
         return self.head(nnx.relu(self.enter(x)))
 
 
-class Refine(nnx.Module):
+class Refine(Wrapper):
     """Predicts the pixels of one step: plainly, and richly in the tiles that the gate keeps.
 
     As `dynjax.Tiles`, but the gate sees how uncertain the plain prediction is. Without a gate the rich network runs
@@ -68,11 +70,6 @@ class Refine(nnx.Module):
 
     def __init__(self, rich: Rich, plain: Plain | None, gate: Callable | None, likelihood: Likelihood):
         self.rich, self.plain, self.gate, self.likelihood = rich, plain, gate, likelihood
-        self.execution: execute.Execution = "masked"
-        self.strategy: execute.Strategy = "auto"
-
-    def set_view(self, execution: str | None = None, strategy: str | None = None) -> None:
-        wrapping.set_ways(self, execution, strategy)
 
     @property
     def tile(self) -> int:
@@ -87,15 +84,14 @@ class Refine(nnx.Module):
         most = np.log(self.likelihood.values) * self.likelihood.channels
         # Which pixels are uncertain is no matter of the loss.
         entropy = jax.lax.stop_gradient(self.likelihood.entropy(plain)) / most
-        decision = wrapping.expect(
-            self.gate(entropy[..., None]), "tile", (x.shape[0], *wrapping.grid(x, size)), "Refine", f"tiles of {size}"
-        )
-        if wrapping.tracing(self):
+        shape = (x.shape[0], *wrapper.grid(x, size))
+        decision = self.expect(self.gate(entropy[..., None]), "tile", EACH, shape, f"tiles of {size}")
+        if self.tracing:
             one = jax.ShapeDtypeStruct((1, size, size, x.shape[-1]), x.dtype)
-            unit, whole = wrapping.macs_per_example(self.rich, one), wrapping.macs_per_example(self.rich, x)
-            wrapping.account(self, decision, (unit,), (whole,), wrapping.tile_of(x, size))
+            unit, whole = wrapper.macs_per_example(self.rich, one), wrapper.macs_per_example(self.rich, x)
+            self.account(decision, (unit,), (whole,), wrapper.tile_of(x, size))
         params = execute.tiles(
-            wrapping.ready(self.rich, self.execution),
+            wrapper.ready(self.rich, self.execution),
             x,
             decision.keep,
             size=size,

@@ -21,9 +21,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dynjax.config import PixelTransformerConfig
-from dynjax.core import cost, execute, wrapping
-from dynjax.core.decision import Decision
-from dynjax.core.gates import EntropyGate
+from dynjax.core import cost, execute
+from dynjax.core.decision import PREFIX, Decision
+from dynjax.core.gates import EntropyGate, content_chance
+from dynjax.core.wrapper import Wrapper, one_example
 from dynjax.models.likelihoods import Likelihood, make_likelihood
 
 Cache = dict[str, Array]
@@ -64,7 +65,7 @@ class CausalBlock(nnx.Module):
         return x + self.down(nnx.gelu(self.up(self.norm2(x))))
 
 
-class PixelExits(nnx.Module):
+class PixelExits(Wrapper):
     """Decides after each block but the last which pixels go on: those whose prediction is uncertain.
 
     CALM's measure of confidence is the difference of the two largest probabilities; here it is the entropy, which
@@ -79,17 +80,12 @@ class PixelExits(nnx.Module):
             raise ValueError(f"layers={blocks}: exits need at least 2")
         self.gates = nnx.List([EntropyGate(1) for _ in range(blocks - 1)])
         self.likelihood, self.random = likelihood, random
-        self.execution: execute.Execution = "masked"
-        self.strategy: execute.Strategy = "auto"
-
-    def set_view(self, execution: str | None = None, strategy: str | None = None) -> None:
-        wrapping.set_ways(self, execution, strategy)
 
     def __call__(self, level: int, params: Float[Array, "B R P"]) -> Decision:
         """Which pixels (B, R, 1) are not sure of what they predict after block `level`."""
         params = lax.stop_gradient(params.astype(jnp.float32))
         if self.random:
-            doubt = jnp.mod(97 * params.mean(-1), 1)
+            doubt = content_chance(params.mean(-1))
         else:
             doubt = self.likelihood.entropy(params) / (np.log(self.likelihood.values) * self.likelihood.channels)
         return self.gates[level](doubt[..., None, None])
@@ -215,7 +211,7 @@ class PixelTransformer(nnx.Module):
             decisions.append(exits(level - 1, self._params(h)))
             keeps.append(keeps[-1] * decisions[-1].keep[..., 0])
             h = _go_on(exits, block, (h, k, v, first), keeps[-1])
-        if exits is not None and wrapping.tracing(exits) and x.shape[1] == self.units[0]:
+        if exits is not None and exits.tracing and x.shape[1] == self.units[0]:
             self._account(exits, decisions, keeps, (h, keys[0], values[0], first))
         trail = {"before": entered, "keys": jnp.stack(keys, 1), "values": jnp.stack(values, 1)}
         return self._params(h)[:, :, None], trail
@@ -228,10 +224,10 @@ class PixelTransformer(nnx.Module):
         for decision in decisions:
             probabilities.append(probabilities[-1] * decision.probability[..., 0])
         keep, probability = (jnp.stack(a, -1).reshape(-1, *self.shape[:2], len(keeps)) for a in (keeps, probabilities))
-        whole = tuple(cost.macs(block.look, *wrapping.one_example(tree)) for block in self.blocks)
+        whole = tuple(cost.macs(block.look, *one_example(tree)) for block in self.blocks)
         unit = tuple(macs / self.units[0] for macs in whole)
         tile = (1 / self.shape[0], 1 / self.shape[1])
-        wrapping.account(exits, Decision(keep, probability, "tile exit"), unit, whole, tile)
+        exits.account(Decision(keep, probability, "tile", PREFIX), unit, whole, tile)
 
     def advance(self, cache: Cache, trail: Cache, count: Int[Array, " B"]) -> Cache:
         """`cache` after the first `count` pixels of a window, which left `trail`."""

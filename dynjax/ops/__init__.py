@@ -9,7 +9,7 @@ from dynjax.ops.routing import Cell, Flow, Select
 from dynjax.ops.skip import Skip
 from dynjax.ops.supernet import Supernet
 from dynjax.ops.tiles import Tiles
-from dynjax.ops.tokens import MixtureOfDepths, TokenGate, selection_loss
+from dynjax.ops.tokens import MixtureOfDepths, TokenGate
 from dynjax.ops.width import Channels, Slimmable
 
 __all__ = [
@@ -31,5 +31,4 @@ __all__ = [
     "TokenGate",
     "dynamize",
     "router_z_loss",
-    "selection_loss",
 ]

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dynjax.core.gates import Gate, content_chance
+
 Activation = Literal["sigmoid", "softmax", "relu"]
 
 
@@ -37,7 +39,7 @@ def annealed_temperature(
     return start + (1.0 - start) * share
 
 
-class Attention(nnx.Module):
+class Attention(Gate):
     """Attention weights of an example from its features: a linear layer, or two, and an activation for each head.
 
     Args:
@@ -57,7 +59,7 @@ class Attention(nnx.Module):
         random: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.features, self.heads, self.random, self.deterministic = features, tuple(heads), random, False
+        self.features, self.heads, self.random = features, tuple(heads), random
         units = sum(size for size, _ in heads)
         # Plain parameters, not GateParam: the papers train attention at the rate and decay of everything else.
         self.hidden = None if hidden is None or random else nnx.Linear(features, hidden, rngs=rngs)
@@ -65,9 +67,10 @@ class Attention(nnx.Module):
         self.temperature = Temperature(jnp.ones(())) if any(kind == "softmax" for _, kind in heads) else None
         self.rngs = nnx.Rngs(gate=rngs.params()) if random else None
 
-    def set_view(self, deterministic: bool | None = None) -> None:
-        if deterministic is not None:
-            self.deterministic = deterministic
+    def schedule(self, progress: Float[Array, ""] | float) -> None:
+        """Anneal the temperature of softmax attention."""
+        if self.temperature is not None:
+            self.temperature[...] = annealed_temperature(progress)
 
     def __call__(self, features: Float[Array, "B F"]) -> list[Float[Array, "B N"]]:
         """One array for each head, float32."""
@@ -92,8 +95,7 @@ class Attention(nnx.Module):
         units = sum(size for size, _ in self.heads)
         if self.rngs is not None and not self.deterministic:
             return jax.random.uniform(self.rngs.gate(), (features.shape[0], units))
-        # A continuous function of the content, as in controls.RandomGate: rounding must not draw everything anew.
-        return jnp.mod(jax.random.uniform(jax.random.key(0), (1, units)) + 97 * features.mean(1, keepdims=True), 1)
+        return content_chance(features.mean(1, keepdims=True), jax.random.uniform(jax.random.key(0), (1, units)))
 
 
 def _on_simplex(uniform: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynjax.core import execute, wrapping
+from dynjax.core import execute, views
 from dynjax.core.gates import SampleGate, TileGate
 from dynjax.ops.skip import Skip
 from dynjax.ops.tiles import Tiles
@@ -123,7 +123,7 @@ def _input_channels(block: nnx.Module) -> int | None:
     for _, module in nnx.iter_modules(block):
         found += [getattr(module, name) for name in ("in_features", "num_features") if hasattr(module, name)]
     numbers = sorted({number for number in found if isinstance(number, int)})
-    still = wrapping.still(block)
+    still = views.still(block)
     for channels in numbers:
         for shape in ((1, 32, 32, channels), (1, 32, channels), (1, channels)):
             # Whatever a block raises on channels that it was not made for.

@@ -12,10 +12,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.core import execute, wrapping
-from dynjax.core.decision import Decision, Granularity
-from dynjax.core.gates import Threshold, log_entropy, max_tiles, one_hot_argmax, pool_tiles, threshold
+from dynjax.core import execute, views, wrapper
+from dynjax.core.decision import PREFIX, Decision
+from dynjax.core.gates import (
+    Threshold,
+    content_chance,
+    log_entropy,
+    logistic,
+    max_tiles,
+    one_hot_argmax,
+    pool_tiles,
+    threshold,
+)
 from dynjax.core.receptive import receptive_radius, window_macs
+from dynjax.core.wrapper import Wrapper
 
 
 def _log_confidence(logits: Float[Array, "... K"], kind: str) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
@@ -35,7 +45,7 @@ def _log_confidence(logits: Float[Array, "... K"], kind: str) -> tuple[Float[Arr
     return jnp.maximum(unsure, -500.0), jnp.maximum(sure, -500.0)
 
 
-class Exits(nnx.Module):
+class Exits(Wrapper):
     """Stages with a head after each; an example (or a tile) that a head is sure about runs no further stage.
 
     Early exits for classification (BranchyNet, Teerapittayanon et al. 2016; MSDNet, Huang et al. 2018) and, with
@@ -48,7 +58,8 @@ class Exits(nnx.Module):
 
     Args:
         stages: modules run one after the other. Per example, what they take and give may be trees of arrays (the scales
-            of MSDNet). With `size`, stages after the first must keep height and width and have stride 1.
+            of MSDNet), and they may hold dynamic modules. With `size`, stages after the first must keep height and
+            width and have stride 1.
         heads: one for each stage, from what it gives to logits (B, K), or (B, H, W, K), which `size` needs.
         confidence: "max_prob" is the largest class probability, "entropy" is one minus the entropy over its maximum; of
             several pixels, their mean. "patience" counts heads that agree, per example. "random", the control at the
@@ -87,24 +98,11 @@ class Exits(nnx.Module):
             raise ValueError(f"size={size} must be at least 1 pixel, or None to decide per example")
         if size is not None and confidence == "patience":
             raise ValueError(f"confidence='patience' decides per example, so size={size} must be None")
-        for part in (*stages, *heads):
-            wrapping.refuse_nested("Exits", part)
+        for part in (*stages, *heads) if size is not None else ():
+            wrapper.refuse_nested("Exits per tile", part)
         self.stages, self.heads = nnx.List(stages), nnx.List(heads)
         self.confidence, self.at, self.patience, self.size = confidence, at, patience, size
         self.threshold = Threshold(jnp.zeros(()))
-        self.execution: execute.Execution = "masked"
-        self.strategy: execute.Strategy = "auto"
-        self.deterministic = False
-
-    def set_view(
-        self,
-        execution: str | None = None,
-        strategy: str | None = None,
-        deterministic: bool | None = None,
-        use_running_average: bool | None = None,
-    ) -> None:
-        wrapping.set_ways(self, execution, strategy)
-        self.deterministic = self.deterministic if deterministic is None else deterministic
 
     def predictions(self, x: execute.Tree) -> list[Array]:
         """The logits of every head, to train them all; `predictions(x)[k]` under jit runs no stage after the k-th."""
@@ -125,9 +123,7 @@ class Exits(nnx.Module):
         logits = logits.astype(jnp.float32)
         start = jax.scipy.special.logit(1 - self.at)
         if self.confidence == "random":
-            # A continuous function of the content: rounding in an earlier layer must not draw the whole choice anew.
-            sure = jnp.mod(97 * self._mean(jax.lax.stop_gradient(logits).mean(-1)), 1)
-            return jax.scipy.special.logit(jnp.clip(1 - sure, 1e-6, 1 - 1e-6)) - start
+            return logistic(1 - content_chance(self._mean(jax.lax.stop_gradient(logits).mean(-1)))) - start
         unsure, sure = (self._log_mean(each) for each in _log_confidence(logits, self.confidence))
         if self.confidence == "patience":
             return self.patience - 1 - (jnp.zeros_like(sure) if agreed is None else agreed) + jnp.exp(unsure)
@@ -153,7 +149,7 @@ class Exits(nnx.Module):
         out = self.heads[0](x)
         if self.confidence == "patience" and out.ndim != 2:
             raise ValueError(f"confidence='patience' needs logits (B, K) of whole examples; the heads give {out.shape}")
-        active = jnp.ones((out.shape[0], *(() if self.size is None else wrapping.grid(x, self.size))), jnp.float32)
+        active = jnp.ones((out.shape[0], *(() if self.size is None else wrapper.grid(x, self.size))), jnp.float32)
         agreed = jnp.zeros((out.shape[0],), jnp.float32)
         keeps, probabilities = [active], [active]
         for number in range(1, len(self.stages)):
@@ -164,46 +160,48 @@ class Exits(nnx.Module):
             probabilities.append(probabilities[-1] * jax.nn.sigmoid(chance - self.threshold[...]))
             active = active * threshold(doubt, self.threshold[...]) if self.deterministic else active
             keeps.append(active)
-            x, after = self._step(number, x, out, active)
+            x, after = self._step(number, x, out, active, probabilities[-1])
             if self.confidence == "patience":
                 agreed = (agreed + 1) * (after.argmax(-1) == out.argmax(-1))
             out = after
-        if wrapping.tracing(self):
-            tile = None if self.size is None else wrapping.tile_of(x, self.size)
+        if self.tracing:
+            tile = None if self.size is None else wrapper.tile_of(x, self.size)
             self._account(inputs, jnp.stack(keeps, -1), jnp.stack(probabilities, -1), tile)
         return out
 
-    def _step(self, number, x, out, active):
+    def _step(self, number, x, out, active, probability):
         """One more stage and head where `active`; elsewhere the features pass on if they can, and the logits stay."""
-        stage, head = (wrapping.ready(parts[number], self.execution) for parts in (self.stages, self.heads))
-        samples = functools.partial(execute.samples, execution=self.execution, strategy=self.strategy)
-        if self.size is None and number == len(self.stages) - 1:  # nobody needs the last features
-            return None, samples(lambda x: head(stage(x)), x, active, otherwise=lambda _: out)
-        spec = execute.shape_of(wrapping.still(stage), x)
+        block = _Stage(self.stages[number], self.heads[number], last=number == len(self.stages) - 1)
+        spec = execute.shape_of(views.still(block), x)[0]
         shapes = [jax.tree.map(lambda a: a.shape, tree) for tree in (x, spec)]
         rest = x if shapes[0] == shapes[1] else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), spec)
         if self.size is None:
-
-            def both(x):
-                features = stage(x)
-                return features, head(features)
-
-            return samples(both, x, active, otherwise=lambda _: (rest, out))
+            return self.samples(block, x, active, lambda _: (rest, out), probability)
+        stage, head = (wrapper.ready(part, self.execution) for part in (block.stage, block.head))
         tiles = functools.partial(execute.tiles, size=self.size, execution=self.execution, strategy=self.strategy)
         x = tiles(stage, x, active, radius=receptive_radius(stage, x), otherwise=lambda _: rest)
         return x, tiles(head, x, active, radius=receptive_radius(head, x), otherwise=lambda _: out)
 
     def _account(self, inputs, keep, probability, tile):
-        unit, whole = [], []
-        tiles = keep[0, ..., 0].size
-        for number, (stage, head, x) in enumerate(zip(self.stages, self.heads, inputs, strict=True)):
-            after = execute.shape_of(wrapping.still(stage), x)
-            whole.append(wrapping.macs_per_example(stage, x) + wrapping.macs_per_example(head, after))
-            if self.size is None or number == 0:
-                unit.append(whole[-1] / tiles)
-            else:
-                unit.append(
-                    sum(window_macs(b, v, self.size, receptive_radius(b, v)) for b, v in ((stage, x), (head, after)))
-                )
-        granularity: Granularity = "exit" if self.size is None else "tile exit"
-        wrapping.account(self, Decision(keep, probability, granularity), tuple(unit), tuple(whole), tile)
+        stages = [_Stage(stage, head) for stage, head in zip(self.stages, self.heads, strict=True)]
+        if self.size is None:
+            self.account_blocks(Decision(keep, probability, "example", PREFIX), stages, inputs)
+            return
+        whole = [wrapper.macs_per_example(stage, x) for stage, x in zip(stages, inputs, strict=True)]
+        unit = [whole[0] / keep[0, ..., 0].size]
+        for block, x in zip(stages[1:], inputs[1:], strict=True):
+            after = execute.shape_of(views.still(block.stage), x)
+            pairs = ((block.stage, x), (block.head, after))
+            unit.append(sum(window_macs(b, v, self.size, receptive_radius(b, v)) for b, v in pairs))
+        self.account(Decision(keep, probability, "tile", PREFIX), unit, whole, tile)
+
+
+class _Stage(nnx.Module):
+    """A stage and its head: the features, unless nobody needs them any more, and the logits."""
+
+    def __init__(self, stage: Callable, head: Callable, *, last: bool = False):
+        self.stage, self.head, self.last = stage, head, last
+
+    def __call__(self, x: execute.Tree) -> tuple[execute.Tree | None, Array]:
+        features = self.stage(x)
+        return None if self.last else features, self.head(features)

@@ -11,9 +11,11 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dynjax.core import cost, execute, gates, wrapping
-from dynjax.core.decision import Decision, Granularity
-from dynjax.core.gates import GateParam, Threshold
+from dynjax.core import cost, execute, gates
+from dynjax.core.decision import ONE, Decision, Place, Rule, some
+from dynjax.core.gates import Gate, GateParam, Threshold
+from dynjax.core.training import Call
+from dynjax.core.wrapper import Wrapper
 
 LARGEST_BLOCK = 128
 """Tokens that the loop computes at once."""
@@ -61,7 +63,7 @@ def router_z_loss(model: nnx.Module) -> Float[Array, ""]:
     return jnp.stack(found).mean() if found else jnp.zeros(())
 
 
-class Router(nnx.Module):
+class Router(Gate):
     """Experts of every token: the `top` largest of E linear logits, `probability` their softmax over all E.
 
     `x` (B, T, features) gives a decision of shape (B, T, E), `x` (B, features) one of shape (B, E). Shazeer et al. 2017
@@ -79,11 +81,11 @@ class Router(nnx.Module):
         self.threshold = Threshold(jnp.zeros(()))
         self.loss = RouterLoss(jnp.zeros(()))
         self.rngs = nnx.Rngs(gate=rngs.params())
-        self.top, self.least, self.deterministic = top, least, False
+        self.top, self.least = top, least
 
-    def set_view(self, deterministic: bool | None = None) -> None:
-        if deterministic is not None:
-            self.deterministic = deterministic
+    def terms(self, call: Call) -> dict[str, Array]:
+        """`router_z`, the z-loss of the last training call."""
+        return {"router_z": self.loss[...]}
 
     def __call__(self, x: Float[Array, "B *T C"]) -> Decision:
         if x.shape[-1] != self.kernel.shape[0]:
@@ -97,10 +99,10 @@ class Router(nnx.Module):
             self.loss[...] = z_loss(logits)
             key = self.rngs.gate() if self.least < self.top else None
         keep = route(logits, self.top, self.least, self.threshold[...], key)
-        return Decision(keep, jax.nn.softmax(logits), _granularity(x, self.top))
+        return Decision(keep, jax.nn.softmax(logits), *_about(x, self.top))
 
 
-class RandomRouter(nnx.Module):
+class RandomRouter(Gate):
     """Experts of every token at random: the control of a learned `Router`, whose shapes and threshold it has.
 
     All experts are as probable. When deterministic the choice is a function of the token's content, so that every
@@ -111,38 +113,30 @@ class RandomRouter(nnx.Module):
         least = top if least is None else least
         if not 1 <= least <= top <= experts:
             raise ValueError(f"least={least}, top={top} and experts={experts} must ascend from 1")
-        self.experts, self.top, self.least, self.deterministic = experts, top, least, False
+        self.experts, self.top, self.least = experts, top, least
         self.threshold = Threshold(jnp.zeros(()))
         self.rngs = nnx.Rngs(gate=rngs.params())
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        if deterministic is not None:
-            self.deterministic = deterministic
 
     def __call__(self, x: Float[Array, "B *T C"]) -> Decision:
         shape = (*x.shape[:-1], self.experts)
         if self.deterministic:
-            # A continuous function of the content: rounding in an earlier layer must not draw the choice anew.
             mix = jax.random.normal(jax.random.key(0), (x.shape[-1], self.experts))
-            uniform = jnp.mod(7 * (x.astype(jnp.float32) @ mix), 1)
+            uniform = gates.content_chance(x.astype(jnp.float32) @ mix, turns=7)
         else:
             uniform = jax.random.uniform(self.rngs.gate(), shape)
-        noise = jax.scipy.special.logit(jnp.clip(uniform, 1e-6, 1 - 1e-6))
-        keep = route(noise, self.top, self.least, self.threshold[...])
-        return Decision(keep, jnp.full(shape, 1 / self.experts), _granularity(x, self.top))
+        keep = route(gates.logistic(uniform), self.top, self.least, self.threshold[...])
+        return Decision(keep, jnp.full(shape, 1 / self.experts), *_about(x, self.top))
 
 
-def _granularity(x: jax.Array, top: int) -> Granularity:
-    """What a router's decision is about: tokens, or examples, of which only `top` = 1 is one of the experts."""
-    if x.ndim == 3:
-        return "token branch"
-    return "branch" if top == 1 else "branches"
+def _about(x: jax.Array, top: int) -> tuple[Place, Rule]:
+    """The place and rule of a router's decision."""
+    return "token" if x.ndim == 3 else "example", ONE if top == 1 else some(top)
 
 
 # Experts
 
 
-class Experts(nnx.Module):
+class Experts(Wrapper):
     """A mixture of MLPs: y = sum_e g_e (act(x up_e + b_e) down_e + c_e) over the experts that the token takes.
 
     g is the probability of the experts taken, divided by its sum where a token can take several: the softmax over the
@@ -159,8 +153,8 @@ class Experts(nnx.Module):
         hidden: H of every expert.
         experts: E.
         top: experts of a token, if there is no `gate`.
-        gate: gives a decision of shape (B, T, E) or (B, E), and has as `gate.top` the most experts that a token takes,
-            else all; `Router(features, experts, top=top, rngs=rngs)` if left out.
+        gate: gives a decision of shape (B, T, E) or (B, E) about some of the experts, or one;
+            `Router(features, experts, top=top, rngs=rngs)` if left out.
         activation: a function of the hidden features.
 
     Raises:
@@ -185,42 +179,26 @@ class Experts(nnx.Module):
         self.down_bias = nnx.Param(jnp.zeros((experts, features)))
         self.gate = Router(features, experts, top=top, rngs=rngs) if gate is None else gate
         self.experts, self.activation = experts, activation
-        self.execution: execute.Execution = "masked"
-        self.strategy: execute.Strategy = "auto"
-
-    def set_view(
-        self,
-        execution: str | None = None,
-        strategy: str | None = None,
-        deterministic: bool | None = None,
-        use_running_average: bool | None = None,
-    ) -> None:
-        # The last two are for gates and other layers; named here, since nnx.view refuses names that no module has.
-        wrapping.set_ways(self, execution, strategy)
-
-    @property
-    def most(self) -> int:
-        """The most experts that a token takes."""
-        return getattr(self.gate, "top", self.experts)
 
     def __call__(self, x: Float[Array, "B *T C"]) -> Float[Array, "B *T C"]:
         if x.ndim not in (2, 3) or x.shape[-1] != self.up.shape[1]:
             raise ValueError(f"Experts needs (B, T, {self.up.shape[1]}) or (B, {self.up.shape[1]}), not {x.shape}")
-        granularity = ("branches", "branch") if x.ndim == 2 else "token branch"
+        place: Place = "example" if x.ndim == 2 else "token"
         hint = f"use Router({x.shape[-1]}, {self.experts}, rngs=rngs)"
-        decision = wrapping.expect(self.gate(x), granularity, (*x.shape[:-1], self.experts), "Experts", hint)
-        if wrapping.tracing(self):
+        several, shape = some(self.experts), (*x.shape[:-1], self.experts)
+        decision = self.expect(self.gate(x), place, (several, ONE), shape, hint)
+        if self.tracing:
             token = jax.ShapeDtypeStruct((1, x.shape[-1]), x.dtype)
             unit = cost.macs(lambda token: self._expert(token, 0), token)
             tokens = 1 if x.ndim == 2 else x.shape[1]
-            units, wholes = (unit,) * self.experts, (unit * tokens,) * self.experts
-            wrapping.account(self, decision, units, wholes, most=self.most)
+            self.account(decision, (unit,) * self.experts, (unit * tokens,) * self.experts)
+        most = decision.rule.most or self.experts
         weight = decision.keep * decision.probability
-        if self.most > 1:
+        if most > 1:
             total = weight.sum(-1, keepdims=True)
             weight = weight / jnp.where(total > 0, total, 1)
         flat, keep, weight = (a.reshape(-1, a.shape[-1]) for a in (x, decision.keep, weight))
-        y = self._masked(flat, weight) if self.execution == "masked" else self._compact(flat, keep, weight)
+        y = self._masked(flat, weight) if self.execution == "masked" else self._compact(flat, keep, weight, most)
         return y.reshape(x.shape)
 
     def _expert(self, tokens: Float[Array, "n C"], expert: Int[Array, ""] | int) -> Float[Array, "n C"]:
@@ -238,8 +216,8 @@ class Experts(nnx.Module):
         weight = weight.T[..., None].astype(y.dtype)
         return (execute.finite(y, unless=weight != 0) * weight).sum(0)
 
-    def _compact(self, x, keep, weight):
-        chosen, taken, place, sizes = places(keep, self.most)
+    def _compact(self, x, keep, weight, most):
+        chosen, taken, place, sizes = places(keep, most)
         rows = chosen.size
 
         def loop():

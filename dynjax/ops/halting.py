@@ -9,13 +9,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dynjax.core import execute, wrapping
-from dynjax.core.decision import Decision
+from dynjax.core import execute, views, wrapper
+from dynjax.core.decision import EACH, PREFIX, Decision, Place
 from dynjax.core.gates import straight_through
 from dynjax.core.receptive import receptive_radius, window_macs
+from dynjax.core.training import Call
+from dynjax.core.wrapper import Wrapper
 
 # Pure functions. A rule takes the halting probability after one step, the mass that no earlier step took, and whether
 # no step can follow; it gives the weight of this step (the mass that it takes) and whether to stop after it.
@@ -68,29 +69,10 @@ def kl_to_prior(p: Float[Array, "... S"], prior: Float[Array, " S"]) -> Float[Ar
     return (p * (log_p - log_prior)).sum(-1)
 
 
-def pondernet_loss(
-    losses: Float[Array, "B S"], p: Float[Array, "B S"], prior: Float[Array, " S"], beta: float = 0.01
-) -> Float[Array, ""]:
-    """The mean of each step's task loss under `p`, plus `beta` times its KL to the prior (PonderNet, section 2)."""
-    return ((p * losses).sum(-1) + beta * kl_to_prior(p, prior)).mean()
-
-
 def halting_distribution(decision: Decision) -> Float[Array, "B ... S"]:
     """Probability of stopping after each step, from the decision of a `Halt`: its weights, in training."""
     running = decision.probability
     return running - jnp.concatenate([running[..., 1:], jnp.zeros_like(running[..., :1])], -1)
-
-
-def ponder_cost(decision: Decision) -> Float[Array, " B"]:
-    """ACT's ponder cost N + R per example, of several tiles their mean (Graves 2016, section 2; Figurnov et al. 2017).
-
-    N steps are run, without a gradient; the remainder R is the weight of the last one. In MACs, and for PonderNet as
-    well, `Trace.expected_macs` is the sum over steps of the mass left before each, times its cost.
-    """
-    keep = jax.lax.stop_gradient(decision.keep)
-    ends = keep - jnp.concatenate([keep[..., 1:], jnp.zeros_like(keep[..., :1])], -1)
-    cost = (keep + ends * decision.probability).sum(-1)
-    return cost.mean(tuple(range(1, cost.ndim)))
 
 
 def _weights(halting: jax.Array, rule: Callable) -> jax.Array:
@@ -104,7 +86,7 @@ def _weights(halting: jax.Array, rule: Callable) -> jax.Array:
 # Module
 
 
-class Halt(nnx.Module):
+class Halt(Wrapper):
     """Apply `step` again and again, to each example (or tile) until its halting unit says stop.
 
     The halting unit is a gate that looks at the state after each step and gives a decision whether to go on; its
@@ -117,8 +99,8 @@ class Halt(nnx.Module):
 
     "pondernet" (Banino et al. 2021, arXiv:2107.05407), per example: the output is the state of the step at which it
     stops, the median of its distribution. When training (not `deterministic`) nothing stops and the output is the mean
-    of the states under the distribution; the paper's loss needs `predictions(x)`, `halting_distribution` of the traced
-    decision, and `pondernet_loss`.
+    of the states under the distribution; the paper's loss is that of every one of `predictions(x)`, weighed by
+    `halting_distribution` of the traced decision, and `kl_to_prior`.
 
     "hard": stop once the gate does not keep, with a straight-through gradient; what `RandomGate`, the control, needs.
 
@@ -146,7 +128,7 @@ class Halt(nnx.Module):
         kind: Literal["act", "pondernet", "hard"] = "act",
         epsilon: float = 0.01,
     ):
-        wrapping.refuse_nested("Halt", step)
+        wrapper.refuse_nested("Halt", step)
         if kind not in ("act", "pondernet", "hard"):
             raise ValueError(f"kind={kind!r} must be 'act', 'pondernet' or 'hard'")
         if max_steps < 1:
@@ -160,23 +142,10 @@ class Halt(nnx.Module):
                 "tile would stay as it is for its neighbours; use kind='act', or a SampleGate"
             )
         self.step, self.gate, self.max_steps, self.kind, self.epsilon = step, gate, max_steps, kind, epsilon
-        self.execution: execute.Execution = "masked"
-        self.strategy: execute.Strategy = "auto"
-        self.deterministic = False
-
-    def set_view(
-        self,
-        execution: str | None = None,
-        strategy: str | None = None,
-        deterministic: bool | None = None,
-        use_running_average: bool | None = None,
-    ) -> None:
-        wrapping.set_ways(self, execution, strategy)
-        self.deterministic = self.deterministic if deterministic is None else deterministic
 
     def __call__(self, x: execute.Tree) -> execute.Tree:
-        gate = wrapping.ready(self.gate, self.execution)
-        step, start = wrapping.ready(self.step, self.execution), self._start(x)
+        gate = wrapper.ready(self.gate, self.execution)
+        step, start = wrapper.ready(self.step, self.execution), self._start(x)
         if self.execution == "masked":
             # PonderNet is trained on all of its steps.
             states, keep, mass = self._masked(start, freeze=self.kind != "pondernet" or self.deterministic)
@@ -192,19 +161,35 @@ class Halt(nnx.Module):
         self._account(x, keep, mass)
         return [state for state, _ in states]
 
+    def weights(self, call: Call) -> Float[Array, "B S"] | None:
+        """PonderNet's loss is what to expect over the step at which it stops."""
+        return halting_distribution(call.own()[0]) if self.kind == "pondernet" else None
+
+    def terms(self, call: Call) -> dict[str, Array]:
+        """`ponder`, of PonderNet: the divergence from the geometric prior whose mean is the budget."""
+        if self.kind != "pondernet":
+            return {}
+        prior = geometric_prior(min(0.95, 1 / (call.target * self.max_steps)), self.max_steps)
+        p = halting_distribution(call.own()[0]) if call.shares is None else call.shares
+        return {"ponder": call.mean(kl_to_prior(p, prior))}
+
     @property
     def _size(self) -> int | None:
         return getattr(self.gate, "size", None)
 
+    @property
+    def _place(self) -> Place:
+        return "example" if self._size is None else "tile"
+
     def _start(self, x):
         """State, output so far, mass left, and what still runs (both per example or tile)."""
-        shapes = [jax.tree.map(lambda a: a.shape, tree) for tree in (x, execute.shape_of(wrapping.still(self.step), x))]
+        shapes = [jax.tree.map(lambda a: a.shape, tree) for tree in (x, execute.shape_of(views.still(self.step), x))]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"Halt applies a module to what it gave, so it must keep the shape; {type(self.step).__name__} turns "
                 f"{shapes[0]} into {shapes[1]}"
             )
-        grid = () if self._size is None else wrapping.grid(x, self._size)
+        grid = () if self._size is None else wrapper.grid(x, self._size)
         ones = jnp.ones((jax.tree.leaves(x)[0].shape[0], *grid), jnp.float32)
         return x, jax.tree.map(jnp.zeros_like, x), ones, ones
 
@@ -213,8 +198,8 @@ class Halt(nnx.Module):
         state, out, mass, active = carry
         run = active if freeze else jnp.ones_like(active)
         state = jax.tree.map(lambda new, old: new.astype(old.dtype), step(state, run), state)
-        granularity = "sample" if self._size is None else "tile"
-        decision = wrapping.expect(gate(state), granularity, run.shape, "Halt", f"use {granularity.title()}Gate")
+        hint = f"use {'SampleGate' if self._size is None else 'TileGate'}"
+        decision = self.expect(gate(state), self._place, EACH, run.shape, hint)
         halting = 1 - (decision.keep if self.kind == "hard" else decision.probability)
         rule = functools.partial(act_rule, epsilon=self.epsilon) if self.kind == "act" else pondernet_rule
         weight, stop = rule(halting.astype(jnp.float32), mass, last)
@@ -280,13 +265,13 @@ class Halt(nnx.Module):
         return carry, jnp.moveaxis(keeps, 0, -1), jnp.moveaxis(masses, 0, -1)
 
     def _account(self, x, keep, mass):
-        if not wrapping.tracing(self):
+        if not self.tracing:
             return
-        whole = wrapping.macs_per_example(self.step, x)
+        whole = wrapper.macs_per_example(self.step, x)
         if self._size is None:
-            unit = whole = whole + wrapping.macs_per_example(self.gate, x)
+            unit = whole = whole + wrapper.macs_per_example(self.gate, x)
         else:
             unit = window_macs(self.step, x, self._size, receptive_radius(self.step, x))
-        decision = Decision(straight_through(keep, mass), mass, "exit" if self._size is None else "tile exit")
+        decision = Decision(straight_through(keep, mass), mass, self._place, PREFIX)
         units, wholes = (unit,) * self.max_steps, (whole,) * self.max_steps
-        wrapping.account(self, decision, units, wholes, None if self._size is None else wrapping.tile_of(x, self._size))
+        self.account(decision, units, wholes, None if self._size is None else wrapper.tile_of(x, self._size))

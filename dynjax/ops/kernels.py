@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.core import convolve
-from dynjax.core.decision import Decision, record
+from dynjax.core.decision import MIXTURE, Decision, record
 from dynjax.ops.attention import Activation, Attention, annealed_temperature, set_temperature
 from dynjax.ops.dynamize import dynamize
 
@@ -422,5 +422,4 @@ def _mean(x: jax.Array) -> jax.Array:
 
 def _record(module: nnx.Module, weights: jax.Array) -> None:
     """Leave the attention over kernels in the trace; all kernels are used, at no cost that depends on it."""
-    free = (0.0,) * weights.shape[1]
-    record(module, Decision(jnp.ones_like(weights), weights, "kernel", free, free))
+    record(module, Decision(jnp.ones_like(weights), weights, "example", MIXTURE))

@@ -11,11 +11,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dynjax.core import execute, wrapping
-from dynjax.core.decision import Decision
+from dynjax.core.decision import EACH, Decision
+from dynjax.core.training import Call
+from dynjax.core.wrapper import Wrapper
+
+CURRICULUM = 0.3
+"""Share of the training over which a policy comes to decide about all blocks."""
 
 
-class PolicySkip(nnx.Module):
+class PolicySkip(Wrapper):
     """A chain of modules, of which one gate, before the first runs, decides for each example which to skip.
 
     BlockDrop (Wu et al. 2018, arXiv:1711.08393, section 3): the policy network is the gate, any modules that end in a
@@ -28,7 +32,7 @@ class PolicySkip(nnx.Module):
     The paper's bound on the probabilities, for exploration, is left out.
 
     Args:
-        blocks: modules run one after the other.
+        blocks: modules run one after the other; they may hold dynamic modules.
         gate: from the chain's input to a decision of shape (B, K).
         skip: which of the blocks, by number, the K decisions are about; the others always run. Default: all.
         otherwise: by a block's number, what to run for the examples that skip it (by default they pass unchanged): a
@@ -36,7 +40,7 @@ class PolicySkip(nnx.Module):
         straight_through: whether the gate is trained through what its blocks do; False leaves that to REINFORCE.
 
     Raises:
-        ValueError: if numbers or shapes do not agree, or a block is dynamic itself.
+        ValueError: if numbers or shapes do not agree.
     """
 
     def __init__(
@@ -48,8 +52,6 @@ class PolicySkip(nnx.Module):
         otherwise: Mapping[int, Callable] | None = None,
         straight_through: bool = True,
     ):
-        for block in blocks:
-            wrapping.refuse_nested("PolicySkip", block)
         skip, otherwise = tuple(range(len(blocks)) if skip is None else skip), otherwise or {}
         if not skip or list(skip) != sorted(set(skip)) or not 0 <= skip[0] <= skip[-1] < len(blocks):
             raise ValueError(f"skip={skip} must be rising numbers of the {len(blocks)} blocks, at least one")
@@ -59,43 +61,44 @@ class PolicySkip(nnx.Module):
         self.otherwise = nnx.Dict({str(number): module for number, module in otherwise.items()})
         self.straight_through = straight_through
         self.held = Held(jnp.zeros((len(skip),), bool))
-        self.execution: execute.Execution = "masked"
-        self.strategy: execute.Strategy = "auto"
 
-    def set_view(
-        self,
-        execution: str | None = None,
-        strategy: str | None = None,
-        deterministic: bool | None = None,
-        use_running_average: bool | None = None,
-    ) -> None:
-        # The last two are for gates and blocks; named here, since nnx.view refuses names that no module has.
-        wrapping.set_ways(self, execution, strategy)
+    def schedule(self, progress: Float[Array, ""] | float) -> None:
+        """Let the policy decide about the last blocks alone, and about all from `CURRICULUM` on."""
+        self.held[...] = curriculum_mask(progress / CURRICULUM, self.held.shape[0]) == 0
+
+    def rewarded(self) -> bool:
+        """By REINFORCE the reward says what blocks are worth."""
+        return not self.straight_through
+
+    def terms(self, call: Call) -> dict[str, Array]:
+        """`reinforce`: what was drawn against the reward of what it would do without noise; wrong costs `wrong`."""
+        if self.straight_through:
+            return {}
+        greedy, most_probable = call.again()
+        (drawn,), (chosen,) = call.own(), call.own(most_probable)
+        rewards = [
+            blockdrop_reward(call.correct(output), decision.keep.mean(-1), call.weights["wrong"])
+            for output, decision in ((call.outputs[-1], drawn), (greedy, chosen))
+        ]
+        return {"reinforce": reinforce_loss(log_probability(drawn), *rewards)}
 
     def __call__(self, x: Float[Array, "B ..."]) -> Array:
-        hint = f"use ChannelGate(features, {len(self.skip)}, rngs=rngs), or FixedGate(keep, granularity='channel')"
+        hint = f"use ChannelGate(features, {len(self.skip)}, rngs=rngs), or FixedGate(keep, rule=EACH)"
         shape = (x.shape[0], len(self.skip))
-        decision = wrapping.expect(self.gate(x), "channel", shape, "PolicySkip", hint)
+        decision = self.expect(self.gate(x), "example", EACH, shape, hint)
         decision = hold(decision, self.held[...])
         keep = decision.keep if self.straight_through else jax.lax.stop_gradient(decision.keep)
-        macs = []
+        inputs = []
         for number, block in enumerate(self.blocks):
-            ready = wrapping.ready(block, self.execution)
             if number not in self.skip:
-                x = ready(x)
+                x = block(x)
                 continue
-            if wrapping.tracing(self):
-                macs.append(wrapping.macs_per_example(block, x))
-            x = execute.samples(
-                ready,
-                x,
-                keep[:, self.skip.index(number)],
-                otherwise=self.otherwise.get(str(number)),
-                execution=self.execution,
-                strategy=self.strategy,
-            )
-        if wrapping.tracing(self):
-            wrapping.account(self, decision, tuple(macs), tuple(macs))
+            inputs.append(x)
+            which = self.skip.index(number)
+            otherwise = self.otherwise.get(str(number))
+            x = self.samples(block, x, keep[:, which], otherwise, decision.probability[:, which])
+        if self.tracing:
+            self.account_blocks(decision, [self.blocks[number] for number in self.skip], inputs)
         return x
 
 

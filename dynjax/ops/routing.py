@@ -13,59 +13,51 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.core import execute, wrapping
-from dynjax.core.decision import Decision
+from dynjax.core import execute, views, wrapper
+from dynjax.core.decision import EACH, ONE, Decision
 from dynjax.core.receptive import receptive_radius, window_macs
+from dynjax.core.wrapper import Wrapper
 
 
-class Select(nnx.Module):
+class Select(Wrapper):
     """Run one of K modules, for each example, or for each tile where the gate has a `size`: dynamic kernel selection.
 
     Hard selection with straight-through Gumbel softmax, as in Veit & Belongie 2018 (arXiv:1711.11503, section 3.2) for
     two branches. The modules must give one shape; per tile they must have stride 1 and SAME padding (see `Tiles`).
 
     Args:
-        blocks: K modules, the cheapest first: a budget moves the choice towards the first.
+        blocks: K modules, the cheapest first: a budget moves the choice towards the first. Per example they may hold
+            dynamic modules.
         gate: gives a one-hot decision of shape (B, K), or (B, h, w, K), for example
             `BranchGate(channels, K, rngs=rngs)`.
 
     Raises:
-        ValueError: if shapes do not agree or a block is dynamic itself.
+        ValueError: if shapes do not agree or, per tile, a block is dynamic itself.
     """
 
     def __init__(self, blocks: Sequence[Callable], gate: Callable):
         if not blocks:
             raise ValueError("Select needs at least one module; blocks is empty")
-        for block in blocks:
-            wrapping.refuse_nested("Select", block)
         self.blocks, self.gate = nnx.List(blocks), gate
-        self.execution: execute.Execution = "masked"
-        self.strategy: execute.Strategy = "auto"
-
-    def set_view(
-        self,
-        execution: str | None = None,
-        strategy: str | None = None,
-        deterministic: bool | None = None,
-        use_running_average: bool | None = None,
-    ) -> None:
-        # The last two are for gates and blocks; named here, since nnx.view refuses names that no module has.
-        wrapping.set_ways(self, execution, strategy)
 
     def __call__(self, x: Float[Array, "B ..."]) -> Array:
         size = getattr(self.gate, "size", None)
-        grid = () if size is None else wrapping.grid(x, size)
-        shape = (x.shape[0], *grid, len(self.blocks))
-        granularity = "branch" if size is None else "tile branch"
+        shape = (x.shape[0], *(() if size is None else wrapper.grid(x, size)), len(self.blocks))
         hint = f"use BranchGate(channels, {len(self.blocks)}, size={size}, rngs=rngs)"
-        decision = wrapping.expect(self.gate(x), granularity, shape, "Select", hint)
-        radii = [0 if size is None else receptive_radius(block, x) for block in self.blocks]
-        if wrapping.tracing(self):
-            whole = tuple(wrapping.macs_per_example(block, x) for block in self.blocks)
+        decision = self.expect(self.gate(x), "example" if size is None else "tile", ONE, shape, hint)
+        if size is None:
+            if self.tracing:
+                self.account_blocks(decision, self.blocks, [x] * len(self.blocks))
+            return self.branches(self.blocks, x, decision.keep, decision.probability)
+        for block in self.blocks:
+            wrapper.refuse_nested("Select per tile", block)
+        radii = [receptive_radius(block, x) for block in self.blocks]
+        if self.tracing:
+            whole = [wrapper.macs_per_example(block, x) for block in self.blocks]
             pairs = zip(self.blocks, radii, strict=True)
-            unit = whole if size is None else tuple(window_macs(block, x, size, radius) for block, radius in pairs)
-            wrapping.account(self, decision, unit, whole, wrapping.tile_of(x, size))
-        blocks = [wrapping.ready(block, self.execution) for block in self.blocks]
+            unit = [window_macs(block, x, size, radius) for block, radius in pairs]
+            self.account(decision, unit, whole, wrapper.tile_of(x, size))
+        blocks = [wrapper.ready(block, self.execution) for block in self.blocks]
         return execute.branches(
             blocks, x, decision.keep, size=size, radius=radii, execution=self.execution, strategy=self.strategy
         )
@@ -78,7 +70,7 @@ class Flow(NamedTuple):
     arrived: Float[Array, " B"]
 
 
-class Cell(nnx.Module):
+class Cell(Wrapper):
     """A cell of a multi-scale supernet: an operation, and the paths up (finer), keep and down (coarser) out of it.
 
     Dynamic routing (Li et al. 2020, arXiv:2003.10401, section 3.2): the sum x of what comes in goes through the
@@ -112,20 +104,8 @@ class Cell(nnx.Module):
     ):
         for part in (operation, up, down):
             if part is not None:
-                wrapping.refuse_nested("Cell", part)
+                wrapper.refuse_nested("Cell", part)
         self.operation, self.gate, self.up, self.down = operation, gate, up, down
-        self.execution: execute.Execution = "masked"
-        self.strategy: execute.Strategy = "auto"
-
-    def set_view(
-        self,
-        execution: str | None = None,
-        strategy: str | None = None,
-        deterministic: bool | None = None,
-        use_running_average: bool | None = None,
-    ) -> None:
-        # The last two are for gates and blocks; named here, since nnx.view refuses names that no module has.
-        wrapping.set_ways(self, execution, strategy)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -146,27 +126,27 @@ class Cell(nnx.Module):
 
         shape = (x.shape[0], len(self.paths))
         hint = f"use PathGate(channels, {len(self.paths)}, rngs=rngs) for the paths {', '.join(self.paths)}"
-        decision = wrapping.expect(self.gate(x), "path", shape, "Cell", hint)
+        decision = self.expect(self.gate(x), "example", EACH, shape, hint)
         decision = _of_cell(decision, arrived)
-        if wrapping.tracing(self):
+        if self.tracing:
             h = jax.ShapeDtypeStruct(x.shape, x.dtype)
-            macs = tuple(wrapping.macs_per_example(ways[path], h) for path in self.paths)
-            macs = (wrapping.macs_per_example(self.operation, x), *macs)
-            wrapping.account(self, decision, macs, macs)
+            macs = tuple(wrapper.macs_per_example(ways[path], h) for path in self.paths)
+            macs = (wrapper.macs_per_example(self.operation, x), *macs)
+            self.account(decision, macs, macs)
 
         # The task's gradient reaches the gate through the weights alone, as in the paper.
         keep = jax.lax.stop_gradient(decision.keep)
         runs, opens = keep[:, 0], dict(zip(self.paths, keep[:, 1:].T, strict=True))
         weights = dict(zip(self.paths, decision.probability[:, 1:].T, strict=True))
         samples = functools.partial(execute.samples, execution=self.execution, strategy=self.strategy)
-        h = samples(wrapping.ready(self.operation, self.execution), x, runs)
+        h = samples(wrapper.ready(self.operation, self.execution), x, runs)
         out = {}
         for path in self.paths:
             if path == "keep":  # h is x where the cell is dropped
                 weight = opens[path] * weights[path] + (1 - runs)
                 out[path] = Flow(_scaled(weight, h), arrived * jnp.maximum(opens[path], 1 - runs))
             else:
-                y = _along(wrapping.ready(ways[path], self.execution), h, opens[path], weights[path], samples)
+                y = _along(wrapper.ready(ways[path], self.execution), h, opens[path], weights[path], samples)
                 out[path] = Flow(y, opens[path])
         return out
 
@@ -193,7 +173,7 @@ def _of_cell(decision: Decision, arrived: jax.Array) -> Decision:
 
 
 def _along(path: Callable, h: jax.Array, opens: jax.Array, weight: jax.Array, samples: Callable) -> jax.Array:
-    spec = execute.shape_of(wrapping.still(path), h)
+    spec = execute.shape_of(views.still(path), h)
 
     def weighted(args):
         h, weight = args

@@ -6,12 +6,12 @@ Letters: B examples, H W pixels, h w tiles, C channels.
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.core import execute, wrapping
-from dynjax.core.decision import Decision
+from dynjax.core import execute, views, wrapper
+from dynjax.core.decision import EACH, Decision
 from dynjax.core.receptive import receptive_radius, window_macs
+from dynjax.core.wrapper import Wrapper
 
 
 @runtime_checkable
@@ -24,7 +24,7 @@ class OfTiles(Protocol):
     def __call__(self, x: Array, /) -> Decision: ...
 
 
-class Tiles(nnx.Module):
+class Tiles(Wrapper):
     """Run `block` on the tiles that the gate keeps; the others pass unchanged, or through `otherwise`.
 
     DynConv's idea (Verelst & Tuytelaars 2020, arXiv:1912.03203) at the granularity of SBNet (Ren et al. 2018,
@@ -50,7 +50,7 @@ class Tiles(nnx.Module):
     def __init__(
         self, block: Callable, gate: Callable, *, otherwise: Callable | None = None, radius: int | None = None
     ):
-        wrapping.refuse_nested("Tiles", block)
+        wrapper.refuse_nested("Tiles", block)
         if not isinstance(gate, OfTiles) or gate.size is None:
             raise ValueError(
                 "Tiles needs a gate with a tile size: TileGate(channels, size=16, rngs=rngs), "
@@ -60,25 +60,13 @@ class Tiles(nnx.Module):
             raise ValueError(f"radius={radius} must be at least 0 pixels, or None to have it found")
         self.block, self.otherwise, self.radius = block, otherwise, radius
         self.gate: OfTiles = gate
-        self.execution: execute.Execution = "masked"
-        self.strategy: execute.Strategy = "auto"
-
-    def set_view(
-        self,
-        execution: str | None = None,
-        strategy: str | None = None,
-        deterministic: bool | None = None,
-        use_running_average: bool | None = None,
-    ) -> None:
-        # The last two are for gates and blocks; named here, since nnx.view refuses names that no module has.
-        wrapping.set_ways(self, execution, strategy)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
         if x.ndim != 4:
             raise ValueError(f"Tiles needs maps (B, H, W, C) and was given shape {x.shape}: is the batch axis missing?")
         size = self.gate.size
         hint = f"tiles of {size} pixels on {x.shape[1]}x{x.shape[2]}"
-        decision = wrapping.expect(self.gate(x), "tile", (x.shape[0], *wrapping.grid(x, size)), "Tiles", hint)
+        decision = self.expect(self.gate(x), "tile", EACH, (x.shape[0], *wrapper.grid(x, size)), hint)
         reach = receptive_radius(self.block, x)
         radius = reach if self.radius is None else self.radius
         if radius < reach:
@@ -87,18 +75,18 @@ class Tiles(nnx.Module):
                 "out to have it found"
             )
         if self.otherwise is None:
-            out = execute.shape_of(wrapping.still(self.block), x).shape
+            out = execute.shape_of(views.still(self.block), x).shape
             if out[-1] != x.shape[-1]:
                 raise ValueError(
                     f"Tiles: {type(self.block).__name__} turns {x.shape[-1]} channels into {out[-1]}, so a tile cannot "
                     f"pass unchanged: give an otherwise=, for example nnx.Linear({x.shape[-1]}, {out[-1]}, rngs=rngs)"
                 )
-        if wrapping.tracing(self):
+        if self.tracing:
             unit = window_macs(self.block, x, size, radius)
-            whole = wrapping.macs_per_example(self.block, x)
-            wrapping.account(self, decision, (unit,), (whole,), wrapping.tile_of(x, size))
+            whole = wrapper.macs_per_example(self.block, x)
+            self.account(decision, (unit,), (whole,), wrapper.tile_of(x, size))
         return execute.tiles(
-            wrapping.ready(self.block, self.execution),
+            wrapper.ready(self.block, self.execution),
             x,
             decision.keep,
             size=size,

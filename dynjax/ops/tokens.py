@@ -14,21 +14,22 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from dynjax.core import cost, execute, wrapping
-from dynjax.core.decision import Decision
-from dynjax.core.gates import GateParam, Threshold, threshold, top_k
-from dynjax.core.trace import Trace
+from dynjax.core import cost, execute, views, wrapper
+from dynjax.core.decision import EACH, Decision
+from dynjax.core.gates import Gate, GateParam, Threshold, threshold, top_k
+from dynjax.core.training import Call
+from dynjax.core.wrapper import Wrapper
 
 
-class TokenGate(nnx.Module):
+class TokenGate(Gate):
     """Which tokens take part: expert choice, the `capacity` tokens of largest logit of each example.
 
     `x` (B, T, features) gives a decision of shape (B, T), with sigmoid(logits) as the probability. The router of
     Mixture-of-Depths (Raposo et al. 2024, arXiv:2404.02258), a linear layer. While training, the top
     ceil(capacity * T) take part, whatever the threshold is. When deterministic a token does whose logit is at least the
-    threshold, so that it depends on no other token (section 3.5) and a budget can be solved; `selection_loss` teaches
-    the router to put its top k above 0. Deviation: tokens are normalised before the router, for what its logit compares
-    with must not depend on how far features have grown.
+    threshold, so that it depends on no other token (section 3.5) and a budget can be solved; a term of the loss, from
+    `MixtureOfDepths`, teaches the router to put its top k above 0. Deviation: tokens are normalised before the router,
+    for what its logit compares with must not depend on how far features have grown.
 
     Raises:
         ValueError: if `capacity` is not in (0, 1].
@@ -40,11 +41,7 @@ class TokenGate(nnx.Module):
         self.weight = GateParam(nnx.initializers.normal(features**-0.5)(rngs.params(), (features, 1)))
         self.bias = GateParam(jnp.zeros((1,)))
         self.threshold = Threshold(jnp.zeros(()))
-        self.features, self.capacity, self.deterministic = features, capacity, False
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        if deterministic is not None:
-            self.deterministic = deterministic
+        self.features, self.capacity = features, capacity
 
     def number(self, tokens: int) -> int | None:
         """How many of `tokens` tokens take part in every example; None when it depends on the input."""
@@ -66,7 +63,7 @@ class TokenGate(nnx.Module):
         return Decision(threshold(logits), jax.nn.sigmoid(logits), "token")
 
 
-class MixtureOfDepths(nnx.Module):
+class MixtureOfDepths(Wrapper):
     """Run `block` on the tokens that the gate keeps; the others pass unchanged.
 
     Mixture-of-Depths (Raposo et al. 2024, arXiv:2404.02258, eq. 1), x + r (block(x) - x) for the kept tokens, which
@@ -92,7 +89,7 @@ class MixtureOfDepths(nnx.Module):
     """
 
     def __init__(self, block: Callable, gate: Callable):
-        wrapping.refuse_nested("MixtureOfDepths", block)
+        wrapper.refuse_nested("MixtureOfDepths", block)
         try:
             inspect.signature(block).bind(None, None)
         except TypeError as error:
@@ -101,28 +98,28 @@ class MixtureOfDepths(nnx.Module):
                 f"{type(block).__name__} takes no such arguments: wrap it in a function that does"
             ) from error
         self.block, self.gate = block, gate
-        self.execution: execute.Execution = "masked"
-        self.strategy: execute.Strategy = "auto"
 
-    def set_view(
-        self,
-        execution: str | None = None,
-        strategy: str | None = None,
-        deterministic: bool | None = None,
-        use_running_average: bool | None = None,
-    ) -> None:
-        # The last two are for gates and blocks; named here, since nnx.view refuses names that no module has.
-        wrapping.set_ways(self, execution, strategy)
+    def terms(self, call: Call) -> dict[str, Array]:
+        """`selection`, the cross-entropy between what the gate chose and what its probability foretold.
+
+        The auxiliary loss of the paper (section 3.5): it moves the top k above a logit of 0 and the others below, so
+        that each token can decide alone when deployed.
+        """
+        losses = []
+        for decision in call.own():
+            chosen, p = lax.stop_gradient(decision.keep), jnp.clip(decision.probability, 1e-7, 1 - 1e-7)
+            losses.append(-(chosen * jnp.log(p) + (1 - chosen) * jnp.log1p(-p)).mean())
+        return {"selection": jnp.stack(losses).mean()} if losses else {}
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         tokens = x.shape[1]
-        hint = f"use TokenGate({x.shape[-1]}, capacity=0.125, rngs=rngs), or FixedGate(keep, granularity='token')"
-        decision = wrapping.expect(self.gate(x), "token", x.shape[:2], "MixtureOfDepths", hint)
-        if wrapping.tracing(self):
+        hint = f"use TokenGate({x.shape[-1]}, capacity=0.125, rngs=rngs), or FixedGate(keep, place='token')"
+        decision = self.expect(self.gate(x), "token", EACH, x.shape[:2], hint)
+        if self.tracing:
             seen = jax.ShapeDtypeStruct((1, tokens), bool)
-            whole = cost.macs(wrapping.still(self.block), wrapping.one_example(x), seen)
-            wrapping.account(self, decision, (whole / tokens,), (whole,))
-        block = wrapping.ready(self.block, self.execution)
+            whole = cost.macs(views.still(self.block), wrapper.one_example(x), seen)
+            self.account(decision, (whole / tokens,), (whole,))
+        block = wrapper.ready(self.block, self.execution)
         keep = lax.stop_gradient(decision.keep)
         number = self.gate.number(tokens) if hasattr(self.gate, "number") else None
         if number is not None:
@@ -168,21 +165,7 @@ def _compact(block: Callable, x: jax.Array, keep: jax.Array, weight: jax.Array, 
             return lax.map(lambda each: several(*(a[None] for a in each))[0], (x, keep, weight))
 
         # Where nearly all are kept, one launch is faster than as many as there are examples.
-        nearly_all = (keep > 0.5).mean() > execute.BREAK_EVEN_SAMPLES
+        nearly_all = (keep > 0.5).sum(dtype=jnp.int32) > execute.BREAK_EVEN_SAMPLES * keep.size
         return lax.cond(nearly_all, lambda: _mixed(block, x, keep, weight), loop)
 
     return execute.by_platform(strategy, one_by_one, lambda: several(x, keep, weight))
-
-
-def selection_loss(trace: Trace) -> Float[Array, ""]:
-    """Mean over token decisions of the cross-entropy between what the gate chose and what its probability foretold.
-
-    The auxiliary loss of Mixture-of-Depths (Raposo et al. 2024, arXiv:2404.02258, section 3.5): it moves the top k
-    above a logit of 0 and the others below, so that each token can decide alone when deployed. 0 without such gates.
-    """
-    losses = []
-    for decision in trace.decisions.values():
-        if decision.granularity == "token":
-            chosen, p = lax.stop_gradient(decision.keep), jnp.clip(decision.probability, 1e-7, 1 - 1e-7)
-            losses.append(-(chosen * jnp.log(p) + (1 - chosen) * jnp.log1p(-p)).mean())
-    return jnp.stack(losses).mean() if losses else jnp.zeros(())

@@ -7,23 +7,23 @@ Letters: B examples, C channels, M hidden channels, K groups or widths.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from dynjax.core import execute, wrapping
-from dynjax.core.decision import unseen
+from dynjax.core import execute, views, wrapper
+from dynjax.core.decision import EACH, ONE, unseen
+from dynjax.core.wrapper import Wrapper
 from dynjax.ops.slices import Pick, Role, layers_of, narrow, narrow_norm, pick_groups, roles, run, span, weights_of
 
 # Groups of channels per example
 
 
-class Channels(nnx.Module):
+class Channels(Wrapper):
     """Hidden channels in contiguous groups, of which every example has those that the gate keeps.
 
     y = last(first(x) * mask), where the mask is 0 on the channels of the groups not kept: feature boosting and
@@ -46,34 +46,22 @@ class Channels(nnx.Module):
         self.first, self.last = _pair("Channels", first, last)
         self.gate = gate
         self.roles, self.hidden = _named("Channels", self.first, self.last)
-        self.execution: execute.Execution = "masked"
-        self.strategy: execute.Strategy = "auto"
-
-    def set_view(
-        self,
-        execution: str | None = None,
-        strategy: str | None = None,
-        deterministic: bool | None = None,
-        use_running_average: bool | None = None,
-    ) -> None:
-        # The last two are for gates and layers; named here, since nnx.view refuses names that no module has.
-        wrapping.set_ways(self, execution, strategy)
 
     def __call__(self, x: Float[Array, "B *axes C"]) -> Float[Array, "B *after D"]:
         decision = self.gate(x)
         groups = decision.keep.shape[-1]
-        hint = f"use ChannelGate({x.shape[-1]}, groups, rngs=rngs), or FixedGate(keep, granularity='channel')"
-        decision = wrapping.expect(decision, "channel", (x.shape[0], groups), "Channels", hint)
+        hint = f"use ChannelGate({x.shape[-1]}, groups, rngs=rngs), or FixedGate(keep, rule=EACH)"
+        decision = self.expect(decision, "example", EACH, (x.shape[0], groups), hint)
         if self.hidden % groups:
             raise ValueError(f"Channels: {groups} groups do not divide the {self.hidden} hidden channels")
         layers = [*self.first.layers, *self.last.layers]
         takes = self.roles.index("takes")
-        if wrapping.tracing(self):
-            group = self._slice([wrapping.still(layer) for layer in layers], span(0, self.hidden // groups), groups, 1)
-            costs = (wrapping.macs_per_example(group, x),) * groups
-            wrapping.account(self, decision, costs, costs)
+        if self.tracing:
+            group = self._slice([views.still(layer) for layer in layers], span(0, self.hidden // groups), groups, 1)
+            costs = (wrapper.macs_per_example(group, x),) * groups
+            self.account(decision, costs, costs)
         for part in (self.first, self.last):
-            wrapping.ready(part, self.execution)
+            wrapper.ready(part, self.execution)
         if self.execution == "masked":
             hidden = run(layers[:takes], x)
             mask = jnp.repeat(decision.keep, self.hidden // groups, axis=-1)
@@ -140,7 +128,7 @@ class Channels(nnx.Module):
 # One of several widths
 
 
-class Slimmable(nnx.Module):
+class Slimmable(Wrapper):
     """A block at one of several hidden widths, each the first channels of the next wider one.
 
     Without a gate all examples have one width, that of the view, `nnx.view(model, width=0.5)`: slimmable networks (Yu
@@ -154,8 +142,8 @@ class Slimmable(nnx.Module):
         gate: gives a one-hot decision of shape (B, K), the narrowest first: `BranchGate(channels, K, rngs=rngs)`.
         widths: shares of the hidden channels, ascending to 1.
         norms: "switchable": every width has BatchNorm layers of its own (Yu et al. 2019), which start as copies; the
-            widest has those of `first` and `last`. "shared": slices of one, for any width in (0, 1]; its
-            statistics must be estimated for the width that is used, with `recalibrate`.
+            widest has those of `first` and `last`. "shared": slices of one, for any width in (0, 1]; run
+            the model at the width that is used in its training view, to estimate its statistics anew.
 
     Raises:
         ValueError: if the layers' hidden channels cannot be sliced, shapes do not agree, or a width is not there.
@@ -184,18 +172,16 @@ class Slimmable(nnx.Module):
             [nnx.List([_own(la, ro, self.channels(w)) for la, ro in found]) for w in widths[:-1] if self.switched]
         )
         self.width: float | int | None = None
-        self.execution: execute.Execution = "masked"
-        self.strategy: execute.Strategy = "auto"
 
     def set_view(
         self,
         execution: str | None = None,
         strategy: str | None = None,
-        width: float | int | None = None,
         deterministic: bool | None = None,
         use_running_average: bool | None = None,
+        width: float | int | None = None,
     ) -> None:
-        wrapping.set_ways(self, execution, strategy)
+        super().set_view(execution, strategy, deterministic)
         if width is not None:
             self._check_width(width)
             self.width = width
@@ -231,34 +217,34 @@ class Slimmable(nnx.Module):
 
     def __call__(self, x: Float[Array, "B *axes C"]) -> Float[Array, "B *after D"]:
         for part in (self.first, self.last, *(norm for norms in self.norms for norm in norms)):
-            wrapping.ready(part, self.execution)
+            wrapper.ready(part, self.execution)
         if self.gate is None or self.width is not None:
             return self.at(self.width or 1.0)(x)
         shape = (x.shape[0], len(self.widths))
         hint = f"use BranchGate({x.shape[-1]}, {len(self.widths)}, rngs=rngs)"
-        decision = wrapping.expect(self.gate(x), "branch", shape, "Slimmable", hint)
-        if wrapping.tracing(self):
-            still = wrapping.still(self)
-            costs = tuple(wrapping.macs_per_example(still.at(width), x) for width in self.widths)
-            wrapping.account(self, decision, costs, costs)
+        decision = self.expect(self.gate(x), "example", ONE, shape, hint)
+        if self.tracing:
+            still = views.still(self)
+            costs = tuple(wrapper.macs_per_example(still.at(width), x) for width in self.widths)
+            self.account(decision, costs, costs)
         # What comes after the pair may leave something in a trace, but not out of a loop.
         view = unseen(self) if self.execution == "compact" else self
         blocks = [view.at(width) for width in self.widths]
         return execute.branches(blocks, x, decision.keep, execution=self.execution, strategy=self.strategy)
 
 
-def _pair(wrapper: str, first: Any, last: Any) -> tuple[nnx.Sequential, nnx.Sequential]:
+def _pair(name: str, first: Any, last: Any) -> tuple[nnx.Sequential, nnx.Sequential]:
     pair = nnx.Sequential(*layers_of(first)), nnx.Sequential(*layers_of(last))
     for part in pair:
-        wrapping.refuse_nested(wrapper, part)
+        wrapper.refuse_nested(name, part)
     return pair
 
 
-def _named(wrapper: str, first: nnx.Sequential, last: nnx.Sequential) -> tuple[tuple[Role, ...], int]:
+def _named(name: str, first: nnx.Sequential, last: nnx.Sequential) -> tuple[tuple[Role, ...], int]:
     try:
         found, hidden = roles(list(first.layers), list(last.layers))
     except ValueError as error:
-        raise ValueError(f"{wrapper}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
     return tuple(found), hidden
 
 
@@ -276,65 +262,3 @@ def _shared_norm(norm: nnx.BatchNorm, channels: int, x: Array) -> Array:
         for ours, new in ((norm.mean, part.mean), (norm.var, part.var)):
             ours[...] = ours[...].at[:channels].set(new[...])
     return y
-
-
-# Training at several widths
-
-
-def sandwich_widths(widths: Sequence[float | int], key: jax.Array, n: int) -> Int[Array, " n"]:
-    """Which widths to train in one step, as indices: the widest, the narrowest, and n - 2 others at random.
-
-    The sandwich rule (Yu & Huang 2019, arXiv:1903.05134). Deviation: others are drawn among `widths`,
-    without replacement. Raises ValueError if n is not in [2, K].
-    """
-    if not 2 <= n <= len(widths):
-        raise ValueError(f"n={n} must be at least 2 and at most the {len(widths)} widths")
-    between = jax.random.permutation(key, jnp.arange(1, len(widths) - 1))[: n - 2]
-    return jnp.concatenate([jnp.asarray([len(widths) - 1, 0]), between])
-
-
-def at_width(model: nnx.Module, widths: Sequence[float | int], index: Int[Array, ""] | int, *args: Any) -> Any:
-    """`model(*args)` at widths[index], where `index` may be traced; statistics move on, decisions are not traced."""
-    ways = [lambda model, *args, w=w: nnx.view(model, width=w)(*args) for w in widths]
-    return ways[index](model, *args) if isinstance(index, int) else nnx.switch(index, ways, model, *args)
-
-
-def distillation_loss(student: Float[Array, "... K"], teacher: Float[Array, "... K"]) -> Float[Array, ""]:
-    """Mean cross-entropy of the student's logits against the teacher's softmax, through which no gradient flows.
-
-    In-place distillation (Yu & Huang 2019, arXiv:1903.05134): the widest net is the teacher, and learns from labels.
-    """
-    target = jax.nn.softmax(lax.stop_gradient(teacher).astype(jnp.float32))
-    return -(target * jax.nn.log_softmax(student.astype(jnp.float32))).sum(-1).mean()
-
-
-def recalibrate(model: nnx.Module, batches: Iterable[Any], **view: Any) -> nnx.Module:
-    """A copy of `model` whose BatchNorm statistics are those of `batches` when it is run as `nnx.view(model, **view)`.
-
-    The exact mean of the batches' means and variances, each batch counting alike (Yu & Huang 2019, arXiv:1903.05134),
-    of the layers that are run; the copy has the view of `model`.
-
-    Raises:
-        ValueError: if there are no batches.
-    """
-    copy = nnx.clone(model)
-    training = nnx.view(copy, **view) if view else copy
-    training = nnx.view(
-        training, execution="masked", deterministic=True, use_running_average=False, raise_if_not_found=False
-    )
-    for _, module in nnx.iter_modules(training):
-        if isinstance(module, nnx.BatchNorm):
-            module.momentum = 0.0
-    graphdef, stats, *rest = nnx.split(training, nnx.BatchStat, ...)
-
-    @jax.jit
-    def of_batch(stats, rest, x):
-        model = nnx.merge(graphdef, stats, *rest, copy=True)
-        model(x)
-        return nnx.state(model, nnx.BatchStat)
-
-    found = [of_batch(stats, rest, jnp.asarray(x)) for x in batches]
-    if not found:
-        raise ValueError("batches is empty: give at least one batch of inputs")
-    nnx.update(copy, jax.tree.map(lambda *values: sum(values) / len(values), *found))
-    return copy

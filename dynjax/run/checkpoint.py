@@ -31,6 +31,7 @@ from flax import nnx
 
 from dynjax import models
 from dynjax.config import Config, UserError
+from dynjax.core.views import still
 from dynjax.run import checks, files, mesh
 
 KEEP = 3
@@ -475,11 +476,6 @@ def tidy(workdir: str | Path, newest: int | None) -> None:
 # Models
 
 
-def evaluation_view(model: nnx.Module) -> nnx.Module:
-    """`model` with noise and training statistics off, all computed and masked; its arrays are shared."""
-    return nnx.view(model, deterministic=True, use_running_average=True, execution="masked", raise_if_not_found=False)
-
-
 def fill_model(
     template: Any, arrays: dict[str, jax.Array], workdir: str | Path, step: int, row: str, prefix: str = ""
 ) -> Any:
@@ -541,4 +537,4 @@ def load(workdir: str | Path) -> tuple[Config, nnx.Module, int]:
     (rest,) = others
     params = fill_model(params, arrays, workdir, step, config.row, "ema." if config.optimizer.ema else "params.")
     rest = fill_model(rest, arrays, workdir, step, config.row, "rest.")
-    return config, evaluation_view(nnx.merge(graphdef, params, rest)), step
+    return config, still(nnx.merge(graphdef, params, rest)), step

@@ -16,7 +16,7 @@ from flax import nnx
 
 from dynjax import models
 from dynjax.config import Config, UserError
-from dynjax.core import budget
+from dynjax.core import budget, views
 from dynjax.run import checkpoint, checks, lock, log
 from dynjax.run import mesh as meshes
 from dynjax.run.checkpoint import Run
@@ -163,7 +163,7 @@ def _fit(
 
         def averaged() -> nnx.Module:
             params = state.params if state.ema is None else state.ema
-            return checkpoint.evaluation_view(nnx.merge(graphdef, params, state.rest, copy=True))
+            return views.still(nnx.merge(graphdef, params, state.rest, copy=True))
 
         said = log.Log(workdir, start=start, steps=config.steps, images_per_step=config.batch_size, quiet=quiet)
         with contextlib.closing(said):

@@ -105,11 +105,7 @@ TASKS: dict[str, Callable[[Config, Any, bool], Task]] = {
 
 
 def _spends(config: Config) -> BudgetConfig | None:
-    """The row's budget; of no weight where the row's model is not steered by it, None of a static model."""
-    if models.static_twin(config.model) == config.model:
-        return None
-    steered = "budget.weight" in _uses(config)
-    return config.budget if steered else dataclasses.replace(config.budget, weight=0.0)
+    return None if models.static_twin(config.model) == config.model else config.budget
 
 
 def _check_size(config: Config, source: Any) -> None:

@@ -86,7 +86,7 @@ def read_exits(model: nnx.Module, batches: Iterable[dict]) -> ExitOutputs:
             image = jax.ShapeDtypeStruct((1, *batch["image"].shape[1:]), batch["image"].dtype)
             trace = jax.eval_shape(lambda image: traced(nnx.merge(graphdef, state))(image)[1], image)
             (decision,) = trace.decisions.values()
-            costs.append(trace.static_macs + np.cumsum(decision.unit_macs))
+            costs.append(trace.static_macs + np.cumsum(decision.cost.unit))
         predicted, unsure = jax.device_get(run(state, batch["image"]))
         correct.append((predicted == batch["label"])[:, batch["valid"]])
         doubt.append(unsure[:, batch["valid"]])

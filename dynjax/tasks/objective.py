@@ -14,10 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from dynjax.config import BudgetConfig, LossConfig
-from dynjax.core import budget, views
+from dynjax.core import budget, training, views
 from dynjax.core.trace import Trace, traced
-from dynjax.core.training import Call, Contributes, Scheduled, Weighs
-from dynjax.tasks.adapters import adapters
+from dynjax.core.training import Call, Weighs
 from dynjax.tasks.task import Batch, Loss, Output, Progress
 
 
@@ -50,7 +49,9 @@ class Supervised(Protocol):
         """Which examples count."""
         ...
 
-    def correct(self, output: Output, batch: Batch, /) -> Bool[Array, " B"]: ...
+    def correct(self, output: Output, batch: Batch, /) -> Array:
+        """How right the output is for each example, (B,): true and false, or a share."""
+        ...
 
     def metrics(self, outputs: Sequence[Output], batch: Batch, /) -> dict[str, Array]: ...
 
@@ -60,11 +61,6 @@ def run(model: nnx.Module, batch: Batch) -> list[Output]:
     return model.predictions(batch["image"]) if isinstance(model, Predicts) else [model(batch["image"])]
 
 
-def mean_of(each: Float[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, ""]:
-    """The mean over the examples that count; 0 if none does."""
-    return jnp.where(valid, each, 0).sum() / jnp.maximum(valid.sum(), 1)
-
-
 def objective(task: Supervised, model: nnx.Module, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
     """Loss and metrics of a batch; the model is in its training view, and its statistics and random counts move on.
 
@@ -72,75 +68,61 @@ def objective(task: Supervised, model: nnx.Module, batch: Batch, key: PRNGKeyArr
     `target`, and the gates' threshold moves with it; the model is left at the threshold of the row's own target, ready
     to be evaluated or saved.
     """
-    ops: list[Any] = [module for _, module in nnx.iter_modules(model)]
-    ops += adapters(model, ops)
-    for op in ops:
-        if isinstance(op, Scheduled):
-            op.schedule(progress)
-    weighing = [op for op in ops if isinstance(op, Weighs)] if isinstance(model, Predicts) else []
+    training.schedule(model, progress)
     # Who weighs the outputs answers for what they cost.
-    spends = None if weighing else task.budget
-    target: Array | float = 0.5 if task.budget is None else task.budget.target
+    weighs = isinstance(model, Predicts) and any(isinstance(op, Weighs) for _, op in nnx.iter_modules(model))
+    spends = None if weighs else task.budget
+    target: Array | float = 1.0 if spends is None else spends.target
     if spends is not None and spends.sampled:
         # The square: low budgets are the hard ones, so they come more often.
         target = target + (1 - target) * jax.random.uniform(key) ** 2
         budget.set_threshold(model, budget.sampled_threshold(target))
-    if task.budget is None and not weighing:
+    more: dict[str, Array] = {}
+    if task.budget is None and not weighs:
         outputs, trace = run(model, batch), None
+        task_loss = task.average(outputs, batch)
     else:
         outputs, trace = traced(run)(model, batch)
-    more: dict[str, Array] = {}
-    shares = None
-    if trace is not None:
-        call = _call(task, model, batch, outputs, trace, target)
-        shares = next((op.weights(call) for op in weighing), None)
-        more = _terms(ops, dataclasses.replace(call, shares=shares))
+        task_loss, more = _contributed(task, model, batch, outputs, trace)
     if spends is not None and spends.sampled:
         budget.set_threshold(model, budget.sampled_threshold(spends.target))
     spent: dict[str, Any] = {"macs_fraction": 1.0}
     budget_loss: Array | float = 0.0
     if spends is not None and trace is not None and any(d.full_macs for d in trace.decisions.values()):
         spent = {"target": target, **budget.statistics(trace)}
-        if spends.weight:
+        if not training.rewarded(model):
             budget_loss = spends.weight * budget.budget_loss(trace, target, budget.release(progress))
-    if shares is None:
-        task_loss = task.average(outputs, batch)
-    else:
-        task_loss = mean_of((shares * task.each(outputs, batch)).sum(-1), task.valid(batch))
     loss = task_loss + budget_loss + sum(more.values(), jnp.float32(0))
     metrics = {"loss": loss, "task_loss": task_loss, "budget_loss": budget_loss, **more, **spent}
     metrics |= task.metrics(outputs, batch)
     return loss, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
 
-def _call(
-    task: Supervised, model: nnx.Module, batch: Batch, outputs: list[Output], trace: Trace, target: Array | float
-) -> Call:
-    options = dataclasses.asdict(task.losses)
+def _contributed(
+    task: Supervised, model: nnx.Module, batch: Batch, outputs: list[Output], trace: Trace
+) -> tuple[Array, dict[str, Array]]:
+    """The task's loss, its outputs weighed as the model's modules say, and the weighted terms that they add."""
 
     def again() -> tuple[Output, Trace]:
         found, trace = traced(run)(views.still(model), batch)
         return found[-1], trace
 
-    return Call(
+    options = dataclasses.asdict(task.losses)
+    call = Call(
         trace=trace,
         outputs=outputs,
         valid=task.valid(batch),
-        target=target,
+        target=0.5 if task.budget is None else task.budget.target,
         losses=lambda outputs: task.each(outputs, batch),
         correct=lambda output: task.correct(output, batch),
         again=again,
         weights={name: value for name, value in options.items() if isinstance(value, float)},
     )
-
-
-def _terms(ops: list[Any], call: Call) -> dict[str, Array]:
-    """What the modules add to the loss: the mean of each term over those that have it, times its option's weight."""
-    found = {"load_balance": [budget.load_balance(call.trace)]} if call.weights["load_balance"] else {}
-    for op in ops:
-        if isinstance(op, Contributes):
-            for name, term in op.terms(call).items():
-                found.setdefault(name, []).append(term)
-    means = {name: jnp.stack(each).mean() if len(each) > 1 else each[0] for name, each in found.items()}
-    weighed = {name: call.weights.get(name, 1.0) for name in means}
-    return {name: weighed[name] * each for name, each in means.items() if weighed[name]}
+    shares = training.weights(model, call) if isinstance(model, Predicts) else None
+    if shares is None:
+        loss = task.average(outputs, batch)
+    else:
+        loss = call.mean((shares * call.losses(outputs)).sum(-1))
+    weight = call.weights["load_balance"]
+    balance = {"load_balance": weight * budget.load_balance(trace)} if weight else {}
+    return loss, balance | training.terms(model, dataclasses.replace(call, shares=shares))

@@ -196,9 +196,8 @@ class SegmentationTask:
     def valid(self, batch: Batch) -> Bool[Array, " B"]:
         return (batch["mask"] >= 0).any((1, 2))
 
-    def correct(self, output: Float[Array, "B H W C"], batch: Batch) -> Bool[Array, " B"]:
-        """Whether most of a picture's pixels are right."""
-        return jax.vmap(_pixel_accuracy)(output, batch["mask"]) > 0.5
+    def correct(self, output: Float[Array, "B H W C"], batch: Batch) -> Float[Array, " B"]:
+        return jax.vmap(_pixel_accuracy)(output, batch["mask"])
 
     def metrics(self, outputs: Sequence[Array], batch: Batch) -> dict[str, Array]:
         return {"pixel_accuracy": _pixel_accuracy(outputs[-1], batch["mask"])}
