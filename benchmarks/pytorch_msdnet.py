@@ -168,7 +168,7 @@ def main(raw: list[str]) -> None:
     val, test = (make_source(config.data, split) for split in ("val", "test"))
     # As everywhere, a budget is a share of the MACs of the same net with its last exit alone.
     twin = build_row(dataclasses.replace(config, model=models.static_twin(config.model)), len(val.classes))
-    whole = static_macs(views.still(twin), size_of(val))
+    whole = static_macs(views.still(twin), jax.ShapeDtypeStruct((1, *size_of(val), 3), np.uint8))
     pictures = [batch["image"] for batch in calibration_batches(val, 50, 20)]
     deployed = solve(model, whole, [*arguments.budgets, EVERYTHING], pictures)
     reference = build()

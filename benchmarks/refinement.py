@@ -142,7 +142,7 @@ def main(raw: list[str]) -> None:
     print(f"{title}, jax {jax.__version__}", file=sys.stderr)
 
     static = changed(config, model, len(classes), dynamics="static", gate="learned")
-    whole = static_macs(static)
+    whole = static_macs(static, jax.ShapeDtypeStruct((1, *static.shape), jnp.int32))
     gates = {name: gate for name, gate in GATES.items() if draws.family == "nextscale" or gate != "grid"}
     rows, deployed = [], {}
     for name, gate in gates.items():

@@ -17,7 +17,7 @@ from benchmarks import tables
 from benchmarks.executors import median_ms
 from dynjax import budget, models
 from dynjax.config import Config
-from dynjax.run.step import TrainState, make_optimizer, make_step
+from dynjax.run.step import make_step
 from dynjax.tasks.segmentation import SegmentationTask
 from experiments import rows
 
@@ -29,13 +29,11 @@ def stepper(config: Config) -> Callable[[], jax.Array]:
     """A function that takes one training step of the row and returns its loss."""
     height, width = config.data.size or (96, 96)
     model = models.build(config.model, CLASSES, rngs=nnx.Rngs(0))
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    optimizer = make_optimizer(config, params, budget.gate_filter)
     spends = None if models.is_static(config.model) else config.budget
     task = SegmentationTask(CLASSES, tuple(map(str, range(CLASSES))), config.loss, None, spends)
-    ema = jax.tree.map(jnp.copy, params)  # the state is donated, so nothing in it may be there twice
-    state = TrainState(jnp.int32(0), params, rest, optimizer.init(params), ema, jax.random.key(0))
-    step = jax.jit(make_step(graphdef, task, optimizer, config), donate_argnums=0)
+    state, step = make_step(model, task, config, budget.gate_filter)
+    state = dataclasses.replace(state, ema=jax.tree.map(jnp.copy, state.ema))  # donated: nothing may be there twice
+    step = jax.jit(step, donate_argnums=0)
     keys = jax.random.split(jax.random.key(1))
     batch = {
         "image": jax.random.randint(keys[0], (config.batch_size, height, width, 3), 0, 256).astype(jnp.uint8),

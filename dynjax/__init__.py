@@ -9,6 +9,7 @@ from dynjax.core.controls import FixedGate, GridGate, RandomGate, SampledPaths
 from dynjax.core.decision import Decision
 from dynjax.core.deploy import Deployed, deploy
 from dynjax.core.gates import BranchGate, ChannelGate, EntropyGate, PathGate, SampleGate, TileGate
+from dynjax.core.time import scan
 from dynjax.core.trace import Trace, traced
 from dynjax.ops import (
     Cell,

@@ -1,10 +1,10 @@
 """Score, MACs and latency at several budgets: python -m experiments.evaluate --workdir W [--budgets 0.25 0.5 1.0]
 
-Writes into W: curve.csv, latency.csv, curve.png, compute_histogram.png, table.txt, evaluation.json; of segmentation
-heatmaps.png, and as examples/*.png the pictures that it shows; of classification compute_by_class.png and extremes.png,
-and where there are exits budgeted.csv, anytime.csv and exits.png. Of a row that draws pictures, or gives them back, it
-writes scores (bits per dimension, PSNR) into table.txt and evaluation.json, and nothing else: how long drawing takes is
-a matter of samplers (experiments.sample, benchmarks.sampling).
+Writes into W: curve.csv, curve.png, compute_histogram.png, table.txt, evaluation.json, and what the task draws: of
+segmentation heatmaps.png, and as examples/*.png the pictures that it shows; of classification compute_by_class.png and
+extremes.png, and where there are exits budgeted.csv, anytime.csv and exits.png. Where users run the model itself its
+latency is measured, and latency.csv written; how long drawing takes is a matter of samplers (experiments.sample,
+benchmarks.sampling).
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynjax.config import Config, UserError
-from dynjax.run import files, log
+from dynjax.run import files
 from dynjax.run.checks import LARGEST_SIDE
 from experiments import cli
 
@@ -152,15 +152,20 @@ def find_twin(config: Config, classes: int, workdir: str) -> tuple[Any, bool]:
     from dynjax.core import views
     from dynjax.run import checkpoint
     from dynjax.run.build import build
+    from dynjax.run.workdir import read_config
 
-    if workdir or (config.init_from and (Path(config.init_from) / "config.json").exists()):
-        found, twin, _ = checkpoint.load(workdir or config.init_from)
+    static = dataclasses.replace(config, model=models.static_twin(config.model))
+    if not workdir and config.init_from and (Path(config.init_from) / "config.json").exists():
+        other, _ = read_config(config.init_from)
+        # A model of codes starts from the weights of its VQ-VAE, which is no twin.
+        workdir = config.init_from if other.model.family == config.model.family else ""
+    if workdir:
+        found, twin, _ = checkpoint.load(workdir)
         if different := models.difference(found.model, config.model):
             raise UserError(f"--twin {workdir}: row {found.row} is another net than row {config.row}: {different}")
         if not models.is_static(found.model):
             raise UserError(f"--twin {workdir}: row {found.row} is {models.dynamics_of(found.model)}, not static")
         return twin, True
-    static = dataclasses.replace(config, model=models.static_twin(config.model))
     return views.still(build(static, classes)), False
 
 
@@ -195,105 +200,41 @@ def commit() -> str:
 
 
 def timing_inputs(source: Any, single: int, sizes: tuple[int, ...]) -> list[list[Any]]:
-    """Pictures of `source` to time: `single` at batch 1, then batches of each further size, all over the source."""
+    """Batches of `source` to time, of each size: `single` examples at least, in 3 batches at least, from all over."""
     import numpy as np
+
+    from dynjax.data.source import read, stack
 
     def batch(size: int, number: int, count: int) -> Any:
         places = ((number + np.arange(size) * count) * len(source) // (size * count)) % len(source)
-        return np.stack([source[int(place)]["image"] for place in places])
+        return stack([read(source, place) for place in places.tolist()])
 
-    counts = {1: single, **{size: max(3, single // size) for size in sizes}}
+    counts = {size: single if size == 1 else max(3, single // size) for size in sizes}
     return [[batch(size, number, count) for number in range(count)] for size, count in counts.items()]
 
 
-def summarise(title: str, row: str, found: Any, task: Any, twin_score: float | None, static: bool) -> str:
-    """The table that the command ends in."""
+def summarise(title: str, row: str, found: Any, task: Any, twin_score: float | None, static: bool) -> list[str]:
+    """The lines that the command ends in."""
     import jax
 
-    from dynjax.show.report import curve_table, latency_table
+    from dynjax.run.curve import curve_table, latency_table
 
     points = found.points
-    lines = [title, curve_table(points, task.score_name)]
+    lines = [title, curve_table(points, task.score_name, task.percent)]
     if len({each.batch for each in found.latencies}) > 1:
         lines.append(latency_table(found.latencies))
     if jax.default_backend() == "cpu" and found.cores < BUSY:
         lines.append(
             f"latencies are not to be trusted: others left this process {found.cores:.1f} cores while it was timed"
         )
-    if twin_score is None:
-        lines.append("static twin: timed with fresh weights; --twin WORKDIR scores a trained one")
-    elif not static:
-        whole = f"{points[0].static_macs / 1e6:.1f} MMAC/image"
-        lines.append(f"static twin: {task.score_name} {100 * twin_score:.1f} %, {whole}")
     whole = points[0].static_macs
-    lines += filter(None, (unmet(row, budget, each, whole) for budget, each in found.reports.items()))
-    return "\n".join(lines)
-
-
-def draw_segmentation(workdir: Path, found: Any, middle: float, source: Any, batch_size: int, title: str) -> str:
-    """heatmaps.png and examples/; says what it wrote."""
-    from dynjax.run.evaluate import examples
-    from dynjax.show import report
-
-    shown = examples(found, middle, source, batch_size)
-    report.plot_heatmaps(
-        workdir / "heatmaps.png", shown, class_names=source.classes, title=f"{title}, budget {middle:g}"
-    )
-    report.save_pictures(workdir / "examples", {example.name: example.image for example in shown})
-    return "heatmaps.png"
-
-
-def draw_classification(workdir: Path, found: Any, middle: float, source: Any, title: str) -> str:
-    """compute_by_class.png and extremes.png; says what it wrote."""
-    import numpy as np
-
-    from dynjax.show import gallery
-
-    title = f"{title}, budget {middle:g}"
-    macs = found.scored[middle].macs
-    labels = np.array([int(source[index]["label"]) for index in range(len(source))])
-    gallery.plot_classes(workdir / "compute_by_class.png", macs, labels, source.classes, title=title)
-    shown = min(12, len(macs))
-    low, high = np.sort(macs)[[shown - 1, -shown]]
-    # Pictures that stop at one exit spend the same: from among equals, those spread over the split.
-    chosen = {
-        name: each[np.linspace(0, len(each) - 1, shown).astype(int)]
-        for name, each in (("easiest", np.flatnonzero(macs <= low)), ("hardest", np.flatnonzero(macs >= high)))
-    }
-    gallery.plot_extremes(
-        workdir / "extremes.png",
-        {name: [source[int(index)]["image"] for index in each] for name, each in chosen.items()},
-        {
-            name: [f"{source.classes[labels[index]]}\n{macs[index] / 1e6:.1f} MMAC" for index in each]
-            for name, each in chosen.items()
-        },
-        title=title,
-    )
-    return "compute_by_class.png extremes.png"
-
-
-def draw_exits(workdir: Path, model: Any, val: Any, batches: Any, static: tuple | None, size: int, title: str) -> str:
-    """budgeted.csv, anytime.csv and exits.png of a model with exits; says what it wrote, nothing of another model."""
-    from dynjax.data import make_loader
-    from dynjax.run import anytime
-    from dynjax.run.evaluate import write_curve
-    from dynjax.show import gallery
-
-    if anytime.find_exits(model) is None:
-        return ""
-    held_out = make_loader(val, size, seed=0, augment=None, shuffle=False, repeat=False)
-    outputs = anytime.read_exits(model, batches)
-    curves = {
-        "budgeted": anytime.budgeted(anytime.read_exits(model, held_out), outputs),
-        "anytime": anytime.anytime(outputs),
-    }
-    for name, points in curves.items():
-        write_curve(workdir / f"{name}.csv", points)
-    labels = {"budgeted": "budgeted batch: each picture its exit", "anytime": "anytime: one exit for all"}
-    gallery.plot_exits(
-        workdir / "exits.png", {labels[name]: each for name, each in curves.items()}, static=static, title=title
-    )
-    return "budgeted.csv anytime.csv exits.png"
+    if twin_score is None:
+        timed = "timed with" if found.latencies else "counted on"
+        lines.append(f"static twin: {timed} fresh weights; --twin WORKDIR scores a trained one")
+    elif not static:
+        said = f"{100 * twin_score:.1f} %" if task.percent else f"{twin_score:.4f}"
+        lines.append(f"static twin: {task.score_name} {said}, {whole / 1e6:.1f} MMAC/image")
+    return lines + [said for budget, each in found.reports.items() if (said := unmet(row, budget, each, whole))]
 
 
 def about(config: Config, source: Any, task: Any, split: str, step: int, raw: list[str]) -> dict[str, Any]:
@@ -315,73 +256,60 @@ def about(config: Config, source: Any, task: Any, split: str, step: int, raw: li
     }
 
 
-def of_pictures(arguments: Arguments, raw: list[str]) -> None:
-    """Scores of a row that draws pictures or gives them back, at every budget if gates steer it. Raises UserError."""
-    import jax.numpy as jnp
-    import numpy as np
-    from flax import nnx
-
-    from dynjax import models
-    from dynjax.core import views
-    from dynjax.core.trace import traced
-    from dynjax.data import calibration_batches
-    from dynjax.run import checkpoint, train
-    from dynjax.run.build import build
-    from dynjax.run.evaluate import solve, static_macs
-    from dynjax.run.workdir import read_config
-    from dynjax.show import report
-    from dynjax.tasks import make_task
-    from dynjax.tasks.autoregressive import integers
-    from dynjax.tasks.spending import steers
-
-    config, model, step = checkpoint.load(arguments.workdir)
-    config = dataclasses.replace(with_path(config, arguments.data.path), batch_size=arguments.batch_size)
-    _, classes = read_config(arguments.workdir)
-    source = source_of(config, arguments.split, classes)
-    print(source.describe())
-    task = make_task(config, source, training=False)
-    validate = train.validator(task, source, config)
-    one = {"image": jnp.asarray(source[0]["image"][None]), "label": jnp.zeros(1, jnp.int32)}
-    infer = traced(lambda model, batch: task.infer(model, batch))
-    full = twin = nnx.eval_shape(lambda model, one: infer(model, task.prepare(model, one))[1], model, one).full_macs
-    found, reports = {}, {}
-    if steers(model):
-        static = dataclasses.replace(config, model=models.static_twin(config.model))
-        twin = static_macs(build(static, len(source.classes)))
-        val = source_of(config, "val", classes)
-        held_out = [batch["image"] for batch in calibration_batches(val, *calibration_size(len(val), arguments))]
-        encode = nnx.jit(integers)
-        pictures = [np.asarray(encode(model, jnp.asarray(images))) for images in held_out]
-        for budget, deployed in solve(model, twin, sorted(set(arguments.budgets)), pictures).items():
-            reports[budget] = deployed.report
-            found[budget] = validate(views.masked(deployed.model))
-    else:
-        found[1.0] = validate(model)
-    title = f"{config.row}, {source.name} {arguments.split}, {len(source)} pictures; step {step}; {report.hardware()}"
-    lines, scores = [title], {}
-    for budget, each in found.items():
-        macs = each.pop("macs_fraction") * full  # a share of the model's own, which holds its gates and heads
-        scores[f"{budget:g}"] = each | {"score": each[task.score], "macs": macs, "macs_fraction": macs / twin}
-        line = f"{each[task.score]:.4f} {task.score_name}"
-        if task.score == "bits_per_dim":
-            nats = each[task.score] * math.prod(model.shape) * math.log(2)
-            line += f" of {model.likelihood.values} values, {nats:.2f} nats"
-        at = f"budget {budget:g}: " if reports else ""
-        at = at if not reports or reports[budget].met else f"budget {budget:g}, not met: "
-        share = f" ({macs / twin:.1%} of the static twin's)" if reports else ""
-        lines.append(f"{at}{line}; {macs / 1e6:.2f} MMAC{share} for all pixels at once")
-    summary = "\n".join(lines)
-    record = about(config, source, task, arguments.split, step, raw) | {
-        "calibration": {f"{budget:g}": dataclasses.asdict(each) for budget, each in reports.items()},
-        "scores": log.finite(scores),
+def measured(found: Any, task: Any, twin_score: float | None) -> dict[str, Any]:
+    """What evaluation.json says of what was found; of a task that is not timed, what curve.csv has as well."""
+    scores = {point.budget: found.scored[point.budget].scores for point in found.points}
+    if not found.latencies:
+        for point in found.points:
+            more = {"score": point.score, "macs": point.macs, "macs_fraction": point.macs_fraction}
+            scores[point.budget] = scores[point.budget] | more
+    return {
+        "cores": found.cores,
+        "static_score": twin_score,
+        "thresholds": {f"{budget:g}": float(each.threshold) for budget, each in found.reports.items()},
+        "calibration": {f"{budget:g}": dataclasses.asdict(each) for budget, each in found.reports.items()},
+        "scores": {f"{budget:g}": each for budget, each in scores.items()},
+        "layers": {f"{budget:g}": each.shares for budget, each in found.scored.items()},
     }
-    workdir = Path(arguments.workdir)
-    try:
-        (workdir / "table.txt").write_text(f"{summary}\n")
-        (workdir / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write in workdir {workdir}: {error.strerror or error}") from None
-    print(f"\n{summary}\n{workdir}: evaluation.json table.txt")
+
+
+def budgets_of(arguments: Arguments, row: str, static: bool, steers: bool) -> list[float]:
+    """The budgets to evaluate at; says where there is one alone."""
+    budgets = sorted(set(arguments.budgets))
+    why = "is static" if static else "has nothing to skip"
+    if static and (budgets == [1.0] or arguments.budgets == Arguments.budgets):
+        return [1.0]
+    if static or not steers:
+        print(f"{row} {why}, it costs the same at every budget: evaluated once")
+        return [1.0]
+    return budgets
+
+
+def draw(workdir: Path, row: str, found: Any, controls: dict[str, Any], task: Any, twin: float | None, title: str):
+    """The tables and pictures that every row has."""
+    from dynjax.show import report
+
+    times = 100 if task.percent else 1
+    marks = {
+        label: [
+            report.Mark(point.budget, point.macs / points[0].static_macs, point.latency_ms_p50, times * point.score)
+            for point in points
+        ]
+        for label, points in {row: found.points, **controls}.items()
+    }
+    report.write_points(workdir / "curve.csv", found.points)
+    if found.latencies:
+        report.write_points(workdir / "latency.csv", found.latencies)
+    report.plot_curve(
+        workdir / "curve.png",
+        marks,
+        twin=(found.points[0].static_latency_ms_p50, None if twin is None else times * twin),
+        score_name=f"{task.score_name}, %" if task.percent else task.score_name,
+        title=title,
+    )
+    macs = {budget: each.macs for budget, each in found.scored.items()}
+    report.plot_histogram(workdir / "compute_histogram.png", macs, found.points[0].static_macs, title=title)
+    return ["curve.csv", *(["latency.csv"] if found.latencies else []), "curve.png", "compute_histogram.png"]
 
 
 def main(raw: list[str]) -> None:
@@ -391,17 +319,13 @@ def main(raw: list[str]) -> None:
 
     from dynjax import models
     from dynjax.data import calibration_batches, make_loader
-    from dynjax.run import checkpoint
-    from dynjax.run.evaluate import evaluate, make_runner, read_curve, score, write_curve
+    from dynjax.run import checkpoint, log
+    from dynjax.run.curve import calibration_table, layer_table, read_curve
+    from dynjax.run.evaluate import evaluate, make_runner, score, shown, steers
     from dynjax.run.workdir import read_config
     from dynjax.show import report
     from dynjax.tasks import make_task
-    from dynjax.tasks.spending import steers
 
-    family = read_config(arguments.workdir)[0].model
-    if models.task_of(family) in ("autoregressive", "reconstruction"):
-        of_pictures(arguments, raw)
-        return
     controls = {
         label: read_curve(Path(folder) / "curve.csv") for label, folder in split_labels(arguments.compare).items()
     }
@@ -414,77 +338,53 @@ def main(raw: list[str]) -> None:
     static = models.is_static(config.model)
     twin, trained = (model, True) if static else find_twin(config, len(classes), arguments.twin)
 
-    def batches():
+    def batches(source: Any) -> Any:
         return make_loader(source, arguments.batch_size, seed=0, augment=None, shuffle=False, repeat=False)
 
-    budgets = sorted(set(arguments.budgets))
-    if static and budgets != [1.0] and arguments.budgets != Arguments.budgets:
-        print(f"{config.row} is static, it costs the same at every budget: evaluated once")
-    if not static and not steers(model):
-        print(f"{config.row} has nothing to skip, it costs the same at every budget: evaluated once")
-        budgets = [1.0]
-    sizes = arguments.timing_batches
-    sizes = ((8, 32) if task.target == "label" else ()) if sizes is None else sizes
+    given = arguments.timing_batches
+    sizes = (1, *given) if task.timed and given is not None else task.timed
     found = evaluate(
         model,
         twin,
         task,
         static=static,
-        budgets=budgets,
-        calibration=[batch["image"] for batch in calibration_batches(val, *calibration_size(len(val), arguments))],
-        batches=batches,
+        budgets=budgets_of(arguments, config.row, static, steers(model)),
+        calibration=[] if static else calibration_batches(val, *calibration_size(len(val), arguments)),
+        batches=lambda: batches(source),
         timing=timing_inputs(source, arguments.timing, sizes),
     )
-    if static:
-        twin_score = found.points[0].score
-    else:
-        twin_score = (
-            score(make_runner(twin, task), nnx.state(twin), batches(), task).scores[task.score] if trained else None
-        )
+    twin_score = found.points[0].score if static else None
+    if trained and not static:
+        twin_score = score(make_runner(twin, task), nnx.state(twin), batches(source), task).scores[task.score]
 
     workdir = Path(arguments.workdir)
     title = f"{config.row}, {source.name} {arguments.split}, {len(source)} pictures"
     middle = min(found.states, key=lambda budget: abs(budget - 0.5))
-    record = about(config, source, task, arguments.split, step, raw) | {
-        "cores": round(found.cores, 2),
-        "classes": list(classes),
-        "static_score": twin_score,
-        "thresholds": {f"{budget:g}": float(each.threshold) for budget, each in found.reports.items()},
-        "calibration": {f"{budget:g}": dataclasses.asdict(each) for budget, each in found.reports.items()},
-        "scores": {f"{budget:g}": log.finite(each.scores) for budget, each in found.scored.items()},
-        "layers": {f"{budget:g}": each.shares for budget, each in found.scored.items()},
-    }
-    summary = summarise(f"{title}; step {step}; {report.hardware()}", config.row, found, task, twin_score, static)
-    static_macs = found.points[0].static_macs
+    star = None if twin_score is None else (found.points[0].static_macs, twin_score)
+    seen = shown(
+        found,
+        middle,
+        source,
+        val,
+        batches,
+        title=f"{title}, budget {middle:g}",
+        twin=star,
+        batch_size=arguments.batch_size,
+    )
+    lines = summarise(f"{title}; step {step}; {report.hardware()}", config.row, found, task, twin_score, static)
+    record = about(config, source, task, arguments.split, step, raw) | {"classes": list(classes)}
+    record |= measured(found, task, twin_score)
     try:
-        write_curve(workdir / "curve.csv", found.points)
-        write_curve(workdir / "latency.csv", found.latencies)
-        report.plot_curve(
-            workdir / "curve.png",
-            {config.row: found.points, **controls},
-            static_score=twin_score,
-            score_name=task.score_name,
-            title=title,
-        )
-        macs = {budget: each.macs for budget, each in found.scored.items()}
-        report.plot_histogram(workdir / "compute_histogram.png", macs, static_macs, title=title)
-        if task.target == "mask":
-            drawn = draw_segmentation(workdir, found, middle, source, arguments.batch_size, title)
-        else:
-            star = None if twin_score is None else (static_macs, twin_score)
-            drawn = draw_classification(workdir, found, middle, source, title)
-            drawn += " " + draw_exits(workdir, model, val, batches(), star, arguments.batch_size, title)
-        (workdir / "table.txt").write_text(f"{summary}\n")
-        (workdir / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
+        written = draw(workdir, config.row, found, controls, task, twin_score, title)
+        said = task.show(workdir, seen)
+        (workdir / "table.txt").write_text("\n".join(lines) + "\n")
+        (workdir / "evaluation.json").write_text(json.dumps(log.finite(record), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write in workdir {workdir}: {error.strerror or error}") from None
-
     if not static:
-        print(f"\n{report.layer_table({budget: each.shares for budget, each in found.scored.items()})}")
-        print(f"\n{report.calibration_table(found.reports)}")
-    print(f"\n{summary}")
-    written = f"curve.csv latency.csv curve.png compute_histogram.png {drawn.strip()} evaluation.json table.txt"
-    print(f"{workdir}: {written}")
+        layers = {budget: each.shares for budget, each in found.scored.items()}
+        print(f"\n{layer_table(layers)}\n\n{calibration_table(found.reports)}")
+    print("", *lines, f"{workdir}: {' '.join(written)} evaluation.json table.txt", *filter(None, [said]), sep="\n")
 
 
 if __name__ == "__main__":

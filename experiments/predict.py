@@ -54,13 +54,14 @@ def at_budget(
 ) -> tuple[Any, str]:
     """The model as it skips: with the threshold that evaluate solved, otherwise solved on val now; and what is to be
     said where that spends more than the budget. Raises UserError."""
+    import jax
+    import numpy as np
     from flax import nnx
 
     from dynjax import models
     from dynjax.core.budget import set_threshold
     from dynjax.core.views import compact
     from dynjax.data import calibration_batches
-    from dynjax.data.source import size_of
     from dynjax.run.evaluate import solve, static_macs
 
     if models.is_static(config.model):
@@ -82,22 +83,21 @@ def at_budget(
             hint = f"run experiments.evaluate with --budgets {name} first"
             raise UserError(f"budget {name} must be solved on val: {error}; or {hint}") from None
         wanted, count = CALIBRATION
-        pictures = [batch["image"] for batch in calibration_batches(val, min(wanted, len(val)), count)]
-        spent, size = None, size_of(val)
-    whole = static_macs(find_twin(dataclasses.replace(config, init_from=""), len(classes), "")[0], size)
+        pictures = calibration_batches(val, min(wanted, len(val)), count)
+        spent, size = None, val.size
+    twin, _ = find_twin(dataclasses.replace(config, init_from=""), len(classes), "")
+    whole = static_macs(twin, jax.ShapeDtypeStruct((1, *size, 3), np.uint8))
     if spent is None:
-        found = solve(model, whole, [budget], pictures)[budget]
+        found = solve(model, whole, [budget], [batch["image"] for batch in pictures])[budget]
         model, spent = found.model, found.report
     return model, unmet(config.row, budget, spent, whole)
 
 
 def picture_size(config: Config, classes: tuple[str, ...], known: Record | None) -> tuple[int, int]:
     """Height and width that the model works at."""
-    from dynjax.data.source import size_of
-
     if config.data.size is not None:
         return config.data.size
-    return known.size if known is not None else size_of(source_of(config, "val", classes))
+    return known.size if known is not None else source_of(config, "val", classes).size
 
 
 def stems(images: tuple[str, ...]) -> Iterator[tuple[Path, str]]:

@@ -162,8 +162,7 @@ def within_budget(model: Any, budget: float | None, seed: int, config: Config, c
     from dynjax.core.budget import LOWEST, set_threshold
     from dynjax.core.views import compact
     from dynjax.run.build import build
-    from dynjax.run.evaluate import solve, static_macs
-    from dynjax.tasks.spending import steers
+    from dynjax.run.evaluate import solve, static_macs, steers
 
     if not steers(model):
         if budget is not None and budget < 1:
@@ -173,7 +172,8 @@ def within_budget(model: Any, budget: float | None, seed: int, config: Config, c
         model = nnx.clone(compact(model))
         set_threshold(model, LOWEST)
         return model
-    twin = static_macs(build(dataclasses.replace(config, model=models.static_twin(config.model)), classes))
+    static = build(dataclasses.replace(config, model=models.static_twin(config.model)), classes)
+    twin = static_macs(static, jax.ShapeDtypeStruct((1, *model.shape), np.int32))
     size = CALIBRATION // 4
     label = np.arange(size, dtype=np.int32) % model.classes if model.classes else None
     draw = make_draw(model, "coarse-to-fine" if hasattr(model, "draw") else "cached", seed, size)
@@ -225,9 +225,9 @@ def main(raw: list[str]) -> None:
     from dynjax.models.likelihoods import to_bytes
     from dynjax.ops.sampling import Known, Sampled
     from dynjax.run import checkpoint
+    from dynjax.run.evaluate import steers
     from dynjax.run.workdir import read_config
     from dynjax.show import film
-    from dynjax.tasks.spending import steers
 
     cli.check_folder(arguments.out, "out")
     config, names = read_config(arguments.workdir)

@@ -15,6 +15,7 @@ from dynjax.data.source import picture_spec
 from dynjax.models.resnet import ResNetConfig
 from dynjax.run import mesh, train
 from dynjax.run.arrays import named_arrays
+from dynjax.tasks import Player
 
 
 class Net(nnx.Module):
@@ -46,6 +47,10 @@ class Task:
 
     def __init__(self, noise: float = 0.1):
         self.noise = noise
+
+    @property
+    def players(self):
+        return (Player("model", self.loss),)
 
     def loss(self, model, batch, key, progress):
         logits = model(batch["image"])

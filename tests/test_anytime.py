@@ -12,7 +12,7 @@ from dynjax.config import DataConfig
 from dynjax.data import make_loader, make_source
 from dynjax.models.msdnet import MSDNetConfig
 from dynjax.models.resnet import ResNetConfig
-from dynjax.run.anytime import ExitOutputs, anytime, budgeted, find_exits, read_exits
+from dynjax.tasks.anytime import ExitOutputs, anytime, budgeted, find_exits, read_exits
 
 CORRECT = np.array([[1, 0, 0, 1], [1, 1, 0, 0], [1, 1, 1, 1]], bool)
 DOUBT = np.array([[-2.0, 1.0, 3.0, -1.0], [-3.0, -1.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])

@@ -15,8 +15,7 @@ from dynjax import tasks
 from dynjax.config import BudgetConfig, Config, DataConfig, LossConfig, UserError
 from dynjax.data import make_source
 from dynjax.models.msdnet import MSDNetConfig
-from dynjax.ops import PolicySkip
-from dynjax.tasks import classification, spending
+from dynjax.ops import PolicySkip, policy
 from dynjax.tasks.classification import ClassificationTask, confusion_matrix, cross_entropy, scores
 from experiments import rows
 
@@ -59,7 +58,6 @@ def test_a_model_with_gates_pays_for_its_macs():
     model = make(Gated)
     task = ClassificationTask(NAMES, LossConfig(), BudgetConfig(target=0.5, sampled=False, weight=7.0))
     batch = {"image": image(6, 4), "label": jnp.asarray([0, 1, 2, 0, 1, -1])}
-    assert spending.steers(model)
     both = nnx.value_and_grad(lambda model: task.loss(model, batch, KEY, 1.0), has_aux=True)
     (loss, metrics), grads = nnx.jit(both)(model)
     np.testing.assert_allclose(loss, metrics["task_loss"] + metrics["budget_loss"], rtol=1e-6)
@@ -106,10 +104,11 @@ def test_the_task_belongs_to_the_source():
     labels = make_source(DataConfig(name="digits8"), "val")
     masks = make_source(DataConfig(name="digits", examples=10, size=(48, 48)), "val")
     task = tasks.make_task(Config(row="r", model=MSDNetConfig(dynamics="exits")), labels)
-    assert (task.target, task.score, len(task.class_names)) == ("label", "accuracy", 10)
-    assert tasks.make_task(dataclasses.replace(rows.get_row("digits_unet_static"), row="r"), masks).target == "mask"
+    assert (task.score, len(task.class_names)) == ("accuracy", 10)
+    unet = dataclasses.replace(rows.get_row("digits_unet_static"), row="r")
+    assert tasks.make_task(unet, masks).score == "miou"
     with pytest.raises(UserError, match=r"row r \(dense\) needs pictures with masks; data.name=digits has a label"):
-        tasks.make_task(dataclasses.replace(rows.get_row("digits_unet_static"), row="r"), labels)
+        tasks.make_task(unet, labels)
     with pytest.raises(UserError, match=r"row r \(msdnet\) needs pictures with one label each; .* has a mask"):
         tasks.make_task(Config(row="r", model=MSDNetConfig()), masks)
 
@@ -126,14 +125,14 @@ class Policied(nnx.Module):
 
 def test_a_policy_is_compared_with_itself_at_the_same_threshold(monkeypatch):
     seen = {"kept": []}
-    reward, log_probability = classification.blockdrop_reward, classification.log_probability
+    reward, log_probability = policy.blockdrop_reward, policy.log_probability
     monkeypatch.setattr(
-        classification,
+        policy,
         "blockdrop_reward",
         lambda right, kept, wrong: seen["kept"].append(kept) or reward(right, kept, wrong),
     )
     monkeypatch.setattr(
-        classification, "log_probability", lambda drawn: seen.update(p=drawn.probability) or log_probability(drawn)
+        policy, "log_probability", lambda drawn: seen.update(p=drawn.probability) or log_probability(drawn)
     )
     model, task = make(Policied), ClassificationTask(NAMES, LossConfig(), BudgetConfig(target=0.1))
     batch = {"image": image(6, 4), "label": jnp.asarray([0, 1, 2, 0, 1, -1])}

@@ -10,19 +10,11 @@ from made import Made
 import dynjax as dj
 from dynjax.config import LossConfig, UserError
 from dynjax.data import make_loader
-from dynjax.data.source import picture_spec
-from dynjax.run.evaluate import (
-    Point,
-    alternate,
-    evaluate,
-    examples,
-    make_runner,
-    read_curve,
-    score,
-    solve,
-    static_macs,
-    write_curve,
-)
+from dynjax.data.source import picture_spec, read, stack
+from dynjax.run.curve import Point, curve_table, read_curve
+from dynjax.run.evaluate import alternate, evaluate, make_runner, score, shown, solve, static_macs, steers
+from dynjax.show import report
+from dynjax.show.report import write_points
 from dynjax.tasks.segmentation import SegmentationTask
 
 pytestmark = pytest.mark.xdist_group("evaluate")
@@ -62,19 +54,22 @@ def batches(size=4):
     return lambda: make_loader(source(), size, seed=0, augment=None, shuffle=False, repeat=False)
 
 
+def pictures(number):
+    return stack([read(source(), index) for index in range(number)])
+
+
 @pytest.fixture(scope="module")
 def found():
     model, twin = (Net(adaptive=adaptive, rngs=nnx.Rngs(0)) for adaptive in (True, False))
-    pictures = [source()[i]["image"] for i in range(7)]
     return evaluate(
         nnx.view(model, deterministic=True, execution="masked", raise_if_not_found=False),
         twin,
         TASK,
         static=False,
         budgets=(0.6, 1.0),
-        calibration=[np.stack(pictures)],
+        calibration=[pictures(7)],
         batches=batches(),
-        timing=[[picture[None] for picture in pictures[:2]], [np.stack(pictures[:3])]],
+        timing=[[pictures(1), pictures(1)], [pictures(3)]],
     )
 
 
@@ -126,29 +121,36 @@ def test_every_budget_runs_the_same_compiled_program(found):
 
 
 def test_the_scored_model_skips(found):
-    image = jnp.asarray(source()[0]["image"][None])
-    text = found.runner.infer.lower(found.states[0.6], image).as_text()
+    batch = pictures(1)
+    text = found.runner.infer.lower(found.states[0.6], batch).as_text()
     assert "while" in text  # the dynamic trip count of the compact executor
     masked = nnx.view(
         nnx.merge(nnx.graphdef(found.model), found.states[0.6]), execution="masked", raise_if_not_found=False
     )
-    np.testing.assert_allclose(found.runner.infer(found.states[0.6], image), masked(image), rtol=1e-5, atol=1e-6)
+    ran = found.runner.infer(found.states[0.6], batch)
+    np.testing.assert_allclose(ran, masked(jnp.asarray(batch["image"])), rtol=1e-5, atol=1e-6)
 
 
-def test_examples_are_the_fewest_the_median_and_the_most_macs(found):
-    shown = examples(found, 0.6, source(), batch_size=4)
+def test_examples_are_the_fewest_the_median_and_the_most_macs(found, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "plot_heatmaps", lambda path, examples, **more: drawn.extend(examples))
+    seen = shown(found, 0.6, source(), source(), lambda source: batches()(), title="t", twin=None, batch_size=4)
+    assert "heatmaps.png" in TASK.show(tmp_path, seen)
     macs = np.sort(found.scored[0.6].macs)
-    assert [example.name for example in shown] == ["easiest", "median", "hardest"]
-    np.testing.assert_allclose([example.macs for example in shown], [macs[0], macs[3], macs[6]])
-    for example in shown:
+    assert [example.name for example in drawn] == ["easiest", "median", "hardest"]
+    np.testing.assert_allclose([example.macs for example in drawn], [macs[0], macs[3], macs[6]])
+    for example in drawn:
         assert example.heat.sum() == pytest.approx(example.macs, rel=1e-4)
         assert set(np.unique(example.mask)) <= {-1, 0, 1, 2} and (example.mask[:, 12:] == -1).all()
+        assert set(np.unique(example.prediction)) <= {0, 1, 2}
+    assert {path.name for path in (tmp_path / "examples").iterdir()} == {"easiest.png", "median.png", "hardest.png"}
     assert found.runner.examine._cache_size() == 1
 
 
 def test_a_budget_is_a_share_of_the_static_twin(found):
     model, twin = (Net(adaptive=adaptive, rngs=nnx.Rngs(0)) for adaptive in (True, False))
-    whole = static_macs(twin, (16, 16))
+    whole = static_macs(twin, jax.ShapeDtypeStruct((5, 16, 16, 3), jnp.uint8))
+    assert steers(model) and not steers(twin)
     image = np.stack([source()[i]["image"] for i in range(7)])
     report = solve(model, whole, [1.0], [image])[1.0].report
     assert report.full > whole  # the gate has a cost
@@ -167,10 +169,37 @@ def test_a_static_model_is_its_own_twin():
         budgets=(0.5,),
         calibration=[],
         batches=batches(),
-        timing=[[source()[0]["image"][None]]],
+        timing=[[pictures(1)]],
     )
     (point,) = found.points
     assert (point.budget, point.macs_fraction, point.speedup, point.met) == (1.0, 1.0, 1.0, True)
+
+
+class Untimed(SegmentationTask):
+    """Of labels that the model is told: what is derived from a batch is no work of the model's."""
+
+    timed = ()
+
+    def prepare(self, model, batch):
+        return {**batch, "told": model.head(model.head.kernel[...].sum() * jnp.ones((len(batch["image"]), 16, 16, 8)))}
+
+    def infer(self, model, batch):
+        return model(batch["image"]) + batch["told"]
+
+
+def test_a_task_that_is_not_timed_has_no_latency_and_what_it_prepares_costs_nothing():
+    model, twin = (Net(adaptive=adaptive, rngs=nnx.Rngs(0)) for adaptive in (True, False))
+    model = nnx.view(model, deterministic=True, execution="masked", raise_if_not_found=False)
+    task = Untimed(3, ("a", "b", "c"), losses=LossConfig())
+    found = evaluate(
+        model, twin, task, static=False, budgets=(0.8,), calibration=[pictures(7)], batches=batches(), timing=[]
+    )
+    (only,) = found.points
+    assert only.static_macs == static_macs(twin, jnp.zeros((1, 16, 16, 3), jnp.uint8))
+    assert np.isnan([only.latency_ms_p50, only.latency_ms_p95, only.speedup, found.cores]).all()
+    assert only.met and 0 < only.macs_fraction <= 0.8 and not found.latencies
+    header = curve_table(found.points).splitlines()[0].split()
+    assert "MMAC/image" in header and "p50" not in header and "speed-up" not in header
 
 
 def test_alternate_takes_the_functions_in_turn():
@@ -189,7 +218,7 @@ def point(**changes):
 
 def test_curve_is_read_as_it_was_written(tmp_path):
     points = [point(budget=0.25, met=False, images=7), point(score=0.123456)]
-    write_curve(tmp_path / "curve.csv", points)
+    write_points(tmp_path / "curve.csv", points)
     assert read_curve(tmp_path / "curve.csv") == points
     first = (tmp_path / "curve.csv").read_text().splitlines()[0]
     assert first.startswith(

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynjax.run.anytime import ExitPoint
 from dynjax.show import gallery
 
 
@@ -39,10 +38,9 @@ def test_extremes_of_any_number(tmp_path, size):
 
 
 def test_exits(tmp_path, size):
-    nan = float("nan")
     curves = {
-        "budgeted": [ExitPoint(k / 40, nan, 0.5 + k / 100, 1e6 * k, 0.0) for k in range(1, 41)],
-        "anytime": [ExitPoint(nan, float(k), 0.5 + k / 10, 1e7 * (k + 1), nan) for k in range(3)],
+        "budgeted": [(1e6 * k, 0.5 + k / 100) for k in range(1, 41)],
+        "anytime": [(1e7 * (k + 1), 0.5 + k / 10) for k in range(3)],
     }
     path = tmp_path / "exits.png"
     gallery.plot_exits(path, curves, static=(4e7, 0.9), title="t")

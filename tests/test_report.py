@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 
 from dynjax.core.deploy import Report
-from dynjax.run.evaluate import Example, Point
+from dynjax.run import curve
+from dynjax.run.curve import Point
 from dynjax.show import report
 
 
@@ -50,11 +51,11 @@ def test_a_mask_is_saved_as_class_ids(tmp_path):
 
 
 def test_tables_are_aligned():
-    lines = report.curve_table([point(0.25), point(1.0, 0.625)]).splitlines()
+    lines = curve.curve_table([point(0.25), point(1.0, 0.625)]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[2].split() == ["0.25", "50.0", "75.0", "100.0", "25.0", "2.50", "3.00", "9.00", "0.90x", "yes"]
     shares = {"down/0": {"kept": 0.25, "macs": 0.1}}
-    assert report.layer_table({0.5: shares, 1.0: {"down/0": {"kept": 1.0, "macs": 0.2}}}).splitlines()[2].split() == [
+    assert curve.layer_table({0.5: shares, 1.0: {"down/0": {"kept": 1.0, "macs": 0.2}}}).splitlines()[2].split() == [
         "down/0",
         "25",
         "100",
@@ -63,13 +64,17 @@ def test_tables_are_aligned():
 
 def test_calibration_table_is_in_millions():
     found = Report(0.5, 1.25, False, 2e6, 3e6, 4e6, 8e6)
-    assert report.calibration_table({0.25: found}).splitlines()[2].split() == "0.25 2.0 3.0 4.0 8.0 1.25 no".split()
+    assert curve.calibration_table({0.25: found}).splitlines()[2].split() == "0.25 2.0 3.0 4.0 8.0 1.25 no".split()
 
 
 def test_curve_shows_every_curve_and_the_twin(tmp_path):
-    own = [point(0.25), point(1.0, 0.6)]
-    report.plot_curve(tmp_path / "one.png", {"own": own})
-    report.plot_curve(tmp_path / "two.png", {"own": own, "random": [point(0.5, 0.3)]}, static_score=0.65, title="a row")
+    own = [report.Mark(0.25, 0.25, 2.5, 50.0), report.Mark(1.0, 1.0, 10.0, 60.0)]
+    report.plot_curve(tmp_path / "one.png", {"own": own}, twin=(9.0, None))
+    others = {"own": own, "random": [report.Mark(0.5, 0.5, 5.0, 30.0)]}
+    report.plot_curve(tmp_path / "two.png", others, twin=(9.0, 65.0), title="a row")
+    untimed = [report.Mark(1.0, 1.0, float("nan"), 3.5)]
+    report.plot_curve(tmp_path / "half.png", {"own": untimed}, twin=(float("nan"), 3.4), score_name="bits/dim")
+    assert read(tmp_path / "half.png").shape[1] < 0.6 * read(tmp_path / "one.png").shape[1]
     one, two = read(tmp_path / "one.png"), read(tmp_path / "two.png")
 
     def has(picture, colour):
@@ -96,7 +101,7 @@ def test_heatmaps_and_histogram_are_written(tmp_path):
     rng = np.random.default_rng(0)
     mask = rng.integers(-1, 3, (8, 12)).astype(np.int32)
     shown = [
-        Example(
+        report.Example(
             name, 1e6, rng.integers(0, 256, (8, 12, 3), dtype=np.uint8), mask, np.maximum(mask, 0), np.ones((8, 12))
         )
         for name in ("easiest", "hardest")

@@ -9,6 +9,7 @@ from made import Made
 
 import dynjax as dj
 from dynjax.config import BudgetConfig, LossConfig
+from dynjax.core.gates import Threshold
 from dynjax.data.source import Field
 from dynjax.tasks import segmentation
 from dynjax.tasks.segmentation import SegmentationTask
@@ -211,7 +212,7 @@ def test_loss_of_a_static_model_is_the_weighted_sum(batch):
         logits = nnx.clone(model)(batch["image"])
         loss, metrics = task.loss(model, batch, jax.random.key(0), 0.0)
         terms = [loss(logits, batch["mask"], *more) for loss, more in zip(LOSSES, [(weights,), ()], strict=True)]
-        return loss, metrics, terms, task.confusion(logits, batch["mask"])
+        return loss, metrics, terms, task.counts(model, logits, batch)
 
     loss, metrics, (entropy, dice), confusion = run(Net())
     assert loss == pytest.approx(float(0.5 * entropy + 2 * dice), rel=1e-5)
@@ -247,7 +248,7 @@ def test_a_sampled_target_moves_the_threshold_and_puts_it_back(batch, sampled):
     @jax.jit
     def step(key):
         model = nnx.merge(graphdef, state, copy=True)
-        return task.loss(model, batch, key, 0.5)[1], nnx.state(model, dj.gates.Threshold)
+        return task.loss(model, batch, key, 0.5)[1], nnx.state(model, Threshold)
 
     found = []
     for seed in range(16 if sampled else 2):

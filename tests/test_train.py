@@ -293,11 +293,9 @@ def test_schedule_of_a_short_run_is_positive(steps):
 def test_average_of_the_parameters():
     """The decay of step n is min(ema, (1 + n) / (10 + n)): 0.1, 2 / 11, then 0.2."""
     config = standin.config(ema=0.2, warmup=0.0)
-    graphdef, params, rest = nnx.split(standin.Net(nnx.Rngs(0)), nnx.Param, ...)
-    tx = step.make_optimizer(config, params, standin.is_gate)
-    state = step.TrainState(jnp.int32(0), params, rest, tx.init(params), params, jax.random.key(0))
-    one = jax.jit(step.make_step(graphdef, standin.Task(), tx, config))
-    wanted = np.asarray(params["conv"]["kernel"][...])
+    state, one = step.make_step(standin.Net(nnx.Rngs(0)), standin.Task(), config, standin.is_gate)
+    one = jax.jit(one)
+    wanted = np.asarray(state.params["conv"]["kernel"][...])
     for decay in (0.1, 2 / 11, 0.2):
         state, _ = one(state, next(standin.Batches()))
         wanted = decay * wanted + (1 - decay) * np.asarray(state.params["conv"]["kernel"][...])

@@ -16,7 +16,7 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
-Block = TypeVar("Block", bound=Callable)
+Block = TypeVar("Block")
 
 Place = Literal["example", "tile", "token", "time"]
 """Where a unit lies: (B,), (B, h, w), (B, T) or (B, T). With several kinds of work on a unit there is one more axis."""

@@ -5,7 +5,7 @@ Letters: B examples.
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -105,31 +105,36 @@ def deploy(model: nnx.Module, budget: float | int, calibration: Iterable) -> Dep
 class Solver:
     """Solves several budgets of one model on the same calibration inputs, compiling once."""
 
-    def __init__(self, model: nnx.Module, calibration: Iterable):
+    def __init__(self, model: nnx.Module, calibration: Iterable, run: Callable | None = None):
+        """`run(model, batch)` is what is counted, by default `model(batch)`; a batch may be a tree of arrays."""
+        call: Callable = (lambda model, x: model(x)) if run is None else run
         if hasattr(calibration, "shape"):
             raise ValueError(f"calibration is one array of shape {calibration.shape}: give a list of batches, [images]")
         self.batches = []
         for x in calibration:
-            if not hasattr(x, "shape"):
-                raise ValueError(
-                    f"a calibration batch is a {type(x).__name__}: each must be the model's input, an array"
-                )
-            if not x.size:
-                raise ValueError(f"a calibration batch has shape {x.shape}, so there is nothing in it: leave it out")
-            self.batches.append(jnp.asarray(x))
+            for leaf in jax.tree.leaves(x):
+                if not hasattr(leaf, "shape"):
+                    raise ValueError(
+                        f"a calibration batch is a {type(leaf).__name__}: each must be the model's input, an array"
+                    )
+                if not leaf.size:
+                    raise ValueError(
+                        f"a calibration batch has shape {leaf.shape}, so there is nothing in it: leave it out"
+                    )
+            self.batches.append(jax.tree.map(jnp.asarray, x))
         if not self.batches:
             raise ValueError("calibration is empty: give at least one batch of inputs")
         self.model = nnx.clone(views.still(model))
         graphdef, self._state = nnx.split(self.model)
 
         @jax.jit
-        def run(state, threshold, x):
+        def count(state, threshold, x):
             model = nnx.merge(graphdef, state, copy=True)
             budgets.set_threshold(model, threshold)
-            trace = traced(model)(x)[1]
+            trace = traced(call)(model, x)[1]
             return trace.macs(), trace
 
-        self._run = run
+        self._run = count
         self._spent: dict[float, np.ndarray] = {}
         self._full: list[tuple[float, int]] = []
         self._decides = False

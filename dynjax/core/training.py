@@ -36,6 +36,8 @@ class Call:
     """Runs the model once more, without noise and under the same threshold."""
     weights: Mapping[str, float]
     """The options of the loss by name."""
+    shares: Float[Array, "B n"] | None = None
+    """What a module said of the outputs' weights, which it need not work out again for its terms."""
     path: str = ""
     """Where the module that is asked stands in the model."""
 

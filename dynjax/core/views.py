@@ -1,28 +1,30 @@
 """Views of a model: the same variables, run in another way."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from flax import nnx
 
-from dynjax.core.decision import Block, unseen
+from dynjax.core.decision import unseen
+
+Model = TypeVar("Model")  # a module, which need not be callable, or what is called in its place
 
 
-def still(model: Block) -> Block:
+def still(model: Model) -> Model:
     """As it is evaluated: all computed and masked, no noise, running averages; no trace is being taken inside."""
     return unseen(_view(model, execution="masked", deterministic=True, use_running_average=True))
 
 
-def training(model: Block) -> Block:
+def training(model: Model) -> Model:
     """As it is trained: masked, with noise, and statistics that move on."""
     return _view(model, execution="masked", deterministic=False, use_running_average=False)
 
 
-def masked(model: Block) -> Block:
+def masked(model: Model) -> Model:
     """`model`, all of it computed."""
     return _view(model, execution="masked")
 
 
-def compact(model: Block) -> Block:
+def compact(model: Model) -> Model:
     """As it is deployed, skipping for real: no noise, running averages.
 
     Call it under `jax.jit`, as all that is compact: its loops are compiled anew in every call that is not.
@@ -30,6 +32,6 @@ def compact(model: Block) -> Block:
     return _view(model, execution="compact", deterministic=True, use_running_average=True)
 
 
-def _view(model: Block, **ways: Any) -> Block:
+def _view(model: Model, **ways: Any) -> Model:
     """`model` in these ways, which what is no module has none of."""
     return nnx.view(model, raise_if_not_found=False, **ways) if isinstance(model, nnx.Module) else model

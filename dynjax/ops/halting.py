@@ -170,7 +170,8 @@ class Halt(Wrapper):
         if self.kind != "pondernet":
             return {}
         prior = geometric_prior(min(0.95, 1 / (call.target * self.max_steps)), self.max_steps)
-        return {"ponder": call.mean(kl_to_prior(halting_distribution(call.own()[0]), prior))}
+        p = halting_distribution(call.own()[0]) if call.shares is None else call.shares
+        return {"ponder": call.mean(kl_to_prior(p, prior))}
 
     @property
     def _size(self) -> int | None:

@@ -2,15 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Array
 
 from dynjax.config import Config
 from dynjax.core import views
+from dynjax.tasks import Batch, Player
+from dynjax.tasks.task import Learns
+
+Metrics: TypeAlias = dict[str, Array]
 
 
 @jax.tree_util.register_dataclass
@@ -22,9 +27,13 @@ class TrainState:
     params: nnx.State
     rest: nnx.State
     """Everything of the model that is no parameter: batch statistics, thresholds, the gates' random streams."""
-    optimizer: optax.OptState
+    optimizer: dict[str, optax.OptState]
+    """By player."""
     ema: nnx.State | None
     key: jax.Array
+
+
+Step: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def schedule(config: Config) -> Callable[[jax.Array], jax.Array]:
@@ -76,49 +85,103 @@ def _parts(batch: Any, count: int) -> Any:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
 
 
-def make_step(graphdef: nnx.GraphDef, task: Any, optimizer: optax.GradientTransformation, config: Config) -> Callable:
-    """The pure step (state, batch) -> (state, metrics).
+def make_step(model: nnx.Module, task: Learns, config: Config, gates: nnx.filterlib.Filter) -> tuple[TrainState, Step]:
+    """The state that training starts from, and the pure step (state, batch) -> (state, metrics).
 
+    The task's players play one after the other; where there are several, their metrics are called player/metric, 0 at
+    steps in which they rest, and `loss` is the sum of their losses.
     With accumulation, gradients and metrics are the plain mean over the parts (each normalised within itself),
     and batch statistics move once per part.
-    """
-    half = config.precision == "bfloat16"
 
-    def loss_fn(params: nnx.State, rest: nnx.State, part: Any, key: jax.Array, progress: jax.Array) -> tuple:
+    Raises:
+        ValueError: for players that do not differ in their names, or of which none plays at every step.
+    """
+    players = task.players
+    if len({player.name for player in players}) < len(players) or min((p.every for p in players), default=0) != 1:
+        told = ", ".join(f"{player.name} every {player.every}" for player in players) or "none"
+        raise ValueError(f"players must have names of their own, and one of them plays at every step: {told}")
+    graphdef, params, *others = nnx.split(model, nnx.Param, ...)
+    (rest,) = others
+    plays, optimizers = {}, {}
+    for player in players:
+        own, _ = nnx.split_state(params, player.parameters, ...)
+        mine = dataclasses.replace(
+            config, optimizer=player.optimizer or config.optimizer, steps=-(-config.steps // player.every)
+        )
+        optimizer = make_optimizer(mine, own, gates)
+        plays[player.name], optimizers[player.name] = (
+            _play(graphdef, player, optimizer, config, mine),
+            optimizer.init(own),
+        )
+    average = config.optimizer.ema
+    state = TrainState(jnp.int32(0), params, rest, optimizers, params if average else None, jax.random.key(config.seed))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        params, rest, optimizers, found = state.params, state.rest, dict(state.optimizer), {}
+        for number, (name, play) in enumerate(plays.items()):
+            its_key = key if len(plays) == 1 else jax.random.fold_in(key, number)
+            before = params, rest, optimizers[name]
+            (params, rest, optimizers[name]), found[name] = play(before, batch, its_key, state.step)
+        if len(players) == 1:
+            (metrics,) = found.values()
+        else:
+            metrics = {f"{name}/{metric}": value for name, each in found.items() for metric, value in each.items()}
+            metrics["loss"] = sum(each["loss"] for each in found.values())
+        ema = state.ema
+        if ema is not None:
+            # The decay rises, as in TensorFlow's moving averages: a short run would still average its start.
+            decay = jnp.minimum(average, (1 + state.step) / (10 + state.step))
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+        return TrainState(state.step + 1, params, rest, optimizers, ema, state.key), metrics
+
+    return state, step
+
+
+def _play(
+    graphdef: nnx.GraphDef, player: Player, optimizer: optax.GradientTransformation, config: Config, mine: Config
+) -> Callable:
+    """What a player does in a step: ((params, rest, optimizer state), key) to the same afterwards, and metrics."""
+    half, count = config.precision == "bfloat16", config.optimizer.accumulate
+
+    def loss_fn(own: nnx.State, others: nnx.State, rest: nnx.State, part: Batch, key: Array, progress: Array) -> tuple:
         if half:
-            params, part = _to_bfloat16(params), _to_bfloat16(part)
-        model = views.training(nnx.merge(graphdef, params, rest, copy=True))
-        loss, metrics = task.loss(model, part, key, progress)
+            own, others, part = _to_bfloat16(own), _to_bfloat16(others), _to_bfloat16(part)
+        model = views.training(nnx.merge(graphdef, own, others, rest, copy=True))
+        loss, metrics = player.loss(model, part, key, progress)
         return loss.astype(jnp.float32), (nnx.state(model, nnx.Not(nnx.Param)), {**metrics, "loss": loss})
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = jax.random.fold_in(state.key, state.step)
-        progress = state.step / config.steps
-        count = config.optimizer.accumulate
+    def play(before: tuple, batch: Batch, key: Array, step: Array) -> tuple[tuple, Metrics]:
+        params, rest, optimizer_state = before
+        own, others = nnx.split_state(params, player.parameters, ...)
+        progress = step / config.steps
         if count == 1:
-            (_, (rest, metrics)), grads = gradient(state.params, state.rest, batch, key, progress)
+            (_, (rest, metrics)), grads = gradient(own, others, rest, batch, key, progress)
         else:
 
             def one(carry: tuple, inputs: tuple) -> tuple:
                 rest, total = carry
-                (_, (rest, metrics)), grads = gradient(state.params, rest, *inputs, progress)
+                (_, (rest, metrics)), grads = gradient(own, others, rest, *inputs, progress)
                 return (rest, jax.tree.map(jnp.add, total, grads)), metrics
 
-            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            zeros = jax.tree.map(jnp.zeros_like, own)
             inputs = (_parts(batch, count), jax.random.split(key, count))
-            (rest, total), metrics = jax.lax.scan(one, (state.rest, zeros), inputs)
+            (rest, total), metrics = jax.lax.scan(one, (rest, zeros), inputs)
             grads = jax.tree.map(lambda g: g / count, total)
             metrics = jax.tree.map(lambda m: m.mean(0), metrics)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema is not None:
-            # The decay rises, as in TensorFlow's moving averages: a short run would still average its start.
-            decay = jnp.minimum(config.optimizer.ema, (1 + state.step) / (10 + state.step))
-            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(config)(state.step)}
-        return TrainState(state.step + 1, params, rest, optimizer_state, ema, state.key), metrics
+        updates, optimizer_state = optimizer.update(grads, optimizer_state, own)
+        params = nnx.merge_state(optax.apply_updates(own, updates), others)
+        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(mine)(step // player.every)}
+        return (params, rest, optimizer_state), metrics
 
-    return step
+    def pause(before: tuple, batch: Batch, key: Array, step: Array) -> tuple[tuple, Metrics]:
+        metrics = jax.eval_shape(play, before, batch, key, step)[1]
+        return before, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics)
+
+    if player.every == 1:
+        return play
+    return lambda before, batch, key, step: jax.lax.cond(
+        step % player.every == 0, play, pause, before, batch, key, step
+    )

@@ -1,11 +1,6 @@
 """One training loop for every task.
 
 `fit` takes any nnx model, task and iterable of batches; `train` builds these for a row.
-
-A task has `loss(model, batch, key, progress) -> (scalar, metrics)`, called with the model in its training view, a batch
-(dict of arrays whose first axis is the batch), a random key of this step and the share of the training that is over.
-Evaluated, `prepare(model, batch)` adds to a batch what is derived from it, `infer(model, batch)` is what a user gets
-and the only thing whose MACs count, and `counts(model, output, batch)` is summed over batches for `scores`.
 """
 
 import contextlib
@@ -17,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from dynjax import models
@@ -28,9 +21,11 @@ from dynjax.data.source import Source
 from dynjax.run import checkpoint, checks, lock, log
 from dynjax.run import mesh as meshes
 from dynjax.run.build import build, check_memory
-from dynjax.run.step import TrainState, make_optimizer, make_step
+from dynjax.run.evaluate import Arrays, Runner, make_runner, score
+from dynjax.run.step import TrainState, make_step
 from dynjax.run.stop import Stop, Stopped
 from dynjax.run.workdir import Run, check_workdir, other_classes, read_config, write_config
+from dynjax.tasks.task import Learns, Player, Scores, Task
 
 
 class Interrupted(Exception):
@@ -41,7 +36,7 @@ class Interrupted(Exception):
 class Fitted:
     model: nnx.Module
     """The averaged parameters in a model of their own, in its evaluation view."""
-    scores: dict[str, Any]
+    scores: Scores
     """Of the last evaluation; empty without one."""
     step: int
 
@@ -110,11 +105,11 @@ def _resume(
 
 def fit(
     model: nnx.Module,
-    task: Any,
+    task: Learns,
     loader: Iterable,
     config: Config,
     workdir: str | Path | None = None,
-    evaluate: Callable[[nnx.Module], dict] | None = None,
+    evaluate: Callable[[nnx.Module], Scores] | None = None,
     *,
     gates: nnx.filterlib.Filter = budget.gate_filter,
     classes: tuple[str, ...] = (),
@@ -147,11 +142,11 @@ def fit(
 
 def _fit(
     model: nnx.Module,
-    task: Any,
+    task: Learns,
     loader: Iterable,
     about: Run,
     workdir: str | Path | None,
-    evaluate: Callable[[nnx.Module], dict] | None,
+    evaluate: Callable[[nnx.Module], Scores] | None,
     gates: nnx.filterlib.Filter,
     stop: Stop,
     quiet: bool,
@@ -161,15 +156,12 @@ def _fit(
     mesh = meshes.make_mesh()
     everywhere = meshes.replicated(mesh)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        graphdef, params, *others = nnx.split(model, nnx.Param, ...)
-        (rest,) = others
-        optimizer = make_optimizer(config, params, gates)
-        ema = params if config.optimizer.ema else None
-        state = TrainState(jnp.int32(0), params, rest, optimizer.init(params), ema, jax.random.key(config.seed))
+        graphdef = nnx.graphdef(model)
+        state, step_of = make_step(model, task, config, gates)
         state, batches, start, behind = meshes.replicate(mesh, state), iter(loader), 0, False
         if workdir is not None:
             state, start, behind = _resume(state, batches, about, workdir, everywhere)
-        step_fn = jax.jit(make_step(graphdef, task, optimizer, config), donate_argnums=0, out_shardings=everywhere)
+        step_fn = jax.jit(step_of, donate_argnums=0, out_shardings=everywhere)
 
         def averaged() -> nnx.Module:
             params = state.params if state.ema is None else state.ema
@@ -177,38 +169,33 @@ def _fit(
 
         said = log.Log(workdir, start=start, steps=config.steps, images_per_step=config.batch_size, quiet=quiet)
         with contextlib.closing(said):
-            scores: dict[str, Any] = {}
-            pending: tuple[int, dict] | None = None
+            scores: Scores = {}
+            reports = _Reports(said, workdir, task.players)
             # The order is an invariant: evaluate, checkpoint, fetch, step, log the step before.
             for step in range(start, config.steps + 1):
                 last, stopping = step == config.steps, stop()
                 due = (step > start or behind) and config.evaluate_every and step % config.evaluate_every == 0
                 if evaluate is not None and (last or due) and not stopping:
-                    _report(said, pending, workdir)
-                    pending = None
+                    reports.flush()
                     try:
                         scores = evaluate(averaged())
                         said.evaluation(step, scores)
                     except Stopped:
                         stopping = True
                 if workdir is not None and step > start and (last or stopping or step % config.checkpoint_every == 0):
-                    _report(said, pending, workdir)  # what is saved is known to be finite
-                    pending = None
+                    reports.flush()  # what is saved is known to be finite
                     checkpoint.save(workdir, step, state, _position(batches, step))
                     said.pause()
                 if last or stopping:
                     break
-                if (batch := next(batches, None)) is None:
-                    raise UserError(f"the data ended after {step} of {config.steps} batches: the loader must repeat")
-                batch = meshes.share(mesh, batch)
+                batch = meshes.share(mesh, _next(batches, step, config.steps))
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
                 if step == start:
                     # Compiled by now, and from now on there is something to lose.
                     stack.enter_context(stop.signals())
-                _report(said, pending, workdir)
-                pending = (step + 1, metrics)
-            _report(said, pending, workdir)
+                reports.add(step, metrics)
+            reports.flush()
             said.flush()
         if not last or (stopping and evaluate is not None):
             how = "the same command goes on from there" if workdir else "nothing was saved: there is no workdir"
@@ -216,24 +203,43 @@ def _fit(
         return Fitted(averaged(), scores, step)
 
 
+def _next(batches: Iterator, step: int, steps: int) -> dict:
+    if (batch := next(batches, None)) is None:
+        raise UserError(f"the data ended after {step} of {steps} batches: the loader must repeat")
+    return batch
+
+
 def _say(text: str) -> None:
     if jax.process_index() == 0:
         print(text, file=sys.stderr)
 
 
-def _report(said: log.Log, pending: tuple[int, dict] | None, workdir: str | Path | None) -> None:
-    """Fetch and log the metrics of one step. Raises UserError when its loss or gradient is not finite."""
-    if pending is None:
-        return
-    step, metrics = pending
-    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(metrics[name]):
-            kept = checkpoint.steps(workdir) if workdir is not None else []
-            last = f"the last good checkpoint is step {kept[-1]} of {workdir}" if kept else "there is no checkpoint yet"
-            what = f"{name} is {metrics[name]} at step {step}: training stopped, {last}"
-            raise UserError(f"{what}; a lower --optimizer.learning-rate may help")
-    said.train(step, metrics)
+class _Reports:
+    """Metrics on their way to the log: those of a step are fetched when the next one has begun."""
+
+    def __init__(self, said: log.Log, workdir: str | Path | None, players: tuple[Player, ...]):
+        self.said, self.workdir, self.players = said, workdir, players
+        self.waiting: tuple[int, dict] | None = None
+
+    def add(self, step: int, metrics: dict) -> None:
+        """Those of the step after `step`, without those of players that rested in it."""
+        self.flush()
+        resting = tuple(f"{player.name}/" for player in self.players if step % player.every)
+        self.waiting = step + 1, {name: each for name, each in metrics.items() if not name.startswith(resting)}
+
+    def flush(self) -> None:
+        """Log what waits. Raises UserError when its loss or gradient is not finite."""
+        if self.waiting is None:
+            return
+        (step, found), self.waiting = self.waiting, None
+        metrics = {name: float(value) for name, value in jax.device_get(found).items()}
+        for name, value in metrics.items():
+            if name.rpartition("/")[2] in ("loss", "grad_norm") and not math.isfinite(value):
+                kept = checkpoint.steps(self.workdir) if self.workdir is not None else []
+                last = f"the last good checkpoint is step {kept[-1]} of {self.workdir}" if kept else ""
+                what = f"{name} is {value} at step {step}: training stopped, {last or 'there is no checkpoint yet'}"
+                raise UserError(f"{what}; a lower --optimizer.learning-rate may help")
+        self.said.train(step, metrics)
 
 
 # A row
@@ -254,13 +260,12 @@ def _twin(config: Config, classes: tuple[str, ...]) -> nnx.State:
     return nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
 
 
-def validator(task: Any, source: Source, config: Config, stop: Stop | None = None) -> Callable[[nnx.Module], dict]:
+def validator(task: Task, source: Source, config: Config, stop: Stop | None = None) -> Callable[[nnx.Module], Scores]:
     """`evaluate` for `fit`: scores of `task` on all of `source`, with the gates' thresholds of the target budget.
 
     Raises UserError where the devices cannot share a batch equally, and Stopped between two batches when `stop` says
     so.
     """
-    import dynjax as dj
     from dynjax.data import make_loader
 
     mesh = meshes.make_mesh()
@@ -269,40 +274,27 @@ def validator(task: Any, source: Source, config: Config, stop: Stop | None = Non
             f"--batch-size {config.batch_size} is not a multiple of {devices}, the devices that share a batch"
         )
 
-    def sums(graphdef: nnx.GraphDef, state: nnx.State, batch: dict) -> dict:
-        model = nnx.merge(graphdef, state)
-        batch = task.prepare(model, batch)
-        output, trace = dj.traced(lambda model, batch: task.infer(model, batch))(model, batch)
-        share = jnp.where(batch["valid"], trace.macs() / trace.full_macs, 0.0)
-        return {
-            # Blank examples, which fill the last batch up, have nothing to be predicted: -1 throughout.
-            "counts": task.counts(model, output, batch),
-            "macs_fraction": share.sum(),
-            "examples": batch["valid"].sum(),
-        }
-
-    sums = jax.jit(sums, static_argnums=0, out_shardings=meshes.replicated(mesh))
-
-    def evaluate(model: nnx.Module) -> dict:
-        if task.budget is not None and task.budget.sampled:
-            budget.set_threshold(model, budget.sampled_threshold(task.budget.target))
-        graphdef, state = nnx.split(model)
-        state = meshes.replicate(mesh, state)
-        total: dict[str, Any] = {}
-        once = make_loader(
-            source, config.batch_size, seed=0, augment=None, shuffle=False, repeat=False, **meshes.processes()
-        )
-        for batch in once:
+    def batches() -> Iterator[Arrays]:
+        size, mine = config.batch_size, meshes.processes()
+        for batch in make_loader(source, size, seed=0, augment=None, shuffle=False, repeat=False, **mine):
             if stop is not None and stop():
                 raise Stopped
-            found = jax.device_get(sums(graphdef, state, meshes.share(mesh, batch)))
-            total = {name: total.get(name, 0) + np.asarray(value, np.float64) for name, value in found.items()}
-        return task.scores(total["counts"]) | {"macs_fraction": float(total["macs_fraction"] / total["examples"])}
+            yield meshes.share(mesh, batch)
+
+    runners: list[Runner] = []  # one, compiled at the first evaluation
+
+    def evaluate(model: nnx.Module) -> Scores:
+        if task.budget is not None and task.budget.sampled:
+            budget.set_threshold(model, budget.sampled_threshold(task.budget.target))
+        if not runners:
+            runners.append(make_runner(model, task, meshes.replicated(mesh)))
+        found = score(runners[0], meshes.replicate(mesh, nnx.state(model)), batches(), task)
+        return found.scores | {"macs_fraction": found.fraction}
 
     return evaluate
 
 
-def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> dict:
+def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> Scores:
     """Train the row's model in `workdir`, or go on where it stopped; returns the final scores on val."""
     from dynjax.data import make_loader, make_source
     from dynjax.tasks import make_task, refuse_unused

@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Float, Integer, UInt8
 from matplotlib.figure import Figure
 
-from dynjax.run.anytime import ExitPoint
 from dynjax.show.report import LINES, MARKERS, engineering, style
 
 
@@ -74,21 +73,21 @@ def plot_extremes(
 
 def plot_exits(
     path: str | os.PathLike,
-    curves: Mapping[str, Sequence[ExitPoint]],
+    curves: Mapping[str, Sequence[tuple[float, float]]],
     *,
     static: tuple[float, float] | None = None,
     title: str = "",
 ) -> None:
-    """Accuracy over mean MACs: a line for each curve, and the static twin (MACs, accuracy) as a star."""
+    """Accuracy over mean MACs: a line for each curve of (MACs, accuracy), and the static twin as a star."""
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.subplots()
     style(axes)
-    scale, prefix = engineering(max(point.macs for points in curves.values() for point in points))
+    scale, prefix = engineering(max(macs for points in curves.values() for macs, _ in points))
     for index, (label, points) in enumerate(curves.items()):
         many = len(points) > 12
         axes.plot(
-            [point.macs / scale for point in points],
-            [100 * point.score for point in points],
+            [macs / scale for macs, _ in points],
+            [100 * score for _, score in points],
             color=LINES[index % len(LINES)],
             marker=None if many else MARKERS[index % len(MARKERS)],
             drawstyle="default",

@@ -1,8 +1,11 @@
 """Tables and pictures of an evaluated model. Axis letters: H W picture, N pictures, C classes."""
 
+import csv
+import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,9 +16,6 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
-
-from dynjax.core.deploy import Report
-from dynjax.run.evaluate import Example, Latency, Point
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers: one per curve, with a marker of its own.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -98,62 +98,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def curve_table(points: Sequence[Point], score_name: str = "mIoU") -> str:
-    """What `experiments.evaluate` ends in: one line per budget. Pixel accuracy is left out where there is none."""
-    columns = {
-        "budget": lambda p: f"{p.budget:g}",
-        f"{score_name} %": lambda p: f"{100 * p.score:.1f}",
-        "pixel acc. %": lambda p: f"{100 * p.pixel_accuracy:.1f}",
-        "MMAC/image": lambda p: f"{p.macs / 1e6:.1f}",
-        "of static %": lambda p: f"{100 * p.macs_fraction:.1f}",
-        "ms p50": lambda p: f"{p.latency_ms_p50:.2f}",
-        "ms p95": lambda p: f"{p.latency_ms_p95:.2f}",
-        "static ms": lambda p: f"{p.static_latency_ms_p50:.2f}",
-        "speed-up": lambda p: f"{p.speedup:.2f}x",
-        "met": lambda p: "yes" if p.met else "no",
-    }
-    if all(math.isnan(point.pixel_accuracy) for point in points):
-        del columns["pixel acc. %"]
-    return table(list(columns), [[cell(point) for cell in columns.values()] for point in points])
+def write_points(path: str | os.PathLike, points: Sequence[Any]) -> None:
+    """Dataclasses of one kind as a CSV file: a header and one line per point; a cell is empty for nan."""
+    with open(path, "w", newline="") as file:
+        names = [field.name for field in dataclasses.fields(points[0])]
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        for point in points:
+            writer.writerow({name: _cell(value) for name, value in dataclasses.asdict(point).items()})
 
 
-def latency_table(latencies: Sequence[Latency]) -> str:
-    """Milliseconds per image at every batch size that was timed, and how much faster than the static twin."""
-    sizes = list(dict.fromkeys(each.batch for each in latencies))
-    found = {(each.budget, each.batch): each for each in latencies}
-    header = ["ms per image", *(f"batch {size}" for size in sizes), *(f"speed-up at {size}" for size in sizes)]
-    rows = []
-    for budget in dict.fromkeys(each.budget for each in latencies):
-        own = [found[budget, size] for size in sizes]
-        rows.append(
-            [
-                f"budget {budget:g}",
-                *(f"{each.latency_ms_p50:.2f}" for each in own),
-                *(f"{each.speedup:.2f}x" for each in own),
-            ]
-        )
-    return table(header, rows)
-
-
-def layer_table(shares: dict[float, dict[str, dict[str, float]]]) -> str:
-    """What each dynamic layer kept at each budget."""
-    paths = next(iter(shares.values()))
-    rows = [[path, *(f"{100 * each[path]['kept']:.0f}" for each in shares.values())] for path in paths]
-    return table(["% of units kept", *(f"at {budget:g}" for budget in shares)], rows)
-
-
-def calibration_table(reports: dict[float, Report]) -> str:
-    """What each budget came to on the calibration pictures, in MMAC per image."""
-    rows = [
-        [
-            f"{budget:g}",
-            *(f"{value / 1e6:.1f}" for value in (each.mean, each.p95, each.max, each.full)),
-            f"{each.threshold:.2f}",
-            "yes" if each.met else "no",
-        ]
-        for budget, each in reports.items()
-    ]
-    return table(["on calibration", "mean MMAC", "p95", "max", "all kept", "threshold", "met"], rows)
+def _cell(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.6g}"
 
 
 def style(axes: Axes) -> None:
@@ -163,34 +121,46 @@ def style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A model at one budget, as `plot_curve` wants it."""
+
+    budget: float
+    macs: float
+    """Share of the static twin's."""
+    ms: float
+    """nan where nothing was timed."""
+    score: float
+    """As it is written at the axis, which `score_name` is the name of."""
+
+
 def plot_curve(
     path: str | os.PathLike,
-    curves: dict[str, Sequence[Point]],
+    curves: Mapping[str, Sequence[Mark]],
     *,
-    static_score: float | None = None,
-    score_name: str = "mIoU",
+    twin: tuple[float, float | None],
+    score_name: str = "mIoU, %",
     title: str = "",
 ) -> None:
     """Score over MACs and over latency, one line per curve (the first is the model's own), the static twin as a star.
 
-    The twin's score is unknown (None) when no trained twin was given; then only its MACs and latency are marked.
+    `twin` is its latency and its score, which is unknown (None) when no trained twin was given; then only its MACs and
+    latency are marked. Without latencies only the MACs are shown.
     """
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    timed = not math.isnan(twin[0])
+    figure = Figure(figsize=(10 if timed else 5.5, 4.6), layout="constrained")
     if title:
         figure.suptitle(title, fontsize=11)
-    own = next(iter(curves.values()))
-    twin_macs, twin_ms = own[0].static_macs, own[0].static_latency_ms_p50
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, pick, twin in (
-        (left, lambda point: 100 * point.macs / twin_macs, 100.0),
-        (right, lambda point: point.latency_ms_p50, twin_ms),
-    ):
+    panels = figure.subplots(1, 1 + timed, sharey=True, squeeze=False)[0]
+    marks = ["macs", "ms"][: len(panels)]
+    for axes, place, of_twin in zip(panels, marks, (100.0, twin[0]), strict=False):
         style(axes)
         for index, (label, points) in enumerate(curves.items()):
             points = sorted(points, key=lambda point: point.macs)
+            at = [100 * point.macs if place == "macs" else point.ms for point in points]
             axes.plot(
-                [pick(point) for point in points],
-                [100 * point.score for point in points],
+                at,
+                [point.score for point in points],
                 color=LINES[index % len(LINES)],
                 marker=MARKERS[index % len(MARKERS)],
                 markersize=7,
@@ -200,28 +170,35 @@ def plot_curve(
                 zorder=3,
             )
             if index == 0 and len(points) > 1:
-                for point in points:
-                    axes.annotate(
-                        f"{point.budget:g}",
-                        (pick(point), 100 * point.score),
-                        xytext=(6, -12),
-                        textcoords="offset points",
-                        fontsize=9,
-                        color=LINES[0],
-                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
-                    )
-        if static_score is None:
-            axes.axvline(twin, color="#555555", linestyle=":", label="static twin (not trained)")
+                _name_budgets(axes, at, points)
+        if twin[1] is None:
+            axes.axvline(of_twin, color="#555555", linestyle=":", label="static twin (not trained)")
         else:
-            axes.axhline(100 * static_score, color="#555555", linestyle=":", linewidth=1)
-            axes.plot([twin], [100 * static_score], "*", color="black", markersize=14, label="static twin", zorder=4)
+            axes.axhline(twin[1], color="#555555", linestyle=":", linewidth=1)
+            axes.plot([of_twin], [twin[1]], "*", color="black", markersize=14, label="static twin", zorder=4)
         axes.set_xlim(0, 1.05 * axes.dataLim.x1)  # room for the marker of the largest
         axes.margins(y=0.15)
-    left.set_xlabel("MACs per image, % of the static twin")
-    left.set_ylabel(f"{score_name}, %")
-    right.set_xlabel("latency per image at batch 1, ms (median)")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        axes.set_xlabel(
+            "MACs per image, % of the static twin" if place == "macs" else "latency per image at batch 1, ms (median)"
+        )
+    panels[0].set_ylabel(score_name)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )
     figure.savefig(path, dpi=150)
+
+
+def _name_budgets(axes: Axes, at: Sequence[float], points: Sequence[Mark]) -> None:
+    for x, point in zip(at, points, strict=True):
+        axes.annotate(
+            f"{point.budget:g}",
+            (x, point.score),
+            xytext=(6, -12),
+            textcoords="offset points",
+            fontsize=9,
+            color=LINES[0],
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
+        )
 
 
 def engineering(values: float) -> tuple[float, str]:
@@ -260,6 +237,19 @@ def _show_compute(axes: Axes, image: np.ndarray, heat: np.ndarray, top: float) -
     shade = 0.45 + 0.55 * image.astype(np.float32).mean(-1, keepdims=True) / 255
     axes.imshow(colours.to_rgba(heat)[..., :3] * shade, interpolation="nearest")
     return colours
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One picture of the split, as `plot_heatmaps` wants it."""
+
+    name: str
+    """easiest, median or hardest: the fewest, the median and the most MACs."""
+    macs: float
+    image: np.ndarray
+    mask: np.ndarray
+    prediction: np.ndarray
+    heat: np.ndarray
 
 
 def plot_heatmaps(

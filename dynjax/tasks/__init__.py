@@ -1,84 +1,127 @@
 """Tasks: what is to be predicted, its loss and its scores. A training loop takes any of them."""
 
 import dataclasses
-import types
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from dynjax import models
-from dynjax.config import Config, UserError
+from dynjax.config import BudgetConfig, Config, UserError
 from dynjax.data.source import Source, size_of, target_of
+from dynjax.models.rules import OfPictures
+from dynjax.models.vqvae import VQVAEConfig
+from dynjax.tasks.autoregressive import AutoregressiveTask
+from dynjax.tasks.classification import ClassificationTask
+from dynjax.tasks.reconstruction import ReconstructionTask
+from dynjax.tasks.segmentation import SegmentationTask, class_frequencies, class_weights
+from dynjax.tasks.task import Batch, Player, Shown, Task
 
-__all__ = ["make_task", "refuse_unused"]
+__all__ = ["Batch", "Player", "Shown", "Task", "make_task", "refuse_unused", "register"]
+
+
+@runtime_checkable
+class Make(Protocol):
+    """Makes the task of a row from a source of its data, for training or only to evaluate. Raises UserError."""
+
+    def __call__(self, config: Config, source: Source, training: bool, /) -> Task: ...
+
+
+_TASKS: dict[str, tuple[Make, frozenset[str]]] = {}
+
+
+def register(name: str, make: Make, uses: frozenset[str] = frozenset()) -> None:
+    """Give tasks a name, which families of models have as their `task`; `uses` names the options of the loss that it
+    looks at, such as "loss.dice", whatever the model."""
+    _TASKS[name] = make, uses
 
 
 def refuse_unused(config: Config) -> None:
     """Raises UserError for an option of the loss or the budget that is set, and that nothing of the row looks at."""
-    from dynjax.tasks import autoregressive, classification, reconstruction, segmentation
-
-    parts: dict[str, types.ModuleType] = dict(
-        autoregressive=autoregressive,
-        classification=classification,
-        reconstruction=reconstruction,
-        segmentation=segmentation,
-    )
-    used = parts[models.task_of(config.model)].USES | models.uses(config.model)
-    for part in ("loss", "budget"):
-        own = getattr(config, part)
+    used = _kind(config)[1] | models.uses(config.model)
+    for part, own in (("loss", config.loss), ("budget", config.budget)):
         for field in dataclasses.fields(own):
-            name, value = f"{part}.{field.name}", getattr(own, field.name)
+            name, value = f"{part}.{field.name}", vars(own)[field.name]
             if name not in used and value != field.default:
                 row = f"row {config.row} ({models.describe(config.model)})"
                 raise UserError(f"--{name.replace('_', '-')} {value}: {row} does not use it; leave it out")
 
 
-def make_task(config: Config, source: Source, *, training: bool = True) -> Any:
-    """The task that belongs to what `source` has to be predicted. Raises UserError where the row's model cannot do it.
+def make_task(config: Config, source: Source, *, training: bool = True) -> Task:
+    """The task that the row's model is for. Raises UserError where `source` does not fit it.
 
-    For training, the source must have two classes, in its names and in its masks or labels, and class weights are
+    For training, a source of classes must have two, in its names and in its masks or labels, and class weights are
     measured on it.
     """
-    from dynjax.tasks import autoregressive, classification, reconstruction, segmentation
+    return _kind(config)[0](config, source, training)
 
+
+def _kind(config: Config) -> tuple[Make, frozenset[str]]:
     name = models.task_of(config.model)
-    if name in ("autoregressive", "reconstruction"):
-        if (size := size_of(source)) != tuple(config.model.shape[:2]):
-            height, width = size
-            raise UserError(
-                f"row {config.row} draws pictures of {'x'.join(map(str, config.model.shape[:2]))} and those of "
-                f"data.name={config.data.name} are {height}x{width}: give --data.size or --model.shape"
-            )
-        if name == "reconstruction":
-            return reconstruction.ReconstructionTask(config.model.commitment)
-        return autoregressive.AutoregressiveTask()
-    segments = name == "segmentation"
-    role = source.spec[target_of(source.spec)].role
-    if segments != (role == "mask"):
-        what = "pictures with masks" if segments else "pictures with one label each"
+    if name not in _TASKS:
+        raise UserError(f"row {config.row}: task {name!r} is not registered: there are {', '.join(sorted(_TASKS))}")
+    return _TASKS[name]
+
+
+def _autoregressive(config: Config, source: Source, training: bool) -> Task:
+    _check_size(config, source)
+    return AutoregressiveTask()
+
+
+def _reconstruction(config: Config, source: Source, training: bool) -> Task:
+    _check_size(config, source)
+    assert isinstance(config.model, VQVAEConfig)
+    return ReconstructionTask(config.model.commitment)
+
+
+def _classification(config: Config, source: Source, training: bool) -> Task:
+    _check_target(config, source, "label", "pictures with one label each", training)
+    return ClassificationTask(tuple(source.classes), config.loss, _spends(config))
+
+
+def _segmentation(config: Config, source: Source, training: bool) -> Task:
+    _check_target(config, source, "mask", "pictures with masks", training)
+    classes, kind = tuple(source.classes), config.loss.class_weights
+    weights = class_weights(kind, class_frequencies(source)) if training and kind != "none" else None
+    return SegmentationTask(len(classes), classes, config.loss, weights, _spends(config))
+
+
+_OF_CLASSES = frozenset({"loss.cross_entropy", "loss.label_smoothing"})
+register("autoregressive", _autoregressive)
+register("classification", _classification, _OF_CLASSES)
+register("reconstruction", _reconstruction)
+register("segmentation", _segmentation, _OF_CLASSES | {"loss.dice", "loss.class_weights"})
+
+
+def _spends(config: Config) -> BudgetConfig | None:
+    return None if models.is_static(config.model) else config.budget
+
+
+def _check_size(config: Config, source: Source) -> None:
+    """Raises UserError where pictures have another size than those that the model draws."""
+    assert isinstance(config.model, OfPictures)
+    (height, width), shape = size_of(source), config.model.shape
+    if (height, width) != tuple(shape[:2]):
+        raise UserError(
+            f"row {config.row} draws pictures of {'x'.join(map(str, shape[:2]))} and those of "
+            f"data.name={config.data.name} are {height}x{width}: give --data.size or --model.shape"
+        )
+
+
+def _check_target(config: Config, source: Source, role: str, what: str, training: bool) -> None:
+    """One class alone is learnt to 100% by any model. Raises UserError."""
+    field = source.spec[target_of(source.spec)]
+    if field.role != role:
         raise UserError(
             f"row {config.row} ({config.model.family}) needs {what}; data.name={config.data.name} has a "
-            f"{role} for each picture"
+            f"{field.role} for each picture"
         )
-    if training:
-        _check_classes(config, source)
-    spends = None if models.is_static(config.model) else config.budget
-    classes = tuple(source.classes)
-    if not segments:
-        return classification.ClassificationTask(classes, config.loss, spends)
-    weights = None
-    if training and config.loss.class_weights != "none":
-        weights = segmentation.class_weights(config.loss.class_weights, segmentation.class_frequencies(source))
-    return segmentation.SegmentationTask(len(classes), classes, config.loss, weights, spends)
-
-
-def _check_classes(config: Config, source: Source) -> None:
-    """One class alone is learnt to 100% by any model. Raises UserError."""
-    names, seen, target = tuple(source.classes), source.seen, source.spec[target_of(source.spec)]
+    if not training:
+        return
+    names, seen = tuple(source.classes), source.seen
     if len(names) < 2:
         what = f"one class alone, {names[0]}" if names else "no class"
     elif seen is not None and len(seen) < 2:
-        what = f"{len(names)} classes, of which only {names[min(seen)]} occurs in its {target.role}s"
-        if target.ignored is not None:
-            what += f" ({target.ignored} marks ignored pixels)"
+        what = f"{len(names)} classes, of which only {names[min(seen)]} occurs in its {role}s"
+        if field.ignored is not None:
+            what += f" ({field.ignored} marks ignored pixels)"
     else:
         return
     raise UserError(

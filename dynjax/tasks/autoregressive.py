@@ -4,7 +4,8 @@ Letters: B examples, H W pixels.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dynjax.core import budget
-from dynjax.models.likelihoods import OfIntegers, Predicts, quantise
-
-USES: frozenset[str] = frozenset()
-"""Options of the loss that the task looks at, whatever the model."""
+from dynjax.models.likelihoods import OfIntegers, quantise
+from dynjax.tasks.task import Batch, Loss, Player, Progress, Scores, Shown
 
 
 def integers(model: OfIntegers, image: Array) -> Array:
@@ -43,7 +42,7 @@ def training_nats(model: OfIntegers, image: Array, label: Array, key: PRNGKeyArr
     learnt to look at those who left early. The model is left with all going on.
     """
     x = integers(model, image)
-    if not isinstance(model, Predicts):
+    if not hasattr(model, "predictions"):
         return nats(model, x, label)
     each = model.predictions(x, label) if model.classes else model.predictions(x)
     first, *others = [-model.likelihood.log_prob(params, x).sum((1, 2)) for params in each]
@@ -59,39 +58,50 @@ def training_nats(model: OfIntegers, image: Array, label: Array, key: PRNGKeyArr
 
 @dataclasses.dataclass(frozen=True)
 class AutoregressiveTask:
-    """What a training loop needs of a model of pixels: `loss`, `prepare`, `infer`, `counts` and `scores`.
+    """The bits of a picture (see `Task`): batches are {"image" (B, H, W, 3), "label" (B,)}.
 
     Bits per dimension are -log2 p(picture) / (H W C), of the integers that the model has: of black and white pictures
     they are not those of bytes.
     """
 
-    target: ClassVar[str] = "label"
     score: ClassVar[str] = "bits_per_dim"
     score_name: ClassVar[str] = "bits/dim"
+    percent: ClassVar[bool] = False
+    timed: ClassVar[tuple[int, ...]] = ()
+    """How long drawing takes is a matter of samplers."""
     budget: ClassVar[None] = None
 
-    def loss(
-        self, model: OfIntegers, batch: dict[str, Any], key: PRNGKeyArray, progress: Float[Array, ""] | float
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Bits per dimension of a batch {"image" (B, H, W, 3), "label" (B,)}, and metrics."""
+    @property
+    def players(self) -> tuple[Player, ...]:
+        return (Player("model", self.loss),)
+
+    def loss(self, model: OfIntegers, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
+        """Bits per dimension, and metrics."""
         bits = training_nats(model, batch["image"], batch["label"], key).mean() / (np.log(2) * np.prod(model.shape))
         return bits, {"loss": bits, "bits_per_dim": bits, "macs_fraction": jnp.float32(1)}
 
-    def prepare(self, model: OfIntegers, batch: dict[str, Any]) -> dict[str, Any]:
+    def prepare(self, model: OfIntegers, batch: Batch) -> Batch:
         """The batch with "x", its pictures as integers. Where an encoder makes them, that is no work of the model's."""
-        return batch | {"x": integers(model, batch["image"])}
+        return {**batch, "x": integers(model, batch["image"])}
 
-    def infer(self, model: OfIntegers, batch: dict[str, Any]) -> Float[Array, "B H W P"]:
+    def infer(self, model: OfIntegers, batch: Batch) -> Float[Array, "B H W P"]:
         """Parameters of every pixel's distribution."""
         return model(batch["x"], batch["label"]) if model.classes else model(batch["x"])
 
-    def counts(self, model: OfIntegers, output: Array, batch: dict[str, Any]) -> Float[Array, "2"]:
+    def counts(self, model: OfIntegers, output: Array, batch: Batch) -> Float[Array, "2"]:
         """Bits and dimensions of the batch's pictures; blank ones, with label -1, are not in them."""
         valid = batch["label"] >= 0
         nats = -model.likelihood.log_prob(output, batch["x"]).sum((1, 2))
         return jnp.stack([jnp.where(valid, nats, 0).sum() / np.log(2), valid.sum() * float(np.prod(model.shape))])
 
-    def scores(self, counts: np.ndarray) -> dict[str, Any]:
+    def scores(self, counts: np.ndarray) -> Scores:
         """`bits_per_dim` of the sum of the batches' counts; nan without an example."""
         bits, dimensions = np.asarray(counts, np.float64)
         return {"bits_per_dim": float(bits / dimensions) if dimensions else np.nan}
+
+    def show(self, folder: Path, shown: Shown) -> str:
+        """No picture: `experiments.sample` draws them. The same in nats, and of how many values they are."""
+        model, bits = shown.model, shown.scores["bits_per_dim"]
+        assert isinstance(model, OfIntegers)
+        nats = bits * float(np.prod(model.shape)) * np.log(2)
+        return f"{bits:.4f} bits/dim of {model.likelihood.values} values are {nats:.2f} nats a picture"

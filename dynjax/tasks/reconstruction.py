@@ -4,7 +4,8 @@ Letters: B examples, H W pixels, N counts.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,12 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dynjax.models.vqvae import VQVAE, Reconstruction
-
-USES: frozenset[str] = frozenset()
-"""Options of the loss that the task looks at, whatever the model."""
+from dynjax.tasks.task import Batch, Loss, Player, Progress, Scores, Shown
 
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructionTask:
-    """What a training loop needs of a VQ-VAE: `loss`, `prepare`, `infer`, `counts` of a batch, `scores` of many.
+    """The picture through a VQ-VAE (see `Task`): batches are {"image" (B, H, W, 3), "label" (B,)}.
 
     PSNR is 10 log10(1 / mean squared error) of pictures from 0 to 1, in dB. The codebook's perplexity is exp(entropy)
     of how often each code is used: as many codes, used alike, would have it.
@@ -27,15 +26,18 @@ class ReconstructionTask:
 
     commitment: float = 0.25
 
-    target: ClassVar[str] = "label"
     score: ClassVar[str] = "psnr"
     score_name: ClassVar[str] = "PSNR"
+    percent: ClassVar[bool] = False
+    timed: ClassVar[tuple[int, ...]] = ()
     budget: ClassVar[None] = None
 
-    def loss(
-        self, model: VQVAE, batch: dict[str, Any], key: PRNGKeyArray, progress: Float[Array, ""] | float
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Squared error, codebook and commitment (van den Oord et al. 2017, eq. 3) of a batch {"image" (B, H, W, 3)}.
+    @property
+    def players(self) -> tuple[Player, ...]:
+        return (Player("model", self.loss),)
+
+    def loss(self, model: VQVAE, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
+        """Squared error, codebook and commitment (van den Oord et al. 2017, eq. 3), and metrics.
 
         The squared error is that of a normal distribution of a tenth of the brightness' range: the losses weigh alike.
         """
@@ -45,24 +47,23 @@ class ReconstructionTask:
         psnr = -10 * jnp.log10(error)
         return loss, {"loss": loss, "psnr": psnr, "commitment": found.commitment, "macs_fraction": jnp.float32(1)}
 
-    def prepare(self, model: VQVAE, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch as it is."""
+    def prepare(self, model: VQVAE, batch: Batch) -> Batch:
         return batch
 
-    def infer(self, model: VQVAE, batch: dict[str, Any]) -> Reconstruction:
+    def infer(self, model: VQVAE, batch: Batch) -> Reconstruction:
         """The pictures once more."""
         return model(batch["image"])
 
-    def counts(self, model: VQVAE, found: Reconstruction, batch: dict[str, Any]) -> Float[Array, " N"]:
+    def counts(self, model: VQVAE, output: Reconstruction, batch: Batch) -> Float[Array, " N"]:
         """Squared error and numbers of the batch's pictures, and uses of every code; blank ones, with label -1, are not
         in them."""
         valid = (batch["label"] >= 0).astype(jnp.float32)
-        error = ((found.image - model.pixels(batch["image"])) ** 2).sum((1, 2, 3))
-        used = jax.nn.one_hot(found.codes, len(model.codebook)).sum((1, 2))
+        error = ((output.image - model.pixels(batch["image"])) ** 2).sum((1, 2, 3))
+        used = jax.nn.one_hot(output.codes, len(model.codebook)).sum((1, 2))
         sums = jnp.stack([error @ valid, valid.sum() * float(np.prod(model.shape))])
         return jnp.concatenate([sums, valid @ used])
 
-    def scores(self, counts: np.ndarray) -> dict[str, Any]:
+    def scores(self, counts: np.ndarray) -> Scores:
         """`psnr`, `mse` and `perplexity` of the sum of the batches' counts; nan without an example."""
         error, numbers, *used = np.asarray(counts, np.float64)
         if not numbers:
@@ -71,3 +72,6 @@ class ReconstructionTask:
         mse = error / numbers
         perplexity = float(np.exp(-(share * np.log(share)).sum()))
         return {"psnr": float(-10 * np.log10(mse)), "mse": float(mse), "perplexity": perplexity}
+
+    def show(self, folder: Path, shown: Shown) -> str:
+        return ""

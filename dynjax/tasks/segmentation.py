@@ -6,6 +6,7 @@ Axis letters: B batch, H W pixels, C classes.
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -13,21 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 from dynjax.config import BudgetConfig, LossConfig
 from dynjax.data.source import Source, read
-from dynjax.tasks import spending
+from dynjax.show import report
+from dynjax.tasks.objective import objective
+from dynjax.tasks.task import Batch, Loss, Player, Progress, Scores, Shown
 
 LARGEST_CLASS_WEIGHT = 10.0
 """A class's weight stops here, in units of the average pixel's, so that a few pixels do not rule a step's gradient."""
 
 POWERS = {"sqrt": -0.5, "inverse": -1.0}
 """Of a class's frequency: its weight, but for the scale and the cap."""
-
-
-USES = frozenset({"loss.cross_entropy", "loss.dice", "loss.class_weights", "loss.label_smoothing"})
-"""Options of the loss that the task looks at, whatever the model."""
 
 
 def cross_entropy(
@@ -152,7 +151,7 @@ def class_weights(kind: str, frequencies: Float[np.ndarray, " C"]) -> tuple[floa
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationTask:
-    """What a training loop needs of segmentation: `loss`, `prepare`, `infer`, `counts` of a batch, `scores` of many."""
+    """A class for every pixel (see `Task`): batches are {"image" (B, H, W, 3), "mask" (B, H, W)}."""
 
     num_classes: int
     class_names: tuple[str, ...]
@@ -161,34 +160,18 @@ class SegmentationTask:
     budget: BudgetConfig | None = None
     """What the model may spend; None for a static model, which is not traced."""
 
-    target: ClassVar[str] = "mask"
-    """What of an example is to be predicted."""
     score: ClassVar[str] = "miou"
-    """The score that counts, and its name in tables."""
     score_name: ClassVar[str] = "mIoU"
+    percent: ClassVar[bool] = True
+    timed: ClassVar[tuple[int, ...]] = (1,)
 
-    def loss(
-        self, model: nnx.Module, batch: dict[str, Any], key: PRNGKeyArray, progress: Float[Array, ""] | float
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Loss and metrics of a batch {"image" (B,H,W,3), "mask" (B,H,W)}; `progress` of the training is 0 to 1.
+    @property
+    def players(self) -> tuple[Player, ...]:
+        return (Player("model", self.loss),)
 
-        The model is in its training view, and its statistics and random counts move on; for the budget see
-        `spending.within_budget`.
-        """
-        spent, more = {"macs_fraction": 1.0}, {}
-        budget_loss: Array | float = 0.0
-        if self.budget is None:
-            logits = model(batch["image"])
-        else:
-            logits, decisions, spent, budget_loss = spending.within_budget(
-                lambda model, image: model(image), model, batch["image"], self.budget, key, progress
-            )
-            more = spending.auxiliary(self.losses, model, decisions)
-        task_loss = self.task_loss(logits, batch["mask"])
-        loss = task_loss + budget_loss + sum(more.values(), jnp.float32(0))
-        metrics = {"loss": loss, "task_loss": task_loss, "budget_loss": budget_loss, **more, **spent}
-        metrics["pixel_accuracy"] = _pixel_accuracy(logits, batch["mask"])
-        return loss, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+    def loss(self, model: nnx.Module, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
+        """Loss and metrics of a batch: see `objective`."""
+        return objective(self, model, batch, key, progress)
 
     def task_loss(self, logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -> Float[Array, ""]:
         """The weighted sum of cross-entropy and soft Dice."""
@@ -201,25 +184,53 @@ class SegmentationTask:
         ]
         return sum((weight * term() for weight, term in terms if weight), jnp.float32(0))
 
-    def confusion(self, logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -> Int[Array, "C C"]:
-        """`confusion_matrix` of a batch."""
-        return confusion_matrix(logits, mask)
+    def average(self, outputs: Sequence[Array], batch: Batch) -> Float[Array, ""]:
+        """`task_loss` of the whole batch, the mean over outputs."""
+        first, *others = [self.task_loss(logits, batch["mask"]) for logits in outputs]
+        return sum(others, first) / len(outputs)
 
-    def prepare(self, model: nnx.Module, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch as it is."""
+    def each(self, outputs: Sequence[Array], batch: Batch) -> Float[Array, "B outputs"]:
+        """`task_loss` of every picture by itself."""
+        alone = jax.vmap(lambda logits, mask: self.task_loss(logits[None], mask[None]))
+        return jnp.stack([alone(logits, batch["mask"]) for logits in outputs], 1)
+
+    def valid(self, batch: Batch) -> Bool[Array, " B"]:
+        return (batch["mask"] >= 0).any((1, 2))
+
+    def correct(self, output: Float[Array, "B H W C"], batch: Batch) -> Float[Array, " B"]:
+        return jax.vmap(_pixel_accuracy)(output, batch["mask"])
+
+    def metrics(self, outputs: Sequence[Array], batch: Batch) -> dict[str, Array]:
+        return {"pixel_accuracy": _pixel_accuracy(outputs[-1], batch["mask"])}
+
+    def prepare(self, model: nnx.Module, batch: Batch) -> Batch:
         return batch
 
-    def infer(self, model: nnx.Module, batch: dict[str, Any]) -> Float[Array, "B H W C"]:
+    def infer(self, model: nnx.Module, batch: Batch) -> Float[Array, "B H W C"]:
         """The logits of a batch."""
         return model(batch["image"])
 
-    def counts(self, model: nnx.Module, logits: Float[Array, "B H W C"], batch: dict[str, Any]) -> Int[Array, "C C"]:
-        """What `scores` takes the sum of: `confusion` of a batch."""
-        return self.confusion(logits, batch["mask"])
+    def counts(self, model: nnx.Module, output: Float[Array, "B H W C"], batch: Batch) -> Int[Array, "C C"]:
+        """`confusion_matrix` of a batch."""
+        return confusion_matrix(output, batch["mask"])
 
-    def scores(self, confusion: Num[np.ndarray, "C C"]) -> dict[str, Any]:
+    def scores(self, counts: Num[np.ndarray, "C C"]) -> Scores:
         """`scores` of the sum of the batches' confusion matrices."""
-        return scores(confusion)
+        return scores(counts)
+
+    def show(self, folder: Path, shown: Shown) -> str:
+        """heatmaps.png, and as examples/*.png its pictures: the fewest, the median and the most MACs."""
+        order = np.argsort(shown.macs, kind="stable")
+        chosen = {"easiest": order[0], "median": order[len(order) // 2], "hardest": order[-1]}
+        batch, logits, heat = shown.examine([int(index) for index in chosen.values()])
+        found = zip(batch["image"], batch["mask"], logits.argmax(-1), heat, strict=True)
+        examples = [
+            report.Example(name, float(shown.macs[index]), *map(np.asarray, each))
+            for (name, index), each in zip(chosen.items(), found, strict=True)
+        ]
+        report.plot_heatmaps(folder / "heatmaps.png", examples, class_names=self.class_names, title=shown.title)
+        report.save_pictures(folder / "examples", {example.name: example.image for example in examples})
+        return "heatmaps.png examples/"
 
 
 def _check_shapes(logits: Any, mask: Any) -> None:
@@ -227,6 +238,6 @@ def _check_shapes(logits: Any, mask: Any) -> None:
         raise ValueError(f"logits {logits.shape} are not the mask's shape {mask.shape} and one axis of classes")
 
 
-def _pixel_accuracy(logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -> Float[Array, ""]:
+def _pixel_accuracy(logits: Float[Array, "... H W C"], mask: Int[Array, "... H W"]) -> Float[Array, ""]:
     """Share of the pixels that count whose class is right; 0 if none counts."""
     return ((logits.argmax(-1) == mask) & (mask >= 0)).sum() / jnp.maximum((mask >= 0).sum(), 1)

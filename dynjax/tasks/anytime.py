@@ -6,7 +6,7 @@ Letters: B batch, E exits, N pictures, K classes.
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float
 
+from dynjax.core import views
 from dynjax.core.budget import solve_threshold
 from dynjax.core.trace import traced
 from dynjax.ops import Exits
-
-
-@runtime_checkable
-class Predicts(Protocol):
-    """A model that can say what each of its exits predicts."""
-
-    def predictions(self, x: jax.Array, /) -> list[jax.Array]: ...
+from dynjax.show import gallery, report
+from dynjax.tasks.objective import Predicts
+from dynjax.tasks.task import Shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,3 +126,23 @@ def anytime(outputs: ExitOutputs) -> list[ExitPoint]:
         _point(outputs, np.full(examples, number), budget=nan, exit=float(number), threshold=nan)
         for number in range(exits)
     ]
+
+
+def show(folder: Path, shown: Shown) -> str:
+    """budgeted.csv, anytime.csv and exits.png; says what it wrote."""
+    model = views.masked(shown.model)
+    outputs = read_exits(model, shown.batches(shown.source))
+    curves = {
+        "budgeted": budgeted(read_exits(model, shown.batches(shown.calibration)), outputs),
+        "anytime": anytime(outputs),
+    }
+    for name, points in curves.items():
+        report.write_points(folder / f"{name}.csv", points)
+    labels = {"budgeted": "budgeted batch: each picture its exit", "anytime": "anytime: one exit for all"}
+    gallery.plot_exits(
+        folder / "exits.png",
+        {labels[name]: [(point.macs, point.score) for point in each] for name, each in curves.items()},
+        static=shown.twin,
+        title=shown.title,
+    )
+    return "budgeted.csv anytime.csv exits.png"

@@ -1,0 +1,136 @@
+"""What an evaluation leaves: points of curve.csv and latency.csv, and tables for a terminal."""
+
+import csv
+import dataclasses
+import os
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dynjax.config import UserError
+from dynjax.core.deploy import Report
+from dynjax.show.report import table
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One row of curve.csv: a checkpoint at one budget. MACs are per image, latency is in ms per image at batch 1.
+
+    What was not measured is nan, and an empty cell: latency of a task that is not timed, pixel accuracy but of
+    segmentation.
+    """
+
+    budget: float
+    """Share of the static twin's MACs that was asked for."""
+    score: float
+    """The task's: mIoU or accuracy, in [0, 1]; bits/dim; PSNR."""
+    pixel_accuracy: float
+    macs: float
+    """Mean over the split; so are macs_p95 and macs_max its 95th percentile and its maximum."""
+    macs_fraction: float
+    """`macs` as a share of the static twin's."""
+    latency_ms_p50: float
+    latency_ms_p95: float
+    static_latency_ms_p50: float
+    """The static twin's, timed in the same run, alternating with this one picture by picture."""
+    speedup: float
+    """static_latency_ms_p50 / latency_ms_p50."""
+    met: bool
+    """Whether the mean MACs on the calibration pictures met the budget."""
+    macs_p95: float
+    macs_max: float
+    static_macs: float
+    images: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """One row of latency.csv: a checkpoint at one budget, in ms per image, whole batches of one size timed."""
+
+    budget: float
+    batch: int
+    latency_ms_p50: float
+    static_latency_ms_p50: float
+    """The static twin's, timed in the same run, alternating batch by batch."""
+    speedup: float
+
+
+def read_curve(path: str | os.PathLike) -> list[Point]:
+    """The points of a curve.csv. Raises UserError when it is missing or is not one."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        truth = {"True": True, "False": False}
+        read: dict[type, Callable[[str], Any]] = {
+            float: lambda text: float(text or "nan"),
+            int: int,
+            bool: truth.__getitem__,
+        }
+        kinds = typing.get_type_hints(Point)
+        points = [Point(**{name: read[kind](row[name]) for name, kind in kinds.items()}) for row in rows]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; experiments.evaluate writes it") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no curve.csv of experiments.evaluate: {error!r}") from None
+    if not points:
+        raise UserError(f"{path} holds no line: evaluate its workdir again")
+    return points
+
+
+def curve_table(points: Sequence[Point], score_name: str = "mIoU", percent: bool = True) -> str:
+    """What `experiments.evaluate` ends in: one line per budget. What nobody measured is left out."""
+    score = (f"{score_name} %", 100, 1) if percent else (score_name, 1, 4)
+    columns: dict[str, Callable[[Point], str]] = {
+        "budget": lambda p: f"{p.budget:g}",
+        score[0]: lambda p: f"{score[1] * p.score:.{score[2]}f}",
+        "pixel acc. %": lambda p: f"{100 * p.pixel_accuracy:.1f}",
+        "MMAC/image": lambda p: f"{p.macs / 1e6:.{1 if p.static_macs >= 1e6 else 3}f}",
+        "of static %": lambda p: f"{100 * p.macs_fraction:.1f}",
+        "ms p50": lambda p: f"{p.latency_ms_p50:.2f}",
+        "ms p95": lambda p: f"{p.latency_ms_p95:.2f}",
+        "static ms": lambda p: f"{p.static_latency_ms_p50:.2f}",
+        "speed-up": lambda p: f"{p.speedup:.2f}x",
+        "met": lambda p: "yes" if p.met else "no",
+    }
+    cells = {name: [cell(point) for point in points] for name, cell in columns.items()}
+    known = {name: each for name, each in cells.items() if not set(each) <= {"nan", "nanx"}}
+    return table(list(known), list(zip(*known.values(), strict=True)))
+
+
+def latency_table(latencies: Sequence[Latency]) -> str:
+    """Milliseconds per image at every batch size that was timed, and how much faster than the static twin."""
+    sizes = list(dict.fromkeys(each.batch for each in latencies))
+    found = {(each.budget, each.batch): each for each in latencies}
+    header = ["ms per image", *(f"batch {size}" for size in sizes), *(f"speed-up at {size}" for size in sizes)]
+    rows = []
+    for budget in dict.fromkeys(each.budget for each in latencies):
+        own = [found[budget, size] for size in sizes]
+        rows.append(
+            [
+                f"budget {budget:g}",
+                *(f"{each.latency_ms_p50:.2f}" for each in own),
+                *(f"{each.speedup:.2f}x" for each in own),
+            ]
+        )
+    return table(header, rows)
+
+
+def layer_table(shares: dict[float, dict[str, dict[str, float]]]) -> str:
+    """What each dynamic layer kept at each budget."""
+    paths = next(iter(shares.values()))
+    rows = [[path, *(f"{100 * each[path]['kept']:.0f}" for each in shares.values())] for path in paths]
+    return table(["% of units kept", *(f"at {budget:g}" for budget in shares)], rows)
+
+
+def calibration_table(reports: Mapping[float, Report]) -> str:
+    """What each budget came to on the calibration pictures, in MMAC per image."""
+    rows = [
+        [
+            f"{budget:g}",
+            *(f"{value / 1e6:.1f}" for value in (each.mean, each.p95, each.max, each.full)),
+            f"{each.threshold:.2f}",
+            "yes" if each.met else "no",
+        ]
+        for budget, each in reports.items()
+    ]
+    return table(["on calibration", "mean MMAC", "p95", "max", "all kept", "threshold", "met"], rows)

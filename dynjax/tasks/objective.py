@@ -1,0 +1,128 @@
+"""The training objective of a model that decides: schedules, the step's budget, and what its modules add to the loss.
+
+One for every task: what a kind of dynamics needs in training comes from its modules (`dynjax.core.training`).
+Letters: B examples.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from dynjax.config import BudgetConfig, LossConfig
+from dynjax.core import budget, training, views
+from dynjax.core.trace import Trace, traced
+from dynjax.core.training import Call, Weighs
+from dynjax.tasks.task import Batch, Loss, Output, Progress
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A model with several outputs, all of which are trained: exits, or the states of a block applied again."""
+
+    def predictions(self, x: jax.Array, /) -> list[jax.Array]: ...
+
+
+@runtime_checkable
+class Supervised(Protocol):
+    """What a task says of a model's outputs."""
+
+    @property
+    def losses(self) -> LossConfig: ...
+
+    @property
+    def budget(self) -> BudgetConfig | None: ...
+
+    def average(self, outputs: Sequence[Output], batch: Batch, /) -> Float[Array, ""]:
+        """The loss, a mean over what counts of the batch and over the outputs."""
+        ...
+
+    def each(self, outputs: Sequence[Output], batch: Batch, /) -> Float[Array, "B outputs"]:
+        """The loss of every example by itself."""
+        ...
+
+    def valid(self, batch: Batch, /) -> Bool[Array, " B"]:
+        """Which examples count."""
+        ...
+
+    def correct(self, output: Output, batch: Batch, /) -> Array:
+        """How right the output is for each example, (B,): true and false, or a share."""
+        ...
+
+    def metrics(self, outputs: Sequence[Output], batch: Batch, /) -> dict[str, Array]: ...
+
+
+def run(model: nnx.Module, batch: Batch) -> list[Output]:
+    """All outputs that are trained of a model of pictures."""
+    return model.predictions(batch["image"]) if isinstance(model, Predicts) else [model(batch["image"])]
+
+
+def objective(task: Supervised, model: nnx.Module, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
+    """Loss and metrics of a batch; the model is in its training view, and its statistics and random counts move on.
+
+    With a budget that is sampled, the target of the step is drawn from `key`, in [target, 1] and more often near
+    `target`, and the gates' threshold moves with it; the model is left at the threshold of the row's own target, ready
+    to be evaluated or saved.
+    """
+    training.schedule(model, progress)
+    # Who weighs the outputs answers for what they cost.
+    weighs = isinstance(model, Predicts) and any(isinstance(op, Weighs) for _, op in nnx.iter_modules(model))
+    spends = None if weighs else task.budget
+    target: Array | float = 1.0 if spends is None else spends.target
+    if spends is not None and spends.sampled:
+        # The square: low budgets are the hard ones, so they come more often.
+        target = target + (1 - target) * jax.random.uniform(key) ** 2
+        budget.set_threshold(model, budget.sampled_threshold(target))
+    more: dict[str, Array] = {}
+    if task.budget is None and not weighs:
+        outputs, trace = run(model, batch), None
+        task_loss = task.average(outputs, batch)
+    else:
+        outputs, trace = traced(run)(model, batch)
+        task_loss, more = _contributed(task, model, batch, outputs, trace)
+    if spends is not None and spends.sampled:
+        budget.set_threshold(model, budget.sampled_threshold(spends.target))
+    spent: dict[str, Any] = {"macs_fraction": 1.0}
+    budget_loss: Array | float = 0.0
+    if spends is not None and trace is not None and any(d.full_macs for d in trace.decisions.values()):
+        spent = {"target": target, **budget.statistics(trace)}
+        if not training.rewarded(model):
+            budget_loss = spends.weight * budget.budget_loss(trace, target, budget.release(progress))
+    loss = task_loss + budget_loss + sum(more.values(), jnp.float32(0))
+    metrics = {"loss": loss, "task_loss": task_loss, "budget_loss": budget_loss, **more, **spent}
+    metrics |= task.metrics(outputs, batch)
+    return loss, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+
+def _contributed(
+    task: Supervised, model: nnx.Module, batch: Batch, outputs: list[Output], trace: Trace
+) -> tuple[Array, dict[str, Array]]:
+    """The task's loss, its outputs weighed as the model's modules say, and the weighted terms that they add."""
+
+    def again() -> tuple[Output, Trace]:
+        found, trace = traced(run)(views.still(model), batch)
+        return found[-1], trace
+
+    options = dataclasses.asdict(task.losses)
+    call = Call(
+        trace=trace,
+        outputs=outputs,
+        valid=task.valid(batch),
+        target=0.5 if task.budget is None else task.budget.target,
+        losses=lambda outputs: task.each(outputs, batch),
+        correct=lambda output: task.correct(output, batch),
+        again=again,
+        weights={name: value for name, value in options.items() if isinstance(value, float)},
+    )
+    shares = training.weights(model, call) if isinstance(model, Predicts) else None
+    if shares is None:
+        loss = task.average(outputs, batch)
+    else:
+        loss = call.mean((shares * call.losses(outputs)).sum(-1))
+    weight = call.weights["load_balance"]
+    balance = {"load_balance": weight * budget.load_balance(trace)} if weight else {}
+    return loss, balance | training.terms(model, dataclasses.replace(call, shares=shares))
