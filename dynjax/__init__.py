@@ -11,6 +11,7 @@ from dynjax.core.deploy import Deployed, deploy
 from dynjax.core.gates import BranchGate, ChannelGate, EntropyGate, PathGate, SampleGate, TileGate
 from dynjax.core.time import scan
 from dynjax.core.trace import Trace, traced
+from dynjax.core.wrapper import Wrapper
 from dynjax.ops import (
     Cell,
     Channels,

@@ -72,7 +72,8 @@ class Record:
     hardware: str
     commit: str
     command: str
-    size: tuple[int, int]
+    size: tuple[int, ...]
+    """Height and width of pictures; of texts and films what they have."""
     scores: dict[str, dict[str, Any]]
     calibration: dict[str, Spent] = dataclasses.field(default_factory=dict)
     thresholds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -92,7 +93,9 @@ def read_record(workdir: str | Path) -> Record | None:
         if not record.scores:
             raise ValueError("scores is empty")
         if not all(1 <= side <= LARGEST_SIDE for side in record.size):
-            raise ValueError(f"size is {list(record.size)}: it must be height and width in pixels")
+            raise ValueError(
+                f"size is {list(record.size)}: it must be height and width in pixels, or what else an example has"
+            )
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}; run {COMMAND} again") from None
     return record
@@ -239,7 +242,7 @@ def summarise(title: str, row: str, found: Any, task: Any, twin_score: float | N
 
 def about(config: Config, source: Any, task: Any, split: str, step: int, raw: list[str]) -> dict[str, Any]:
     """What evaluation.json says of every evaluation, whatever was found."""
-    from dynjax.data.source import size_of
+    from dynjax.data.source import shape_of
     from dynjax.show import report
 
     return {
@@ -251,7 +254,7 @@ def about(config: Config, source: Any, task: Any, split: str, step: int, raw: li
         "hardware": report.hardware(),
         "commit": commit(),
         "command": f"python -m {COMMAND} {shlex.join(raw)}",
-        "size": list(size_of(source)),
+        "size": list(shape_of(source)),
         "score": task.score_name,
     }
 

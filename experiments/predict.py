@@ -62,6 +62,7 @@ def at_budget(
     from dynjax.core.budget import set_threshold
     from dynjax.core.views import compact
     from dynjax.data import calibration_batches
+    from dynjax.data.source import size_of
     from dynjax.run.evaluate import solve, static_macs
 
     if models.is_static(config.model):
@@ -84,7 +85,7 @@ def at_budget(
             raise UserError(f"budget {name} must be solved on val: {error}; or {hint}") from None
         wanted, count = CALIBRATION
         pictures = calibration_batches(val, min(wanted, len(val)), count)
-        spent, size = None, val.size
+        spent, size = None, size_of(val)
     twin, _ = find_twin(dataclasses.replace(config, init_from=""), len(classes), "")
     whole = static_macs(twin, jax.ShapeDtypeStruct((1, *size, 3), np.uint8))
     if spent is None:
@@ -97,7 +98,14 @@ def picture_size(config: Config, classes: tuple[str, ...], known: Record | None)
     """Height and width that the model works at."""
     if config.data.size is not None:
         return config.data.size
-    return known.size if known is not None else source_of(config, "val", classes).size
+    from dynjax.data.source import size_of
+
+    if known is None:
+        return size_of(source_of(config, "val", classes))
+    if len(known.size) != 2:
+        raise UserError(f"row {config.row} is not of pictures: an example has the sides {known.size}")
+    height, width = known.size
+    return height, width
 
 
 def stems(images: tuple[str, ...]) -> Iterator[tuple[Path, str]]:

@@ -86,7 +86,7 @@ def _line(records: list[Record], budget: float, seeds: list[Measured], about: di
     times = _times([each.latency for each in seeds], 2) | _times([each.batch32 for each in seeds], 3, "batch32_")
     return Result(
         row=first.row,
-        data=f"{first.data} {first.size[0]}x{first.size[1]}",
+        data=f"{first.data} {'x'.join(map(str, first.size))}",
         split=first.split,
         metric=first.score,
         budget=f"{budget:g}",

@@ -41,9 +41,9 @@ def scan(cell: Recurrent, x: Tree, carry: Tree | None = None) -> tuple[Tree, Tre
     if not isinstance(cell, nnx.Module):
         raise ValueError(f"scan: {type(cell).__name__} is no nnx.Module, so its decisions would have no name")
     sizes = {a.shape[:2] for a in jax.tree.leaves(x)}
-    if len(sizes) != 1 or len(next(iter(sizes))) != 2:
+    if len(sizes) != 1 or len(min(sizes)) != 2:
         raise ValueError(f"scan: all arrays must have the same first axes (B, T), these have {sorted(sizes)}")
-    ((examples, times),) = sizes
+    examples, times = jax.tree.leaves(x)[0].shape[:2]
     carry = cell.initial(examples) if carry is None else carry
     tracing, plain = hasattr(cell, "__captures__"), unseen(cell)
     by_time = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), x)
@@ -90,8 +90,8 @@ def _of_times(decision: Decision, times: int) -> Decision:
     """A decision of every time, (T, B, ...), as one about all of them."""
     if decision.place != "example" or not isinstance(decision.cost, Linear):
         raise ValueError(
-            f"scan: a cell decides about whole examples, at a cost that is linear; this one decides per {decision.place} "
-            f"at {type(decision.cost).__name__}: put that outside of the cell"
+            f"scan: a cell decides about whole examples, at a linear cost; this one decides per {decision.place}, at "
+            f"{type(decision.cost).__name__}: put that outside of the cell"
         )
     keep, probability = (jnp.swapaxes(a, 0, 1) for a in (decision.keep, decision.probability))
     cost = dataclasses.replace(decision.cost, whole=tuple(times * macs for macs in decision.cost.whole))

@@ -126,6 +126,12 @@ def size_of(source: Source) -> Size:
     raise UserError(f"data.name={source.name} has no pictures, it has {', '.join(source.spec)}")
 
 
+def shape_of(source: Source) -> tuple[int, ...]:
+    """Sides of what a model looks at: (H, W) of pictures, (T, H, W) of films, (T,) of texts."""
+    field = source.spec[input_of(source.spec)]
+    return field.shape if field.role == "text" else field.shape[:-1]
+
+
 def read(source: Source, index: int) -> dict[str, np.ndarray]:
     """Example `index` as batches have it: the fields of the spec, ignored pixels -1; blank past the source's end.
 

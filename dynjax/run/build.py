@@ -32,7 +32,7 @@ def check_memory(config: Config, classes: int, copies: int = 1) -> None:
     """Raises UserError where so many copies of the model's variables are more than this machine's memory; looks at
     models with large numbers alone."""
     numbers = jax.tree.leaves(dataclasses.asdict(config.model))
-    if max(number for number in numbers if isinstance(number, int)) <= SMALL:
+    if max((number for number in numbers if isinstance(number, int)), default=0) <= SMALL:
         return
     model = jax.eval_shape(lambda: nnx.state(models.build(config.model, classes, rngs=nnx.Rngs(0))))
     need = copies * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))

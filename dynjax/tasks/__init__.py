@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from dynjax import models
 from dynjax.config import BudgetConfig, Config, UserError
-from dynjax.data.source import Source, size_of, target_of
+from dynjax.data.source import Source, input_of, size_of, target_of
 from dynjax.models.rules import OfPictures
 from dynjax.models.vqvae import VQVAEConfig
 from dynjax.tasks.autoregressive import AutoregressiveTask
@@ -73,7 +73,7 @@ def _reconstruction(config: Config, source: Source, training: bool) -> Task:
 
 def _classification(config: Config, source: Source, training: bool) -> Task:
     _check_target(config, source, "label", "pictures with one label each", training)
-    return ClassificationTask(tuple(source.classes), config.loss, _spends(config))
+    return ClassificationTask(tuple(source.classes), config.loss, _spends(config), input_of(source.spec))
 
 
 def _segmentation(config: Config, source: Source, training: bool) -> Task:

@@ -68,6 +68,8 @@ class ClassificationTask:
     losses: LossConfig
     budget: BudgetConfig | None = None
     """What the model may spend; None for a static model, which is not traced."""
+    input: str = "image"
+    """The key of what the model looks at: a picture, a text or a film."""
 
     score: ClassVar[str] = "accuracy"
     score_name: ClassVar[str] = "accuracy"
@@ -109,7 +111,7 @@ class ClassificationTask:
 
     def infer(self, model: nnx.Module, batch: Batch) -> Float[Array, "B K"]:
         """The logits of a batch."""
-        return model(batch["image"])
+        return model(batch[self.input])
 
     def counts(self, model: nnx.Module, output: Float[Array, "B K"], batch: Batch) -> Int[Array, "K K"]:
         """`confusion_matrix` of a batch."""
@@ -120,10 +122,13 @@ class ClassificationTask:
         return scores(counts)
 
     def show(self, folder: Path, shown: Shown) -> str:
-        """compute_by_class.png and extremes.png, and of a model with exits what `anytime.show` draws."""
+        """compute_by_class.png, of pictures extremes.png, and of a model with exits what `anytime.show` draws."""
         labels = np.array([int(shown.source[index]["label"]) for index in range(len(shown.source))])
         macs = shown.macs
         gallery.plot_classes(folder / "compute_by_class.png", macs, labels, self.class_names, title=shown.title)
+        exits = f" {anytime.show(folder, shown)}" if anytime.find_exits(shown.model) else ""
+        if shown.source.spec[self.input].role != "picture":
+            return f"compute_by_class.png{exits}"
         number = min(12, len(macs))
         low, high = np.sort(macs)[[number - 1, -number]]
         # Pictures that stop at one exit spend the same: from among equals, those spread over the split.
@@ -133,12 +138,11 @@ class ClassificationTask:
         }
         gallery.plot_extremes(
             folder / "extremes.png",
-            {name: [shown.source[index]["image"] for index in each] for name, each in chosen.items()},
+            {name: [shown.source[index][self.input] for index in each] for name, each in chosen.items()},
             {
                 name: [f"{self.class_names[labels[index]]}\n{macs[index] / 1e6:.1f} MMAC" for index in each]
                 for name, each in chosen.items()
             },
             title=shown.title,
         )
-        exits = f" {anytime.show(folder, shown)}" if anytime.find_exits(shown.model) else ""
         return f"compute_by_class.png extremes.png{exits}"

@@ -32,6 +32,11 @@ class Supervised(Protocol):
     """What a task says of a model's outputs."""
 
     @property
+    def input(self) -> str:
+        """The key of what the model looks at."""
+        ...
+
+    @property
     def losses(self) -> LossConfig: ...
 
     @property
@@ -56,9 +61,9 @@ class Supervised(Protocol):
     def metrics(self, outputs: Sequence[Output], batch: Batch, /) -> dict[str, Array]: ...
 
 
-def run(model: nnx.Module, batch: Batch) -> list[Output]:
-    """All outputs that are trained of a model of pictures."""
-    return model.predictions(batch["image"]) if isinstance(model, Predicts) else [model(batch["image"])]
+def run(model: nnx.Module, x: Array) -> list[Output]:
+    """All outputs of a model that are trained."""
+    return model.predictions(x) if isinstance(model, Predicts) else [model(x)]
 
 
 def objective(task: Supervised, model: nnx.Module, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
@@ -79,10 +84,10 @@ def objective(task: Supervised, model: nnx.Module, batch: Batch, key: PRNGKeyArr
         budget.set_threshold(model, budget.sampled_threshold(target))
     more: dict[str, Array] = {}
     if task.budget is None and not weighs:
-        outputs, trace = run(model, batch), None
+        outputs, trace = run(model, batch[task.input]), None
         task_loss = task.average(outputs, batch)
     else:
-        outputs, trace = traced(run)(model, batch)
+        outputs, trace = traced(run)(model, batch[task.input])
         task_loss, more = _contributed(task, model, batch, outputs, trace)
     if spends is not None and spends.sampled:
         budget.set_threshold(model, budget.sampled_threshold(spends.target))
@@ -104,7 +109,7 @@ def _contributed(
     """The task's loss, its outputs weighed as the model's modules say, and the weighted terms that they add."""
 
     def again() -> tuple[Output, Trace]:
-        found, trace = traced(run)(views.still(model), batch)
+        found, trace = traced(run)(views.still(model), batch[task.input])
         return found[-1], trace
 
     options = dataclasses.asdict(task.losses)

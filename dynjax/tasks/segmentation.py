@@ -160,6 +160,7 @@ class SegmentationTask:
     budget: BudgetConfig | None = None
     """What the model may spend; None for a static model, which is not traced."""
 
+    input: ClassVar[str] = "image"
     score: ClassVar[str] = "miou"
     score_name: ClassVar[str] = "mIoU"
     percent: ClassVar[bool] = True
