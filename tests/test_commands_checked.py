@@ -137,7 +137,7 @@ def test_a_split_need_not_have_the_last_class(tmp_path, static):  # noqa: F811
 
 def test_devices_that_cannot_share_a_batch_of_validation():
     with pytest.raises(UserError, match=f"--batch-size 12 is not a multiple of {jax.device_count()}"):
-        train.validator(None, None, standin.config(batch_size=12))
+        train.validator(None, standin.pictures(), standin.config(batch_size=12))
 
 
 def test_no_home(tmp_path, monkeypatch):

@@ -6,11 +6,11 @@ from made import Made
 
 from dynjax.config import AugmentConfig, UserError
 from dynjax.data.augment import Augment, check_augment, colour, crop, cut_out, draw, mean_colour, shift
-from dynjax.data.source import Field, picture_spec
+from dynjax.data.source import Field
 
 
 def augment(config, size=(24, 36), target="mask", fill=(0, 0, 0)):
-    return Augment(config, {k: f for k, f in picture_spec(size, target).items() if f.pixels}, {"image": fill})
+    return Augment(config, size, {"image": fill, "mask": None} if target == "mask" else {"image": fill})
 
 
 def example(height=24, width=36):

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Integer, Shaped, UInt8
 from PIL import Image
 
 from dynjax.config import AugmentConfig, UserError
-from dynjax.data.source import IGNORED, Field, Size, Source, read
+from dynjax.data.source import IGNORED, Size, Source, read, size_of
 
 Colour = tuple[int, int, int]
 
@@ -84,38 +84,32 @@ class Augment:
     """Transformations for grain's `random_map`, of examples or, with `batch`, of batches; shapes stay."""
 
     config: AugmentConfig
-    fields: dict[str, Field]
-    """The pictures, films and masks, all of one height and width."""
-    fills: dict[str, Colour]
-    """Colours of the cutout in pictures and films."""
+    size: Size
+    fills: dict[str, Colour | None]
+    """Colours of the cutout in pictures and films; None for masks, which have none."""
 
     @classmethod
     def of(cls, config: AugmentConfig, source: Source) -> "Augment":
         """For a source that has pictures, films or masks. Raises UserError."""
-        fields = {key: field for key, field in source.spec.items() if field.pixels}
-        sizes = {field.pixels for field in fields.values()}
-        if len(sizes) > 1:
+        fields, size = {key: field for key, field in source.spec.items() if field.pixels}, size_of(source)
+        if any(field.pixels != size for field in fields.values()):
             found = ", ".join(f"{key} {field.shape}" for key, field in fields.items())
             raise UserError(f"{source.name} has {found}: what is augmented together must be of one size")
-        for size in filter(None, sizes):
-            check_augment(config, size)
-        seen = [key for key, field in fields.items() if field.role != "mask"]
-        fills = {key: mean_colour(source, key) if config.cutout else (0, 0, 0) for key in seen}
-        return cls(dataclasses.replace(config, flip=config.flip and not source.handed), fields, fills)
-
-    @property
-    def size(self) -> Size:
-        return next(field.pixels for field in self.fields.values() if field.pixels)
+        check_augment(config, size)
+        fills: dict[str, Colour | None] = {key: None if fields[key].role == "mask" else (0, 0, 0) for key in fields}
+        if config.cutout:
+            fills = {key: fill and mean_colour(source, key) for key, fill in fills.items()}
+        return cls(dataclasses.replace(config, flip=config.flip and not source.handed), size, fills)
 
     def __call__(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
         changes, found = draw(self.config, self.size, rng), {}
-        for key, field in self.fields.items():
-            frames = example[key].reshape(-1, *self.size, *((3,) if key in self.fills else ()))
+        for key, fill in self.fills.items():
+            frames = example[key].reshape(-1, *self.size, *(() if fill is None else (3,)))
             every = {
                 name: None if drawn is None else np.repeat(drawn, len(frames), axis=0)
                 for name, drawn in vars(changes).items()
             }
-            found[key] = self._changed(key, frames, Changes(**every)).reshape(field.shape)
+            found[key] = self._changed(frames, fill, Changes(**every)).reshape(example[key].shape)
         return {**example, **found}
 
     def batch(
@@ -123,11 +117,10 @@ class Augment:
     ) -> dict[str, np.ndarray]:
         """A batch of pictures that are the `part` of a batch of `count`."""
         changes = draw_batch(self.config, self.size, count, part, rng)
-        return {**batch, **{key: self._changed(key, batch[key], changes) for key in self.fields}}
+        return {**batch, **{key: self._changed(batch[key], fill, changes) for key, fill in self.fills.items()}}
 
-    def _changed(self, key: str, frames: Shaped[np.ndarray, "N H W ..."], changes: Changes) -> np.ndarray:
+    def _changed(self, frames: Shaped[np.ndarray, "N H W ..."], fill: Colour | None, changes: Changes) -> np.ndarray:
         """Frames of a picture, a film or a mask; a mask keeps its classes, and is ignored where there is padding."""
-        fill = self.fills.get(key)
         if changes.crops is not None:
             frames = np.stack([crop(*pair) for pair in zip(frames, changes.crops, strict=True)])
         if changes.flips is not None:

@@ -113,7 +113,7 @@ def check_pairs(pairs: Pairs, config: DataConfig, split: str) -> PairSource:
         kept.append(index)
         seen |= checked.seen
         sizes[checked.own] += 1
-    if wrong := _wrong(problems, kept, seen, sizes, pairs, config):
+    if wrong := _wrong(problems, sizes, seen, pairs.ignored, config):
         raise UserError(f"data.name={config.name}, {split}: {wrong}")
     return PairSource(
         name=f"{config.name} {pairs.note}" if pairs.note else config.name,
@@ -171,22 +171,17 @@ def _wrong_mask(size: Size, mask: Shaped[np.ndarray, "H W"], ignored: int | None
 
 
 def _wrong(
-    problems: Sequence[str],
-    kept: Sequence[int],
-    seen: set[int],
-    sizes: collections.Counter[Size],
-    pairs: Pairs,
-    config: DataConfig,
+    problems: list[str], sizes: collections.Counter[Size], seen: set[int], ignored: int | None, config: DataConfig
 ) -> str:
     """Why the pairs that were found cannot be used; empty where they can."""
     few = f"{len(problems)} bad files: " if len(problems) > 1 else ""
     few += "; ".join(problems[:SHOWN]) + (f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
     if problems and config.on_error == "raise":
         return f"{few}; mend these, or leave them out with --data.on-error skip"
-    if not kept:
+    if not sizes:
         return "no example can be used" + (f": {few}" if problems else "")
     if not seen:
-        return f"every pixel of every mask is {pairs.ignored}, which marks ignored pixels"
+        return f"every pixel of every mask is {ignored}, which marks ignored pixels"
     if config.size is None and len(sizes) > 1:
         found = ", ".join(f"{w}x{h} ({n})" for (h, w), n in sizes.most_common(3))
         return f"pictures of {len(sizes)} sizes (width x height): {found}; give --data.size HEIGHT WIDTH"

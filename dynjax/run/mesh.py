@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from typing import Any, TypedDict
+from typing import Any
 
 import jax
 import numpy as np
@@ -100,15 +100,8 @@ def share(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-class Processes(TypedDict):
-    """Arguments of a loader."""
-
-    process_index: int
-    process_count: int
-
-
-def processes() -> Processes:
-    """Which share of the data this process reads."""
+def processes() -> dict[str, Any]:
+    """Which share of the data this process reads, as arguments of a loader."""
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
