@@ -246,3 +246,11 @@ def test_what_cannot_tell_examples_apart_refuses_what_is_dynamic():
     ):
         with pytest.raises(ValueError, match="around a module that is dynamic already"):
             build()
+
+
+def test_dynamize_wraps_what_is_dynamic_already():
+    model = make(lambda rngs: nnx.Sequential(nnx.Linear(3, CHANNELS, rngs=rngs), Stage(rngs)))
+    both = dj.dynamize(model, {"layers/1": dj.Skip}, rngs=nnx.Rngs(0))
+    trace = dj.traced(still(both))(image(2, 4, 4, 3))[1]
+    assert set(trace.decisions) == {"layers/1", "layers/1/block/skip"}
+    assert trace.full_macs == GATE + dj.traced(still(model))(image(2, 4, 4, 3))[1].full_macs
