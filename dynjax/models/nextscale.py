@@ -22,17 +22,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dynjax.core import execute, wrapper
 from dynjax.core.controls import GridGate, RandomGate
-from dynjax.core.decision import EACH
 from dynjax.core.gates import EntropyGate
-from dynjax.core.wrapper import Wrapper
 from dynjax.models import rules
-from dynjax.models.likelihoods import Likelihood, make_likelihood
+from dynjax.models.likelihoods import make_likelihood
 from dynjax.models.pixelcnn import PixelCNN, PixelCNNConfig
 from dynjax.models.registry import Family, filled, register
 from dynjax.models.rules import DEEPEST, HALVINGS, LARGEST_SIDE, WIDEST, Rule
 from dynjax.ops import sampling
+from dynjax.ops.doubt import Refine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,48 +98,6 @@ class Plain(nnx.Module):
 
     def __call__(self, x: Float[Array, "B h w K"]) -> Float[Array, "B h w P"]:
         return self.head(nnx.relu(self.enter(x)))
-
-
-class Refine(Wrapper):
-    """Predicts the pixels of one step: plainly, and richly in the tiles that the gate keeps.
-
-    As `dynjax.Tiles`, but the gate sees how uncertain the plain prediction is. Without a gate the rich network runs
-    everywhere and there is no plain one.
-    """
-
-    def __init__(self, rich: Rich, plain: Plain | None, gate: Callable | None, likelihood: Likelihood):
-        self.rich, self.plain, self.gate, self.likelihood = rich, plain, gate, likelihood
-
-    @property
-    def tile(self) -> int:
-        """Side in pixels of the tiles that the gate decides about; 1 without a gate."""
-        return getattr(self.gate, "size", 1)
-
-    def __call__(self, x: Float[Array, "B h w K"]) -> tuple[Float[Array, "B h w P"], Float[Array, "B h w"]]:
-        """Parameters, and 1 where the rich network gave them."""
-        if self.gate is None or self.plain is None:
-            return self.rich(x), jnp.ones(x.shape[:3])
-        plain, size = self.plain(x), self.tile
-        most = np.log(self.likelihood.values) * self.likelihood.channels
-        # Which pixels are uncertain is no matter of the loss.
-        entropy = jax.lax.stop_gradient(self.likelihood.entropy(plain)) / most
-        shape = (x.shape[0], *wrapper.grid(x, size))
-        decision = self.expect(self.gate(entropy[..., None]), "tile", EACH, shape, f"tiles of {size}")
-        if self.tracing:
-            one = jax.ShapeDtypeStruct((1, size, size, x.shape[-1]), x.dtype)
-            unit, whole = wrapper.macs_per_example(self.rich, one), wrapper.macs_per_example(self.rich, x)
-            self.account(decision, (unit,), (whole,), wrapper.tile_of(x, size))
-        params = execute.tiles(
-            wrapper.ready(self.rich, self.execution),
-            x,
-            decision.keep,
-            size=size,
-            radius=0,
-            otherwise=lambda _: plain,
-            execution=self.execution,
-            strategy=self.strategy,
-        )
-        return params, execute.tile_pixels(decision.keep, size, x.shape[1:3])
 
 
 def neighbourhood(x: Float[Array, "B h w C"], reach: int) -> Float[Array, "B h w K"]:

@@ -16,17 +16,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dynjax.core import cost, execute
-from dynjax.core.decision import PREFIX, Decision
-from dynjax.core.gates import EntropyGate, content_chance
-from dynjax.core.wrapper import Wrapper, one_example
+from dynjax.core.decision import Decision
 from dynjax.models import rules
-from dynjax.models.likelihoods import Likelihood, make_likelihood
+from dynjax.models.likelihoods import make_likelihood
 from dynjax.models.registry import Family, filled, register
 from dynjax.models.rules import DEEPEST, WIDEST, Rule
 
@@ -56,6 +52,8 @@ class PixelTransformerConfig:
     gate: Literal["learned", "random"] = "learned"
     """learned: by the entropy of the prediction; random: the control."""
 
+
+from dynjax.ops.doubt import PixelExits
 
 Cache = dict[str, Array]
 
@@ -93,48 +91,6 @@ class CausalBlock(nnx.Module):
         y = jax.nn.dot_product_attention(q, keys, values, mask=seen[:, None])
         x = x + self.out(y.reshape(x.shape))
         return x + self.down(nnx.gelu(self.up(self.norm2(x))))
-
-
-class PixelExits(Wrapper):
-    """Decides after each block but the last which pixels go on: those whose prediction is uncertain.
-
-    CALM's measure of confidence is the difference of the two largest probabilities; here it is the entropy, which
-    mixtures have too. `random`, the control, is a function of the prediction that has nothing to do with doubt.
-
-    Args:
-        blocks: number of blocks, at least 2.
-    """
-
-    def __init__(self, blocks: int, likelihood: Likelihood, *, random: bool = False):
-        if blocks < 2:
-            raise ValueError(f"layers={blocks}: exits need at least 2")
-        self.gates = nnx.List([EntropyGate(1) for _ in range(blocks - 1)])
-        self.likelihood, self.random = likelihood, random
-
-    def __call__(self, level: int, params: Float[Array, "B R P"]) -> Decision:
-        """Which pixels (B, R, 1) are not sure of what they predict after block `level`."""
-        params = lax.stop_gradient(params.astype(jnp.float32))
-        if self.random:
-            doubt = content_chance(params.mean(-1))
-        else:
-            doubt = self.likelihood.entropy(params) / (np.log(self.likelihood.values) * self.likelihood.channels)
-        return self.gates[level](doubt[..., None, None])
-
-
-def _go_on(
-    exits: PixelExits, block: CausalBlock, tree: tuple[Array, ...], going: Float[Array, "B R"]
-) -> Float[Array, "B R F"]:
-    """Features after the block where `going`, elsewhere as they were."""
-    if tree[0].shape[1] > 1:  # pixels of a window are computed at once, whoever of them has left
-        return execute.blend(going, block.look(*tree), tree[0])
-    return execute.samples(
-        lambda tree: block.look(*tree),
-        tree,
-        going[:, 0],
-        otherwise=lambda tree: tree[0],
-        execution=exits.execution,
-        strategy=exits.strategy,
-    )
 
 
 class PixelTransformer(nnx.Module):
@@ -240,24 +196,12 @@ class PixelTransformer(nnx.Module):
                 continue
             decisions.append(exits(level - 1, self._params(h)))
             keeps.append(keeps[-1] * decisions[-1].keep[..., 0])
-            h = _go_on(exits, block, (h, k, v, first), keeps[-1])
+            h = exits.go_on(block.look, (h, k, v, first), keeps[-1])
         if exits is not None and exits.tracing and x.shape[1] == self.units[0]:
-            self._account(exits, decisions, keeps, (h, keys[0], values[0], first))
+            looks = [block.look for block in self.blocks]
+            exits.account_pixels(decisions, keeps, looks, (h, keys[0], values[0], first), self.shape[:2])
         trail = {"before": entered, "keys": jnp.stack(keys, 1), "values": jnp.stack(values, 1)}
         return self._params(h)[:, :, None], trail
-
-    def _account(
-        self, exits: PixelExits, decisions: list[Decision], keeps: list[Array], tree: tuple[Array, ...]
-    ) -> None:
-        """Record which blocks every pixel of a whole picture took."""
-        probabilities = [keeps[0]]
-        for decision in decisions:
-            probabilities.append(probabilities[-1] * decision.probability[..., 0])
-        keep, probability = (jnp.stack(a, -1).reshape(-1, *self.shape[:2], len(keeps)) for a in (keeps, probabilities))
-        whole = tuple(cost.macs(block.look, *one_example(tree)) for block in self.blocks)
-        unit = tuple(macs / self.units[0] for macs in whole)
-        tile = (1 / self.shape[0], 1 / self.shape[1])
-        exits.account(Decision(keep, probability, "tile", PREFIX), unit, whole, tile)
 
     def advance(self, cache: Cache, trail: Cache, count: Int[Array, " B"]) -> Cache:
         """`cache` after the first `count` pixels of a window, which left `trail`."""

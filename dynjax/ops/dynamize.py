@@ -31,7 +31,8 @@ def dynamize(
         wrappers: regular expression for a path such as "encoder/0/conv" to `Skip`, `Tiles`, or a function that wraps a
             module, `(block, features, rngs) -> module`, for example
             `lambda block, features, rngs: Tiles(block, TileGate(features, size=8, rngs=rngs))`. The first pattern that
-            matches counts; containers (`nnx.List`, `nnx.Dict`) are no modules to match.
+            matches counts; containers (`nnx.List`, `nnx.Dict`) are no modules to match. What is dynamic already, from
+            a call before, may be wrapped by what decides about whole examples.
         features: channels of the wrapped modules' input, for their gates: a number, a function
             `(path, module) -> channels`, or None to find those that the module runs on.
         rngs: for the gates' parameters and noise.
@@ -64,7 +65,7 @@ def dynamize(
         if set(matches) <= set(inner):
             raise ValueError(
                 f"all that {pattern!r} matches ({', '.join(matches[:3])}) lies inside of a module that another pattern "
-                "wraps, and two decisions about one piece of work cannot be accounted: wrap the outer one or the inner"
+                "wraps, and one call wraps a piece of work once: wrap the outer one or the inner"
             )
     new = {}
     for path in sorted(chosen.keys() - inner):
