@@ -40,18 +40,13 @@ class KeptTiles:
     """What `block` makes of the kept tiles of a map; the others have what `base` has. Made by `kept_tiles`."""
 
     block: Callable[[Array], Array]
-    closed: jex.ClosedJaxpr | None
-    """The block for strips; None runs it on whole windows."""
-    source: Float[Array, "B h_ w_ C"]
-    """The map, at least as large as a window."""
+    closed: jex.ClosedJaxpr | None  # for strips; None runs the block on whole windows
+    source: Float[Array, "B h_ w_ C"]  # the map, at least as large as a window
     base: Float[Array, "B h_ w_ D"]
-    pixels: tuple[int, int]
-    """Height and width of the map."""
+    pixels: tuple[int, int]  # height and width of the map
     grid: tuple[int, int]
-    order: Int[Array, " tiles"]
-    """All tiles, the kept ones first."""
-    number: Int[Array, ""]
-    """Of kept tiles."""
+    order: Int[Array, " tiles"]  # all tiles, the kept ones first
+    number: Int[Array, ""]  # of kept tiles
     size: int
     radius: int
 
