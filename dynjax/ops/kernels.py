@@ -272,11 +272,8 @@ class HyperConv(_ExampleConv):
         return self._with_bias(self._convolve(x, factors, _low_rank))
 
 
-_MIXTURES: dict[str, type[CondConv] | type[DynamicConv] | type[ODConv]] = {
-    "condconv": CondConv,
-    "dyconv": DynamicConv,
-    "odconv": ODConv,
-}
+_MIXTURES: dict[str, type[CondConv | DynamicConv | ODConv]]
+_MIXTURES = {"condconv": CondConv, "dyconv": DynamicConv, "odconv": ODConv}
 _KINDS = (*_MIXTURES, "hyper")
 
 
