@@ -86,8 +86,8 @@ def way_of(name: str, batch: int, channels: int) -> tuple[Callable, tuple]:
         return outputs, (weights, kernels)
     own = jnp.einsum("bk,khwcd->bhwcd", weights, kernels)
     ways = {
-        "loop": lambda x, k: convolve.per_example(x, k, strategy="loop"),
-        "grouped": lambda x, k: convolve.per_example(x, k, strategy="grouped"),
+        "loop": lambda x, k: convolve.generated(x, k, (), lambda code, shared: code, strategy="loop"),
+        "grouped": lambda x, k: convolve.generated(x, k, (), lambda code, shared: code, strategy="grouped"),
         "autodiff": lambda x, k: lax.map(lambda pair: one(*pair), (x, k)),
         "vmap": jax.vmap(one),
     }

@@ -125,24 +125,17 @@ def _read_points(workdir: Path, record: Record) -> dict[float, Measured]:
 
     if "score" in next(iter(record.scores.values())):
         try:
-            found = {name: files.typed(each, Measured, name, more=True) for name, each in record.scores.items()}
+            drawn = {name: files.typed(each, Measured, name, more=True) for name, each in record.scores.items()}
         except ValueError as error:
             raise UserError(f"{workdir / 'evaluation.json'} cannot be read: {error}") from None
-        met = {name: record.calibration[name].met if name in record.calibration else True for name in found}
-        return {float(name): dataclasses.replace(each, met=met[name]) for name, each in found.items()}
+        met = {name: spent.met for name, spent in record.calibration.items()}
+        return {float(name): dataclasses.replace(each, met=met.get(name, True)) for name, each in drawn.items()}
     batches = _read_batches(workdir / "latency.csv")
-    return {
-        point.budget: Measured(
-            point.score,
-            point.macs,
-            point.macs_fraction,
-            point.met,
-            point.pixel_accuracy,
-            (point.latency_ms_p50, point.static_latency_ms_p50),
-            batches.get(point.budget),
-        )
-        for point in read_curve(workdir / "curve.csv")
-    }
+    found = {}
+    for p in read_curve(workdir / "curve.csv"):
+        times = (p.latency_ms_p50, p.static_latency_ms_p50), batches.get(p.budget)
+        found[p.budget] = Measured(p.score, p.macs, p.macs_fraction, p.met, p.pixel_accuracy, *times)
+    return found
 
 
 def _read_batches(path: Path) -> dict[float, tuple[float, float]]:

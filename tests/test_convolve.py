@@ -50,6 +50,11 @@ def one_by_one(x, kernels, strides=1, padding="SAME", dilation=1, groups=1):
     return jnp.concatenate([convolve_one(a, k) for a, k in zip(x, kernels, strict=True)])
 
 
+def per_example(x, kernels, **options):
+    """Example b convolved with kernels[b]."""
+    return convolve.generated(x, kernels, (), lambda code, shared: code, **options)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_both_strategies_are_the_convolution_of_each_example_and_so_are_their_gradients(name):
     shape, kernel, options = CASES[name]
@@ -61,7 +66,7 @@ def test_both_strategies_are_the_convolution_of_each_example_and_so_are_their_gr
         slopes = image(*definition.shape, seed=2)
         ways = [lambda *a: one_by_one(*a, **options)]
         strategies = STRATEGIES[: 1 if name == "wide padding" else 2]
-        ways += [lambda *a, s=s: convolve.per_example(*a, **options, strategy=s) for s in strategies]
+        ways += [lambda *a, s=s: per_example(*a, **options, strategy=s) for s in strategies]
         return [(lambda y, back: (y, *back(slopes)))(*jax.vjp(way, x, kernels)) for way in ways]
 
     expected, *found = run(x, kernels)
@@ -91,12 +96,12 @@ def test_a_mixture_is_mixed_before_and_its_gradients_reach_weights_and_kernels(s
 
 def test_half_precision_and_types_that_differ():
     x, kernels = image(2, 5, 5, 2), image(2, 3, 3, 2, 2, seed=1)
-    whole = convolve.per_example(x, kernels)
+    whole = per_example(x, kernels)
     for strategy in STRATEGIES:
-        half = convolve.per_example(x.astype(jnp.bfloat16), kernels.astype(jnp.bfloat16), strategy=strategy)
+        half = per_example(x.astype(jnp.bfloat16), kernels.astype(jnp.bfloat16), strategy=strategy)
         assert half.dtype == jnp.bfloat16
         np.testing.assert_allclose(half.astype(jnp.float32), whole, atol=0.2)
-        loss = lambda x, k, s=strategy: convolve.per_example(x, k, strategy=s).sum()  # noqa: E731
+        loss = lambda x, k, s=strategy: per_example(x, k, strategy=s).sum()  # noqa: E731
         dx, dk = jax.grad(loss, (0, 1))(x, kernels.astype(jnp.bfloat16))
         assert (dx.dtype, dk.dtype) == (jnp.float32, jnp.bfloat16)
 
@@ -114,15 +119,15 @@ def test_macs_are_those_of_the_static_convolution_and_of_the_mixture():
 def test_mistakes_are_named():
     x, kernels = image(2, 5, 5, 4), image(2, 3, 3, 4, 6)
     with pytest.raises(ValueError, match=r"\(3, 3, 4, 6\) do not fit 4 channels in groups=2"):
-        convolve.per_example(x, kernels, groups=2)
+        per_example(x, kernels, groups=2)
     with pytest.raises(ValueError, match=r"do not fit 4 channels in groups=4"):
-        convolve.per_example(x, kernels[:, :, :, :1], groups=4)
+        per_example(x, kernels[:, :, :, :1], groups=4)
     with pytest.raises(ValueError, match=r"2 examples and kernels for \[1\]"):
         convolve.generated(x, kernels[:1], (), lambda code, shared: code)
     with pytest.raises(ValueError, match="padding='CIRCULAR' must be"):
-        convolve.per_example(x, kernels, padding="CIRCULAR")
+        per_example(x, kernels, padding="CIRCULAR")
     with pytest.raises(ValueError, match="strides=0 must be"):
-        convolve.per_example(x, kernels, strides=0)
+        per_example(x, kernels, strides=0)
 
 
 # Per pixel
@@ -182,7 +187,7 @@ def test_one_kernel_for_all_pixels_is_a_depthwise_convolution():
     kernels = jnp.broadcast_to(kernel, (2, 6, 5, 3, 3, 1))
     depthwise = jnp.tile(kernel[None, ..., None], (2, 1, 1, 1, 4))
     np.testing.assert_allclose(
-        convolve.per_pixel(x, kernels), convolve.per_example(x, depthwise, groups=4), rtol=1e-5, atol=1e-5
+        convolve.per_pixel(x, kernels), per_example(x, depthwise, groups=4), rtol=1e-5, atol=1e-5
     )
 
 

@@ -24,22 +24,6 @@ Strategy = Literal["auto", "loop", "grouped"]
 Padding = str | int | Sequence[int | tuple[int, int]]
 
 
-def per_example(
-    x: Float[Array, "B H W C"],
-    kernels: Float[Array, "B kh kw I D"],
-    *,
-    strides: int | Sequence[int] = 1,
-    padding: Padding = "SAME",
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    strategy: Strategy = "auto",
-) -> Float[Array, "B h w D"]:
-    """Example b convolved with kernels[b]; see `generated`."""
-    return generated(
-        x, kernels, (), _itself, strides=strides, padding=padding, dilation=dilation, groups=groups, strategy=strategy
-    )
-
-
 def generated(
     x: Float[Array, "B H W C"],
     codes: Any,
@@ -185,10 +169,6 @@ def _grouped(geometry, x, kernels):
     kernel = jnp.moveaxis(kernels, 0, 3).reshape(*sides, inputs, batch * outputs)
     y = dataclasses.replace(geometry, groups=batch * geometry.groups).convolve(side_by_side, kernel)
     return jnp.moveaxis(y.reshape(*y.shape[1:3], batch, outputs), 2, 0)
-
-
-def _itself(code, shared):
-    return code
 
 
 # Geometry of one convolution

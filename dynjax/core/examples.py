@@ -9,14 +9,10 @@ from jax.extend import core as jex
 
 _EXAMPLES = 10007
 """A prime that nothing else has for its length, so that an axis with examples is known by being a multiple of it."""
-_AXES = {
-    "sort": "dimension",
-    "cumsum": "axis",
-    "cumprod": "axis",
-    "cummax": "axis",
-    "cummin": "axis",
-    "rev": "dimensions",
-}
+_OVER = frozenset(
+    "reduce_sum reduce_max reduce_min reduce_prod argmax argmin sort cumsum cumprod cummax cummin rev".split()
+)
+"""Operations along axes that their parameters name."""
 
 
 def shape_apart(block: Callable[[Any], Any], x: Any) -> Any:
@@ -81,10 +77,8 @@ def _lengths(eqn, shapes) -> list[int]:
     if name == "dot_general":
         (left, _), _ = params["dimension_numbers"]
         return [shapes[0][axis] for axis in left]
-    if name in ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin"):
-        return [shapes[0][axis] for axis in params["axes"]]
-    if name in _AXES:
-        axes = params[_AXES[name]]
+    if name in _OVER:
+        (axes,) = (params[key] for key in ("axes", "axis", "dimensions", "dimension") if key in params)
         return [shapes[0][axis] for axis in (axes if isinstance(axes, tuple) else (axes,))]
     if name == "slice":  # the first example, or a roll
         return [n for n, m in zip(shapes[0], eqn.outvars[0].aval.shape, strict=True) if n != m]

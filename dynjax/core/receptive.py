@@ -273,10 +273,9 @@ def _culprit(block: Callable) -> str:
 
 def window_macs(block: Callable, x: jax.Array | jax.ShapeDtypeStruct, size: int, radius: int) -> float:
     """MACs that the compact execution spends on one tile of `size` pixels, its border included."""
-    block, side = views.still(block), size + 2 * radius
+    block = views.still(block)
     closed = windows.trace(block, x.shape, x.dtype)
-    window = jax.ShapeDtypeStruct((1, side, side, x.shape[-1]), x.dtype)
+    window, inside = windows.window(closed, size, radius)
     if not windows.supported(closed, size=size, radius=radius):
         return cost.macs(block, window)
-    inside = jax.ShapeDtypeStruct((1, side, side, 1), bool)
     return cost.macs(lambda w, i: windows.run_strip(closed, w, i, size=size, radius=radius), window, inside)

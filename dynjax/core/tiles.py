@@ -8,7 +8,6 @@ Letters: B examples, H W pixels, C channels, h w tiles.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from dynjax.core import windows
 
+_Pixel = tuple[jax.Array, jax.Array]
+"""Rows and columns, one a tile."""
+
 
 def tile_pixels(keep: Float[Array, "B h w"], size: int, pixels: Sequence[int]) -> Float[Array, "B H W"]:
     """Every pixel's tile's value; `pixels` (H, W) cuts what the last tiles have too much."""
@@ -25,33 +27,18 @@ def tile_pixels(keep: Float[Array, "B h w"], size: int, pixels: Sequence[int]) -
     return fine[:, : pixels[0], : pixels[1]]
 
 
-class _Place(NamedTuple):
-    """Example, first pixel that a tile owns, and the pixel where it is computed, which the border may push inwards."""
-
-    example: jax.Array
-    row: jax.Array
-    column: jax.Array
-    top: jax.Array
-    left: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
 class KeptTiles:
     """What `block` makes of the kept tiles of a map; the others have what `base` has. Made by `kept_tiles`."""
 
     block: Callable[[Array], Array]
-    closed: jex.ClosedJaxpr | None
-    """The block for strips; None runs it on whole windows."""
-    source: Float[Array, "B h_ w_ C"]
-    """The map, at least as large as a window."""
+    closed: jex.ClosedJaxpr | None  # for strips; None runs the block on whole windows
+    source: Float[Array, "B h_ w_ C"]  # the map, at least as large as a window
     base: Float[Array, "B h_ w_ D"]
-    pixels: tuple[int, int]
-    """Height and width of the map."""
+    pixels: tuple[int, int]  # height and width of the map
     grid: tuple[int, int]
-    order: Int[Array, " tiles"]
-    """All tiles, the kept ones first."""
-    number: Int[Array, ""]
-    """Of kept tiles."""
+    order: Int[Array, " tiles"]  # all tiles, the kept ones first
+    number: Int[Array, ""]  # of kept tiles
     size: int
     radius: int
 
@@ -67,7 +54,7 @@ class KeptTiles:
             tiles = jnp.where(places < self.number, self.order[jnp.minimum(places, total - 1)], last)
             at = self._place(tiles)
             for k, y in enumerate(self._outputs(tiles)):
-                out = self._written(out, y, at, k)
+                out = self._written(out, y, *jax.tree.map(lambda n, k=k: n[k], at))
             return out
 
         return self._cut(lax.fori_loop(0, -(-self.number // group), body, self.base))
@@ -76,51 +63,51 @@ class KeptTiles:
         """The first `capacity` tiles side by side, of which the kept ones count."""
         tiles = self.order[:capacity]
         y = jax.vmap(lambda tile: self._outputs(tile[None])[0][0])(tiles)
-        at, pixels = self._place(tiles), jnp.arange(self.size, dtype=jnp.int32)
-        rows, columns = at.top[:, None] + pixels[None, :], at.left[:, None] + pixels[None, :]
-        own = (rows >= at.row[:, None])[:, :, None] & (columns >= at.column[:, None])[:, None, :]
+        example, (row, column), (top, left) = self._place(tiles)
+        pixels = jnp.arange(self.size, dtype=jnp.int32)
+        rows, columns = top[:, None] + pixels[None, :], left[:, None] + pixels[None, :]
+        own = (rows >= row[:, None])[:, :, None] & (columns >= column[:, None])[:, None, :]
         # The places beyond the kept ones point past the last example: their result is written nowhere.
         used = own & (jnp.arange(capacity) < self.number)[:, None, None]
-        example = jnp.where(used, at.example[:, None, None], self.base.shape[0])
+        example = jnp.where(used, example[:, None, None], self.base.shape[0])
         return self._cut(self.base.at[example, rows[:, :, None], columns[:, None, :]].set(y, mode="drop"))
 
-    def _place(self, tiles: jax.Array) -> _Place:
+    def _place(self, tiles: jax.Array) -> tuple[jax.Array, _Pixel, _Pixel]:
+        """Example, first pixel that a tile owns, and that where it is computed, which the border may push inwards."""
         rows, columns = self.grid
         row, column = tiles // columns % rows * self.size, tiles % columns * self.size
-        top, left = (
-            jnp.minimum(at, jnp.int32(n - self.size))
-            for at, n in zip((row, column), self.source.shape[1:3], strict=True)
-        )
-        return _Place(tiles // (rows * columns), row, column, top, left)
+        bottom, right = (jnp.int32(n - self.size) for n in self.source.shape[1:3])
+        return tiles // (rows * columns), (row, column), (jnp.minimum(row, bottom), jnp.minimum(column, right))
 
     def _outputs(self, tiles: jax.Array) -> list[jax.Array]:
         """Outputs (1, size, size, C') of a few tiles, computed side by side."""
-        at, ways = self._place(tiles), dict(size=self.size, radius=self.radius)
+        example, _, (top, left) = self._place(tiles)
+        ways, window = dict(size=self.size, radius=self.radius), self.size + 2 * self.radius
         cuts = [
-            windows.cut(self.source, at.example[k], at.top[k], at.left[k], shift=self.closed is not None, **ways)
+            windows.cut(self.source, example[k], top[k], left[k], shift=self.closed is not None, **ways)
             for k in range(tiles.size)
         ]
-        window = self.size + 2 * self.radius
         if self.closed is not None:
-            inside = windows.inside(at.top, at.left, self.pixels, **ways)
+            inside = windows.inside(top, left, self.pixels, **ways)
             y = windows.run_strip(self.closed, lax.concatenate(cuts, 2), inside, **ways)
             starts = [k * window + self.radius for k in range(tiles.size)]
             return [lax.slice_in_dim(y, start, start + self.size, axis=2) for start in starts]
         y = self.block(lax.concatenate(cuts, 0))
         skip = [
             first - jnp.clip(first - self.radius, 0, n - window)
-            for first, n in zip((at.top, at.left), self.source.shape[1:3], strict=True)
+            for first, n in zip((top, left), self.source.shape[1:3], strict=True)
         ]
         shape = (1, self.size, self.size, y.shape[3])
         return [lax.dynamic_slice(y, (k, skip[0][k], skip[1][k], 0), shape) for k in range(tiles.size)]
 
-    def _written(self, out: jax.Array, y: jax.Array, at: _Place, k: int) -> jax.Array:
-        """`out` with the tile `y` in the place of number `k`."""
-        start = (at.example[k], at.top[k], at.left[k], jnp.int32(0))
+    def _written(self, out: jax.Array, y: jax.Array, example: jax.Array, own: _Pixel, at: _Pixel) -> jax.Array:
+        """`out` with the tile `y` in its place."""
+        (row, column), (top, left) = own, at
+        start = (example, top, left, jnp.int32(0))
         if any(n % self.size for n in self.pixels):
             pixels = jnp.arange(self.size, dtype=jnp.int32)
-            own = (pixels + at.top[k] >= at.row[k])[:, None] & (pixels + at.left[k] >= at.column[k])[None, :]
-            y = jnp.where(own[None, :, :, None], y, lax.dynamic_slice(out, start, y.shape))
+            mine = (pixels + top >= row)[:, None] & (pixels + left >= column)[None, :]
+            y = jnp.where(mine[None, :, :, None], y, lax.dynamic_slice(out, start, y.shape))
         return lax.dynamic_update_slice(out, y, start)
 
     def _cut(self, out: jax.Array) -> jax.Array:

@@ -48,7 +48,8 @@ def scan(cell: Recurrent, x: Tree, carry: Tree | None = None) -> tuple[Tree, Tre
     tracing, plain = hasattr(cell, "__captures__"), unseen(cell)
     by_time = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), x)
     moving = _moving(plain, jax.tree.map(lambda a: a[0], by_time), carry)
-    graphdef, moved, fixed = nnx.split(plain, lambda path, _: path in moving, ...)
+    graphdef, moved, *others = nnx.split(plain, lambda path, _: path in moving, ...)
+    (fixed,) = others
 
     def step(loop: tuple, x: Tree) -> tuple[tuple, tuple]:
         carry, moved = loop

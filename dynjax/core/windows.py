@@ -83,10 +83,14 @@ def run_strip(closed: jex.ClosedJaxpr, strip: jax.Array, inside: jax.Array, *, s
         Unsupported: for an operation that mixes pixels in a way that is not a stride-1 SAME convolution.
         ValueError: if the block reaches further than `radius`.
     """
+    return _rows(_walked(closed, strip, inside, size, radius), 0, size).value
+
+
+def _walked(closed: jex.ClosedJaxpr, strip: jax.Array, inside: jax.Array, size: int, radius: int) -> _Strip:
     (out,) = _Walk(inside, size, radius)(closed.jaxpr, closed.consts, [_Strip(strip, (radius, radius), clean=True)])
     if not isinstance(out, _Strip):
         raise Unsupported("the block's output does not depend on its input pixel by pixel")
-    return _rows(out, 0, size).value
+    return out
 
 
 def _rows(strip: _Strip, margin: int, size: int) -> _Strip:
@@ -98,14 +102,17 @@ def _rows(strip: _Strip, margin: int, size: int) -> _Strip:
     return _Strip(value, (margin, strip.margin[1]), strip.clean)
 
 
+def window(closed: jex.ClosedJaxpr, size: int, radius: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Shapes of a strip of one window and of its `inside`, for `run_strip`."""
+    (spec,), side = closed.in_avals, size + 2 * radius
+    strip = jax.ShapeDtypeStruct((1, side, side, spec.shape[-1]), spec.dtype)
+    return strip, jax.ShapeDtypeStruct((1, side, side, 1), bool)
+
+
 def supported(closed: jex.ClosedJaxpr, *, size: int, radius: int) -> bool:
     """Whether `run_strip` can run this block; found by tracing it, nothing is computed."""
-    (spec,) = closed.in_avals
-    side = size + 2 * radius
-    strip = jax.ShapeDtypeStruct((1, side, side, spec.shape[-1]), spec.dtype)
-    inside = jax.ShapeDtypeStruct((1, side, side, 1), bool)
     try:
-        jax.eval_shape(functools.partial(run_strip, closed, size=size, radius=radius), strip, inside)
+        jax.eval_shape(functools.partial(run_strip, closed, size=size, radius=radius), *window(closed, size, radius))
     except Unsupported:
         return False
     return True
@@ -113,20 +120,15 @@ def supported(closed: jex.ClosedJaxpr, *, size: int, radius: int) -> bool:
 
 def reach(closed: jex.ClosedJaxpr, limit: int = 64) -> int | None:
     """Receptive radius in pixels, at most `limit`, as the jaxpr tells it; None if `run_strip` cannot run the block."""
-    (spec,) = closed.in_avals
-    side = 1 + 2 * limit
     margins: list[int] = []
 
     def walk(strip, inside):
-        (out,) = _Walk(inside, 1, limit)(closed.jaxpr, closed.consts, [_Strip(strip, (limit, limit), clean=True)])
-        if not isinstance(out, _Strip):
-            raise Unsupported("the block's output does not depend on its input pixel by pixel")
+        out = _walked(closed, strip, inside, 1, limit)
         margins.extend(out.margin)
         return out.value
 
-    strip = jax.ShapeDtypeStruct((1, side, side, spec.shape[-1]), spec.dtype)
     try:
-        jax.eval_shape(walk, strip, jax.ShapeDtypeStruct((1, side, side, 1), bool))
+        jax.eval_shape(walk, *window(closed, 1, limit))
     except (Unsupported, ValueError):
         return None
     return limit - min(margins)

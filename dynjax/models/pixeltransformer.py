@@ -25,6 +25,7 @@ from dynjax.models import rules
 from dynjax.models.likelihoods import make_likelihood
 from dynjax.models.registry import Family, filled, register
 from dynjax.models.rules import DEEPEST, WIDEST, Rule
+from dynjax.ops.doubt import PixelExits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,6 @@ class PixelTransformerConfig:
     gate: Literal["learned", "random"] = "learned"
     """learned: by the entropy of the prediction; random: the control."""
 
-
-from dynjax.ops.doubt import PixelExits
 
 Cache = dict[str, Array]
 

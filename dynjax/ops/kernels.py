@@ -1,12 +1,14 @@
 """Kernels of the example: convolutions whose kernel is mixed or generated for each picture. Drop-in for `nnx.Conv`.
 
 Nothing is skipped, so their cost is the same for every input; what they attend to is recorded for the trace, at no cost
-of its own. Kernels of the pixel are in `filters.py`.
+of its own. Kernels of the pixel are in `filters.py`. All take the options of `nnx.Conv`, and `random`, which draws what
+they attend to at random: the control.
 
 Letters: B examples, H W pixels, h w pixels of the output, C D channels in and out, K kernels that are mixed, V entries
 of a condition.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
@@ -43,7 +45,11 @@ class ConvOptions(TypedDict, total=False):
 
 class _ExampleConv(nnx.Module):
     """What all of these share: the convolution in the words of `nnx.Conv`, the kernel or K kernels that an example's
-    is made of, and a bias, or several that are mixed."""
+    is made of, and a bias, or several that are mixed.
+
+    Raises:
+        ValueError: for channels that do not fit the groups, or another kind of padding than SAME, VALID and pixels.
+    """
 
     def __init__(
         self,
@@ -106,11 +112,6 @@ class CondConv(_ExampleConv):
 
     Args:
         kernels: K, the number of kernels that are mixed.
-        random: draw the weights at random: the control.
-        others: as in `nnx.Conv`.
-
-    Raises:
-        ValueError: for channels that do not fit the groups, or another kind of padding than SAME, VALID and pixels.
     """
 
     def __init__(
@@ -145,11 +146,6 @@ class DynamicConv(_ExampleConv):
     Args:
         kernels: K, the number of kernels that are mixed.
         reduction: r; the attention's hidden layer has C / r units.
-        random: draw the weights at random: the control.
-        others: as in `nnx.Conv`.
-
-    Raises:
-        ValueError: as `CondConv`.
     """
 
     def __init__(
@@ -189,11 +185,6 @@ class ODConv(_ExampleConv):
     Args:
         kernels: K, the number of kernels that are mixed.
         reduction: the attention's hidden layer has A = max(C / reduction, 16) units.
-        random: draw all four kinds of weights at random: the control.
-        others: as in `nnx.Conv`.
-
-    Raises:
-        ValueError: as `CondConv`.
     """
 
     def __init__(
@@ -236,11 +227,9 @@ class HyperConv(_ExampleConv):
         hidden: length of z.
         condition: length V of another input that is given at call time, such as the embedding of a class or a text.
         from_input: whether the mean of x over the map is used; False generates from the condition alone.
-        random: draw z at random: the control.
-        others: as in `nnx.Conv`.
 
     Raises:
-        ValueError: as `CondConv`, for a condition that is missing or has another length, or nothing to generate from.
+        ValueError: for a condition that is missing or has another length, or nothing to generate from.
     """
 
     def __init__(
@@ -283,11 +272,8 @@ class HyperConv(_ExampleConv):
         return self._with_bias(self._convolve(x, factors, _low_rank))
 
 
-_MIXTURES: dict[str, type[CondConv] | type[DynamicConv] | type[ODConv]] = {
-    "condconv": CondConv,
-    "dyconv": DynamicConv,
-    "odconv": ODConv,
-}
+_MIXTURES: dict[str, type[CondConv | DynamicConv | ODConv]]
+_MIXTURES = {"condconv": CondConv, "dyconv": DynamicConv, "odconv": ODConv}
 _KINDS = (*_MIXTURES, "hyper")
 
 
@@ -314,21 +300,15 @@ def with_kernels(
         ValueError: for another kind, a path of anything but a plain two-dimensional `nnx.Conv`, or a pattern that
             matches nothing.
     """
-
-    def replace(kind):
-        def wrap(conv, features, rngs):
-            return _from_static(conv, kind, kernels, noise, random, rngs)
-
-        return wrap
-
     for kind in kinds.values():
         if kind not in _KINDS:
             raise ValueError(f"kind {kind!r} must be one of {', '.join(_KINDS)}: others cannot start from a kernel")
-    wrappers = {pattern: replace(kind) for pattern, kind in kinds.items()}
+    ways = dict(kernels=kernels, noise=noise, random=random)
+    wrappers = {pattern: functools.partial(_from_static, kind=kind, **ways) for pattern, kind in kinds.items()}
     return dynamize(model, wrappers, features=lambda path, module: getattr(module, "in_features", 0), rngs=rngs)
 
 
-def _from_static(conv, kind, kernels, noise, random, rngs) -> nnx.Module:
+def _from_static(conv, features, rngs, *, kind, kernels, noise, random) -> nnx.Module:
     if not isinstance(conv, nnx.Conv) or len(conv.kernel_size) != 2:
         raise ValueError(f"{type(conv).__name__} cannot be given kernels of the example: give paths of 2-D nnx.Conv")
     if conv.mask is not None or conv.input_dilation not in (None, 1, (1, 1)):
