@@ -9,6 +9,8 @@ from flax import nnx
 from test_ops_tiles import assert_same
 
 import dynjax as dj
+from dynjax import models
+from dynjax.config import UserError
 from dynjax.models import routed
 from dynjax.models.routed import RoutedConfig
 
@@ -17,7 +19,7 @@ TASKS = {"classification": dict(), "segmentation": dict(task="segmentation", ste
 
 
 def build(rngs, **form):
-    return routed.build(RoutedConfig(**SMALL | form), 3, rngs=rngs)
+    return models.build(RoutedConfig(**SMALL | form), 3, rngs=rngs)
 
 
 def pictures(*shape):
@@ -97,11 +99,11 @@ def test_separable_cells_and_the_random_control():
 
 
 def test_configurations_that_make_no_net():
-    control = "gate='random' is the control of dynamics='gates', and dynamics='single'"
+    control = "--model.gate is random: it must be learned: random is the control of gates, and single learns none"
     for message, form in {
-        "stem_stride=3 must be 1, 2 or 4": dict(stem_stride=3),
-        "scales=4 must be from 1 to layers=3": dict(scales=4),
+        "--model.stem-stride is 3: it must be 1, 2 or 4": dict(stem_stride=3),
+        "--model.layers is 3: it must be from 4": dict(scales=4),
         control: dict(dynamics="single", gate="random"),
     }.items():
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             make(lambda rngs, form=form: build(rngs, **form))

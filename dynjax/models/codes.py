@@ -92,7 +92,7 @@ class Codes(nnx.Module):
 def build(config: CodesConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> Codes:
     """The model of `config`, with the weights of a trained VQ-VAE if these are given (`twin_params`)."""
     coder = vqvae.build(config.vqvae, num_classes, rngs=rngs, twin_params=twin_params)
-    prior = registry.build(_prior(config), num_classes, rngs=rngs)
+    prior = registry.family_of(config.prior).build(_prior(config), num_classes, rngs=rngs)
     assert isinstance(prior, OfIntegers)
     return Codes(prior, freeze(coder))
 

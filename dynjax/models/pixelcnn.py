@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from dynjax.models import rules
 from dynjax.models.likelihoods import make_likelihood
 from dynjax.models.registry import Family, filled, register
-from dynjax.models.rules import DEEPEST, WIDEST, Rule
+from dynjax.models.rules import Depth, Rule, Values, Width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +31,14 @@ class PixelCNNConfig:
     family: Literal["pixelcnn"] = "pixelcnn"
     shape: tuple[int, int, int] = (28, 28, 1)
     """Height, width and channels (1: grey, 3: colours) of the pictures."""
-    values: int = 2
+    values: Values = 2
     """Values of a channel: 2 is black and white, 256 are all bytes."""
     likelihood: Literal["categorical", "logistic"] = "categorical"
     """categorical: a softmax over all values, of one channel; logistic: a mixture of rounded logistic distributions."""
-    components: int = 5
+    components: Depth = 5
     """Of the mixture of logistics."""
-    features: int = 32
-    layers: int = 8
+    features: Width = 32
+    layers: Depth = 8
     embed: bool = False
     """Values are names (codes), not brightness."""
     conditional: bool = False
@@ -241,8 +241,7 @@ def build(
 
 
 def _rules(config: PixelCNNConfig) -> Iterator[Rule]:
-    yield from rules.drawn(config, config.embed)
-    yield from rules.between(config, features=WIDEST, layers=DEEPEST)
+    yield from rules.drawn(config.shape, config.likelihood, config.embed)
 
 
 FAMILY = register(

@@ -27,7 +27,7 @@ from dynjax.core.gates import EntropyGate
 from dynjax.models import rules
 from dynjax.models.likelihoods import Likelihood, make_likelihood
 from dynjax.models.registry import Family, filled, register
-from dynjax.models.rules import DEEPEST, WIDEST, Rule
+from dynjax.models.rules import Depth, Rule, Values, Width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +37,15 @@ class PixelTransformerConfig:
     family: Literal["pixeltransformer"] = "pixeltransformer"
     shape: tuple[int, int, int] = (28, 28, 1)
     """Height, width and channels (1: grey, 3: colours) of the pictures."""
-    values: int = 2
+    values: Values = 2
     """Values of a channel: 2 is black and white, 256 are all bytes."""
     likelihood: Literal["categorical", "logistic"] = "categorical"
     """categorical: a softmax over all values, of one channel; logistic: a mixture of rounded logistic distributions."""
-    components: int = 5
+    components: Depth = 5
     """Of the mixture of logistics."""
-    features: int = 64
-    layers: int = 4
-    heads: int = 4
+    features: Width = 64
+    layers: Depth = 4
+    heads: Depth = 4
     embed: bool = False
     """Values are names (codes), not brightness."""
     conditional: bool = False
@@ -292,8 +292,7 @@ def build(
 
 
 def _rules(config: PixelTransformerConfig) -> Iterator[Rule]:
-    yield from rules.drawn(config, config.embed)
-    yield from rules.between(config, features=WIDEST, layers=DEEPEST, heads=DEEPEST)
+    yield from rules.drawn(config.shape, config.likelihood, config.embed)
     yield from rules.heads_share("features", config.features, config.heads)
     if config.dynamics == "exits":
         yield Rule("layers", config.layers, config.layers >= 2, "at least 2: exits are between them")

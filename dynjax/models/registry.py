@@ -11,7 +11,7 @@ from flax import nnx
 
 from dynjax.config import ModelConfig, UserError
 from dynjax.models import rules
-from dynjax.models.rules import Rule
+from dynjax.models.rules import Range, Rule
 
 C = TypeVar("C", bound=ModelConfig)
 Module = TypeVar("Module", bound=nnx.Module)
@@ -85,10 +85,9 @@ def family_of(config: ModelConfig) -> Family:
 def build(config: ModelConfig, classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
     """The model of `config`, with the variables of a static twin under the wrappers if these are given.
 
-    Raises UserError where a gate is asked for that the model has no place for.
+    Raises UserError for a configuration that makes no sense.
     """
-    if is_static(config) and config != static_twin(config):
-        raise UserError("model.gate random is a control of dynamics, and model.dynamics is static")
+    check(config)
     return family_of(config).build(config, classes, rngs=rngs, twin_params=twin_params)
 
 
@@ -174,10 +173,11 @@ def rules_of(config: ModelConfig, *others: ModelConfig) -> Iterator[Rule]:
 
 
 def _choices(config: ModelConfig, prefix: str) -> Iterator[Rule]:
-    """Fields that are one of a few names, also of configurations within."""
-    hints = typing.get_type_hints(type(config))
+    """Fields that are one of a few names, or in a range, also of configurations within."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         name, value, hint = prefix + field.name, getattr(config, field.name), hints[field.name]
+        yield from (each.rule(name, value) for each in getattr(hint, "__metadata__", ()) if isinstance(each, Range))
         if typing.get_origin(hint) is typing.Literal:
             names = typing.get_args(hint)
             yield Rule(name, value, value in names, " or ".join(map(str, names)))
