@@ -157,13 +157,13 @@ def test_errors():
     for changes, message in [
         (
             dict(backbone=dataclasses.replace(backbone, widths=(4, 6))),
-            "--model.backbone.blocks is 1 1 2: it must be one number for each level",
+            "--model.backbone.blocks is 1 1 2",
         ),
         (dict(backbone=dataclasses.replace(backbone, stem_stride=3)), "--model.backbone.stem-stride is 3"),
         (dict(head=UNetHeadConfig(blocks=(1,))), "--model.head.blocks is 1: it must be one number"),
         (
             dict(dynamics=TilesConfig(tiles=(4, 3, 2, 2))),
-            "--model.dynamics.tiles is 4 3 2 2: it must be one side for each of the first 1 to 3 levels",
+            "--model.dynamics.tiles is 4 3 2 2: it must be one side",
         ),
     ]:
         config = dataclasses.replace(SMALL, **changes)

@@ -72,8 +72,8 @@ def test_the_twin_is_the_last_exit():
 
 def test_errors():
     for changes, message in (
-        (dict(blocks=0), "--model.blocks is 0: it must be from 1"),
-        (dict(growth=1), "--model.growth is 1: it must be at least 2"),
+        (dict(blocks=0), "blocks is 0"),
+        (dict(growth=1), "growth is 1: it must be at least 2"),
     ):
         with pytest.raises(UserError, match=message):
             blocks.make(lambda rngs, c=changes: models.build(MSDNetConfig(**c), 5, rngs=rngs))

@@ -60,5 +60,5 @@ def test_compact_draws_what_masked_draws(examples, strategy):
 
 
 def test_scales_that_do_not_fit_are_named():
-    with pytest.raises(UserError, match="--model.scales is 4"):
+    with pytest.raises(UserError, match=r"--model\.scales is 4"):
         make(scales=4)

@@ -106,8 +106,8 @@ def test_twin_params_give_the_logits_of_the_static_twin():
 
 def test_errors():
     for form, message in [
-        (dict(scales=0), "--model.scales is 0"),
-        (dict(growth=3), "--model.growth is 3: it must be from 4"),
+        (dict(scales=0), "scales is 0"),
+        (dict(growth=3), "growth is 3: it must be from 4"),
     ]:
         with pytest.raises(UserError, match=message):
             nnx.eval_shape(lambda form=form: build(nnx.Rngs(0), **form))

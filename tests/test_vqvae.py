@@ -85,7 +85,7 @@ def test_scores_are_of_all_pictures_without_the_blank_ones(coder):
 
 
 def test_pictures_that_cannot_be_halved():
-    with pytest.raises(UserError, match="--model.halvings is 2: it must be such that 6x12 pixels"):
+    with pytest.raises(UserError, match=r"--model\.halvings is 2: it must be such that 6x12 pixels"):
         models.build(VQVAEConfig(shape=(6, 12, 1)), 10, rngs=nnx.Rngs(0))
 
 
