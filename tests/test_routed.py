@@ -11,7 +11,6 @@ from test_ops_tiles import assert_same
 import dynjax as dj
 from dynjax import models
 from dynjax.config import UserError
-from dynjax.models import routed
 from dynjax.models.routed import RoutedConfig
 
 SMALL = dict(channels=4, scales=2, layers=3)
@@ -59,11 +58,11 @@ def test_twin_params_are_put_in():
     state = nnx.state(make(build), (nnx.Param, nnx.BatchStat))
     config = RoutedConfig(**SMALL, dynamics="gates")
     # Not by `make`, which would put other numbers in their place.
-    shapes = nnx.eval_shape(lambda: routed.build(config, 3, rngs=nnx.Rngs(0), twin_params=state))
+    shapes = nnx.eval_shape(lambda: models.build(config, 3, rngs=nnx.Rngs(0), twin_params=state))
     flat = dict(nnx.to_flat_state(nnx.state(shapes, (nnx.Param, nnx.BatchStat))))
     twin = dict(nnx.to_flat_state(state))
     assert set(twin) <= set(flat) and all("gate" in path for path in set(flat) - set(twin))
-    model = nnx.jit(lambda: routed.build(config, 3, rngs=nnx.Rngs(0), twin_params=state))()
+    model = nnx.jit(lambda: models.build(config, 3, rngs=nnx.Rngs(0), twin_params=state))()
     for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
         if path in twin:
             np.testing.assert_array_equal(variable[...], twin[path][...])

@@ -119,10 +119,7 @@ class PonderNet(nnx.Module):
 
 
 def build(config: HaltConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
-    """The network of `config`, which halts if it says so.
-
-    `twin_params`: variables of a static twin, which applies the same block `config.steps` times.
-    """
+    """The network of `config`, which halts if it says so."""
     stem, step = Stem(config.channels, config.halvings, rngs=rngs), Step(config.channels, rngs=rngs)
     head = Head(config.channels, num_classes, rngs=rngs)
     static = filled(HaltNet(stem, Repeat(step, config.steps), head), twin_params)

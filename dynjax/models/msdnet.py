@@ -107,10 +107,7 @@ def _stages(config: MSDNetConfig, rngs: nnx.Rngs) -> Iterator[tuple[nnx.Sequenti
 def build(
     config: MSDNetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
 ) -> nnx.Module:
-    """The MSDNet of `config`.
-
-    `twin_params`: variables of a static twin, which has the same stages and the last head.
-    """
+    """The MSDNet of `config`."""
     stages, channels = zip(*_stages(config, rngs), strict=True)
     coarse = 2 ** (config.scales - 1)
     static = filled(StaticExitNet(list(stages), Head(channels[-1] * coarse, num_classes, rngs=rngs)), twin_params)

@@ -28,7 +28,7 @@ from dynjax.core.gates import EntropyGate
 from dynjax.models import rules
 from dynjax.models.likelihoods import Likelihood, make_likelihood
 from dynjax.models.pixelcnn import PixelCNN, PixelCNNConfig
-from dynjax.models.registry import Family, filled, register
+from dynjax.models.registry import Family, built_by, register
 from dynjax.models.rules import HALVINGS, Count, Depth, Range, Rule, Side, Values, Width
 from dynjax.ops import sampling
 
@@ -187,11 +187,11 @@ class NextScale(nnx.Module):
     The label is known to the coarsest picture alone.
 
     Args:
-        shape: (H, W, C) of the pictures.
-        classes: number of labels that pictures can be asked for by; 0 for none.
+        classes: number of labels that pictures can be asked for by, where they are conditional.
     """
 
-    def __init__(self, config: NextScaleConfig, shape: tuple[int, int, int], classes: int = 0, *, rngs: nnx.Rngs):
+    def __init__(self, config: NextScaleConfig, classes: int = 0, *, rngs: nnx.Rngs):
+        shape, classes = config.shape, classes if config.conditional else 0
         self.shape, self.classes, self.reach = shape, classes, config.reach
         self.likelihood = make_likelihood(config.likelihood, config.values, shape[2], config.components)
         self.strides = tuple(2**k for k in reversed(range(config.scales)))
@@ -203,8 +203,9 @@ class NextScale(nnx.Module):
             components=config.components,
             features=config.coarse_features,
             layers=config.coarse_layers,
+            conditional=config.conditional,
         )
-        self.coarsest = PixelCNN(coarse, smallest, classes, rngs=rngs)
+        self.coarsest = PixelCNN(coarse, classes, rngs=rngs)
 
         def make(known: int) -> Refine:
             before = known * shape[2] * (2 * config.reach + 1) ** 2 + 2
@@ -306,13 +307,6 @@ class NextScale(nnx.Module):
         return jnp.repeat(jnp.repeat(x, stride, 1), stride, 2)[:, : self.shape[0], : self.shape[1]]
 
 
-def build(
-    config: NextScaleConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
-) -> NextScale:
-    """The model of `config`; conditional on `num_classes` labels if it says so. A static twin has the rich networks."""
-    return filled(NextScale(config, config.shape, num_classes if config.conditional else 0, rngs=rngs), twin_params)
-
-
 def _rules(config: NextScaleConfig) -> Iterator[Rule]:
     yield from rules.drawn(config.shape, config.likelihood)
     height, width, _ = config.shape
@@ -326,4 +320,5 @@ def _tiny(config: NextScaleConfig) -> dict[str, object]:
     return small | dict(shape=(8, 8, config.shape[2]))
 
 
-FAMILY = register(Family(NextScaleConfig, build, task="autoregressive", tiny=_tiny, rules=_rules, apart=("tile",)))
+BUILD = built_by(NextScale)
+FAMILY = register(Family(NextScaleConfig, BUILD, task="autoregressive", tiny=_tiny, rules=_rules, apart=("tile",)))

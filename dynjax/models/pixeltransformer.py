@@ -26,7 +26,7 @@ from dynjax.core.decision import Decision
 from dynjax.core.gates import EntropyGate
 from dynjax.models import rules
 from dynjax.models.likelihoods import Likelihood, make_likelihood
-from dynjax.models.registry import Family, filled, register
+from dynjax.models.registry import Family, built_by, register
 from dynjax.models.rules import Depth, Rule, Values, Width
 
 
@@ -145,16 +145,14 @@ class PixelTransformer(nnx.Module):
     """Parameters of every pixel's distribution given the pixels before it, in the order of rows, then columns.
 
     Args:
-        shape: (H, W, C) of the pictures.
-        classes: number of labels that pictures can be asked for by; 0 for none.
+        classes: number of labels that pictures can be asked for by, where they are conditional.
     """
 
     window_size = 16
     """Pixels that `sampling.fixed_point` draws at once."""
 
-    def __init__(
-        self, config: PixelTransformerConfig, shape: tuple[int, int, int], classes: int = 0, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: PixelTransformerConfig, classes: int = 0, *, rngs: nnx.Rngs):
+        shape, classes = config.shape, classes if config.conditional else 0
         self.shape, self.classes = shape, classes
         self.likelihood = make_likelihood(config.likelihood, config.values, shape[2], config.components)
         f = config.features
@@ -282,15 +280,6 @@ class PixelTransformer(nnx.Module):
         return pixel[:, None], trail | {"before": self._enter(pixel)}
 
 
-def build(
-    config: PixelTransformerConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
-) -> PixelTransformer:
-    """The model of `config`; conditional on `num_classes` labels if it says so."""
-    return filled(
-        PixelTransformer(config, config.shape, num_classes if config.conditional else 0, rngs=rngs), twin_params
-    )
-
-
 def _rules(config: PixelTransformerConfig) -> Iterator[Rule]:
     yield from rules.drawn(config.shape, config.likelihood, config.embed)
     yield from rules.heads_share("features", config.features, config.heads)
@@ -301,7 +290,7 @@ def _rules(config: PixelTransformerConfig) -> Iterator[Rule]:
 FAMILY = register(
     Family(
         PixelTransformerConfig,
-        build,
+        built_by(PixelTransformer),
         task="autoregressive",
         tiny=lambda config: dict(shape=(8, 8, config.shape[2]), features=8, layers=2, heads=2),
         rules=_rules,

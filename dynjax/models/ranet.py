@@ -175,10 +175,7 @@ def stages(config: RANetConfig, rngs: nnx.Rngs) -> list[tuple[nnx.Module, int]]:
 
 
 def build(config: RANetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
-    """The RANet of `config`.
-
-    `twin_params`: variables of a static twin, which has the same stages and the last head.
-    """
+    """The RANet of `config`."""
     parts, widths = zip(*stages(config, rngs), strict=True)
     static = filled(StaticExitNet(list(parts), Head(widths[-1], num_classes, rngs=rngs)), twin_params)
     if config.dynamics == "static":

@@ -23,8 +23,9 @@ SOLVED = BUDGET - {"budget.weight"}
 
 
 def without_dynamics(config: C) -> C:
-    """Of configurations with fields `dynamics` and `gate`."""
-    return dataclasses.replace(config, dynamics="static", gate="learned")
+    """Of configurations that have fields `dynamics` and `gate` where there are any."""
+    fields = {name: value for name, value in (("dynamics", "static"), ("gate", "learned")) if name in vars(config)}
+    return dataclasses.replace(config, **fields)
 
 
 def budgeted(config: ModelConfig) -> frozenset[str]:
@@ -48,7 +49,7 @@ class Family(Generic[C]):
     """`(config)`: which values make sense."""
     uses: Callable[[C], frozenset[str]] = lambda config: frozenset()
     """Options that its training looks at beside those of its task, such as "budget.target" or "loss.ponder"."""
-    dynamics: Callable[[C], str] = lambda config: vars(config)["dynamics"]
+    dynamics: Callable[[C], str] = lambda config: vars(config).get("dynamics", "static")
     """What is dynamic in it, in a word; "static": nothing."""
     twin: Callable[[C], C] = without_dynamics
     """Configuration of the same net without dynamics."""
@@ -96,6 +97,15 @@ def filled(model: Module, twin_params: nnx.State | None) -> Module:
     if twin_params is not None:
         nnx.update(model, twin_params)
     return model
+
+
+def built_by(model: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
+    """`Family.build` of a model that `model(config, classes, rngs=rngs)` makes whatever is dynamic in it."""
+
+    def build(config: C, classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
+        return filled(model(config, classes, rngs=rngs), twin_params)
+
+    return build
 
 
 def task_of(config: ModelConfig) -> str:

@@ -152,10 +152,7 @@ class PolicyNet(nnx.Module):
 def build(
     config: ResNetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
 ) -> nnx.Module:
-    """The ResNet of `config`, with the dynamics that it says.
-
-    `twin_params`: variables of a static twin, which go under the wrappers.
-    """
+    """The ResNet of `config`, with the dynamics that it says."""
     model = filled(ResNet(num_classes, config.widths, config.blocks, config.stem_stride, rngs=rngs), twin_params)
     return model if config.dynamics == "static" else adaptive(model, config, num_classes, rngs=rngs)
 

@@ -21,7 +21,7 @@ from dynjax.core.controls import SampledPaths
 from dynjax.core.gates import PathGate
 from dynjax.models import rules
 from dynjax.models.blocks import Block, Mix, gather_pixels, pixels, repeat_pixels, spread_pixels
-from dynjax.models.registry import Family, budgeted, filled, register
+from dynjax.models.registry import Family, budgeted, built_by, register
 from dynjax.models.rules import DEEPEST, Rule, Scales, Width
 from dynjax.ops import Cell, Supernet
 
@@ -159,16 +159,6 @@ def _gate(config: RoutedConfig, channels: int, paths: int, rngs: nnx.Rngs) -> Pa
     return SampledPaths(paths, "independent" if config.dynamics == "gates" else config.dynamics, rngs=rngs)
 
 
-def build(
-    config: RoutedConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
-) -> nnx.Module:
-    """The net of `config`.
-
-    `twin_params`: variables of a static twin, the same net without gates, which are put in.
-    """
-    return filled(Routed(config, num_classes, rngs=rngs), twin_params)
-
-
 def _rules(config: RoutedConfig) -> Iterator[Rule]:
     reaches, least = config.scales <= config.layers <= DEEPEST, config.scales
     yield Rule("layers", config.layers, reaches, f"from {least} to {DEEPEST}: each layer reaches one scale more")
@@ -182,7 +172,7 @@ def _rules(config: RoutedConfig) -> Iterator[Rule]:
 FAMILY = register(
     Family(
         RoutedConfig,
-        build,
+        built_by(Routed),
         task=lambda config: config.task,
         tiny=dict(channels=4, scales=2, layers=2),
         rules=_rules,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from dynjax.core.gates import straight_through
 from dynjax.models import rules
 from dynjax.models.blocks import gather_pixels, spread_pixels
-from dynjax.models.registry import Family, filled, register
+from dynjax.models.registry import Family, built_by, register
 from dynjax.models.rules import WIDEST, Count, Halvings, Range, Rule, Width
 
 
@@ -38,8 +38,6 @@ class VQVAEConfig:
     """Residual blocks of the encoder, and of the decoder, at the grid's resolution."""
     commitment: float = 0.25
     """Weight of the loss that keeps the encoder near the vectors that it chose."""
-    dynamics: Literal["static"] = "static"
-    gate: Literal["learned"] = "learned"
 
 
 def nearest(z: Float[Array, "B h w D"], codebook: Float[Array, "V D"]) -> Int[Array, "B h w"]:
@@ -86,7 +84,7 @@ class VQVAE(nnx.Module):
     2022, arXiv:2110.04627, section 3.2), so that all vectors come into use.
     """
 
-    def __init__(self, config: VQVAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VQVAEConfig, classes: int = 0, *, rngs: nnx.Rngs):
         (height, width, channels), f, d = config.shape, config.features, config.code_features
         step = 2**config.halvings
         self.shape, self.grid = config.shape, (height // step, width // step)
@@ -149,11 +147,6 @@ def to_bytes(x: Float[Array, "B H W C"]) -> UInt8[Array, "B H W 3"]:
     return jnp.broadcast_to(x, (*x.shape[:3], 3))
 
 
-def build(config: VQVAEConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> VQVAE:
-    """The VQ-VAE of `config`; it has no classes."""
-    return filled(VQVAE(config, rngs=rngs), twin_params)
-
-
 def _rules(config: VQVAEConfig) -> Iterator[Rule]:
     yield from rules.picture(config.shape)
     (height, width, _), step = config.shape, 2**config.halvings
@@ -165,7 +158,7 @@ def _rules(config: VQVAEConfig) -> Iterator[Rule]:
 FAMILY = register(
     Family(
         VQVAEConfig,
-        build,
+        built_by(VQVAE),
         task="reconstruction",
         tiny=dict(shape=(8, 8, 1), halvings=1, codes=4, code_features=2, features=4, blocks=0),
         rules=_rules,
