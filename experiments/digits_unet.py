@@ -89,9 +89,9 @@ def _deep(name: str, dynamics: DynamicsConfig, target: float, **loss: float) -> 
 def digits_unet_experts() -> Config:
     """Experts: in the place of the coarsest level's blocks, its pixels are the tokens; 96x96 digits.
 
-    Protocol: as digits_unet_static, from nothing; a budget from [0.9, 1] is drawn at every step.
+    Protocol: as digits_unet_static, from nothing; a budget from [0.95, 1] is drawn at every step.
     """
-    return _deep("digits_unet_experts", ExpertsConfig(), 0.9, load_balance=0.01, router_z=0.001)
+    return _deep("digits_unet_experts", ExpertsConfig(), 0.95, load_balance=0.01, router_z=0.001)
 
 
 def digits_unet_halt() -> Config:
@@ -99,7 +99,7 @@ def digits_unet_halt() -> Config:
 
     Protocol: as digits_unet_experts.
     """
-    return _deep("digits_unet_halt", HaltStepConfig(), 0.9)
+    return _deep("digits_unet_halt", HaltStepConfig(), 0.95)
 
 
 ROWS = (

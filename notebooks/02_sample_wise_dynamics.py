@@ -233,10 +233,10 @@ show("Experts", train(model, target=0.8, loss_of=balanced), [f"expert {k}" for k
 # A closed path costs nothing.
 
 # %%
-from dynjax.models import routed
+from dynjax import models
 from dynjax.models.routed import RoutedConfig
 
-model = routed.build(RoutedConfig(channels=CHANNELS // 2, scales=2, layers=DEPTH, dynamics="gates"), 10, rngs=rngs)
+model = models.build(RoutedConfig(channels=CHANNELS // 2, scales=2, layers=DEPTH, dynamics="gates"), 10, rngs=rngs)
 model = nnx.view(model, use_running_average=False, raise_if_not_found=False)
 show("Supernet", train(model))
 

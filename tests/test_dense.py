@@ -11,6 +11,7 @@ from flax import nnx
 
 import dynjax as dj
 from dynjax import models
+from dynjax.config import UserError
 from dynjax.models import blocks
 from dynjax.models.backbones.residual import ResidualConfig
 from dynjax.models.dense import DenseConfig, StaticConfig
@@ -154,13 +155,19 @@ def test_repeat_pixels():
 def test_errors():
     backbone = SMALL.backbone
     for changes, message in [
-        (dict(backbone=dataclasses.replace(backbone, widths=(4, 6))), r"widths=\(4, 6\) and blocks=\(1, 1, 2\)"),
-        (dict(backbone=dataclasses.replace(backbone, stem_stride=3)), "stem_stride=3"),
-        (dict(head=UNetHeadConfig(blocks=(1,))), r"blocks=\(1,\) must have one entry"),
-        (dict(dynamics=TilesConfig(tiles=(4, 3, 2, 2))), "dynamics of 4 levels, and the model has 3"),
+        (
+            dict(backbone=dataclasses.replace(backbone, widths=(4, 6))),
+            "--model.backbone.blocks is 1 1 2",
+        ),
+        (dict(backbone=dataclasses.replace(backbone, stem_stride=3)), "--model.backbone.stem-stride is 3"),
+        (dict(head=UNetHeadConfig(blocks=(1,))), "--model.head.blocks is 1: it must be one number"),
+        (
+            dict(dynamics=TilesConfig(tiles=(4, 3, 2, 2))),
+            "--model.dynamics.tiles is 4 3 2 2: it must be one side",
+        ),
     ]:
         config = dataclasses.replace(SMALL, **changes)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             jax.eval_shape(lambda c=config: nnx.state(models.build(c, 3, rngs=nnx.Rngs(0))))
 
 

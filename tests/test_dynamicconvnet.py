@@ -113,11 +113,11 @@ def test_the_random_control_is_a_function_of_the_picture_when_evaluated():
 
 def test_what_makes_no_sense_is_refused():
     config = dataclasses.replace(SMALL, dynamics="involution")
-    with pytest.raises(UserError, match="gate random is not for involution"):
+    with pytest.raises(UserError, match=r"--model\.gate is random: it must be learned: involution"):
         build(dataclasses.replace(config, gate="random"), 5, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="involution cannot start from a static twin"):
         build(config, 5, rngs=nnx.Rngs(0), twin_params=nnx.State({}))
-    with pytest.raises(ValueError, match=r"widths=\(4, 6\) and blocks=\(1,\)"):
+    with pytest.raises(UserError, match=r"--model\.blocks is 1: it must be one number for each stage"):
         build(dataclasses.replace(SMALL, blocks=(1,)), 5, rngs=nnx.Rngs(0))
 
 

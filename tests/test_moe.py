@@ -10,6 +10,7 @@ from test_ops_tiles import assert_same
 
 import dynjax as dj
 from dynjax import budget, cost, models
+from dynjax.config import UserError
 from dynjax.models import moe
 from dynjax.models.moe import MoEConfig
 
@@ -103,9 +104,14 @@ def test_any_size():
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [(dict(width=6), "width=6"), (dict(heads=3), "heads=3"), (dict(patch=0), "patch=0"), (dict(top=5), "top=5")],
+    [
+        (dict(width=6), "width is 6"),
+        (dict(heads=3), "a multiple of --model.heads"),
+        (dict(patch=0), "patch is 0"),
+        (dict(top=5), "top is 5"),
+    ],
     ids=str,
 )
 def test_errors(fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         make(lambda rngs: build(rngs, **fields))

@@ -11,6 +11,7 @@ from test_ops_tiles import assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost, models
+from dynjax.config import UserError
 from dynjax.models import msdnet
 from dynjax.models.msdnet import MSDNetConfig
 
@@ -70,6 +71,9 @@ def test_the_twin_is_the_last_exit():
 
 
 def test_errors():
-    for changes, message in ((dict(blocks=0), "blocks=0 must be at least 1"), (dict(growth=1), "growth=1 must be")):
-        with pytest.raises(ValueError, match=message):
+    for changes, message in (
+        (dict(blocks=0), "blocks is 0"),
+        (dict(growth=1), "growth is 1: it must be at least 2"),
+    ):
+        with pytest.raises(UserError, match=message):
             blocks.make(lambda rngs, c=changes: models.build(MSDNetConfig(**c), 5, rngs=rngs))

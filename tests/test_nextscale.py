@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dynjax import budget
-from dynjax.models import nextscale
+from dynjax import budget, models
+from dynjax.config import UserError
 from dynjax.models.nextscale import NextScaleConfig
 from dynjax.ops import sampling
 
@@ -16,7 +16,7 @@ def make(shape=(4, 4, 1), threshold=0.0, **changes):
         | dict(tile=1, dynamics="tiles")
         | changes
     )
-    model = nextscale.build(config, 10, rngs=nnx.Rngs(0))
+    model = models.build(config, 10, rngs=nnx.Rngs(0))
     for _, module in nnx.iter_modules(model):  # fresh networks are sure of nothing: they would all be refined alike
         if isinstance(module, nnx.Linear):
             module.kernel[...] *= 3
@@ -60,5 +60,5 @@ def test_compact_draws_what_masked_draws(examples, strategy):
 
 
 def test_scales_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match="scales=4"):
+    with pytest.raises(UserError, match=r"--model\.scales is 4"):
         make(scales=4)

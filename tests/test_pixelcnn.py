@@ -8,6 +8,7 @@ from blocks import make
 from flax import nnx
 
 from dynjax import budget, cost, models, traced
+from dynjax.config import UserError
 from dynjax.core import deploy
 from dynjax.models.pixelcnn import PixelCNNConfig
 from dynjax.models.pixeltransformer import PixelTransformerConfig
@@ -154,10 +155,10 @@ def test_exits_take_what_a_budget_allows_and_are_counted():
 
 
 def test_fewer_than_two_blocks_have_no_exit():
-    with pytest.raises(ValueError, match="layers=1"):
+    with pytest.raises(UserError, match=r"--model\.layers is 1"):
         models.build(PixelTransformerConfig(layers=1, dynamics="exits"), 10, rngs=nnx.Rngs(0))
 
 
 def test_features_that_no_head_can_share():
-    with pytest.raises(ValueError, match="features=6"):
+    with pytest.raises(UserError, match=r"--model\.features is 6"):
         make(lambda rngs: models.build(PixelTransformerConfig(features=6, heads=4), 10, rngs=rngs))

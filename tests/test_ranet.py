@@ -9,7 +9,8 @@ from flax import nnx
 from test_ops_tiles import assert_same, three_ways
 
 import dynjax as dj
-from dynjax import cost, execute
+from dynjax import cost, execute, models
+from dynjax.config import UserError
 from dynjax.models import ranet
 from dynjax.models.ranet import RANetConfig
 
@@ -17,7 +18,7 @@ SMALL = dict(scales=3, channels=2, growth=4, blocks=1, step=1, layers=2)
 
 
 def build(rngs, **form):
-    return ranet.build(RANetConfig(**SMALL | dict(dynamics="exits") | form), 3, rngs=rngs)
+    return models.build(RANetConfig(**SMALL | dict(dynamics="exits") | form), 3, rngs=rngs)
 
 
 def pictures(*shape):
@@ -104,6 +105,9 @@ def test_twin_params_give_the_logits_of_the_static_twin():
 
 
 def test_errors():
-    for form, message in [(dict(scales=0), "scales=0"), (dict(growth=3), "growth=3 must be at least 4")]:
-        with pytest.raises(ValueError, match=message):
+    for form, message in [
+        (dict(scales=0), "scales is 0"),
+        (dict(growth=3), "growth is 3: it must be from 4"),
+    ]:
+        with pytest.raises(UserError, match=message):
             nnx.eval_shape(lambda form=form: build(nnx.Rngs(0), **form))

@@ -10,6 +10,7 @@ from test_ops_tiles import assert_same, three_ways
 
 import dynjax as dj
 from dynjax import cost, models
+from dynjax.config import UserError
 from dynjax.models.resnet import ResNetConfig
 
 SMALL = ResNetConfig(widths=(4, 8), blocks=(1, 2), groups=2)
@@ -59,8 +60,8 @@ def test_everything_kept_is_the_static_twin(dynamics):
 
 def test_errors():
     for changes, message in (
-        (dict(widths=(4,), blocks=(1, 1)), r"widths=\(4,\) and blocks=\(1, 1\) must have one entry for each stage"),
-        (dict(stem_stride=3), "stem_stride=3 must be 1 or 2"),
+        (dict(widths=(4,), blocks=(1, 1)), "--model.blocks is 1 1: it must be one number for each stage"),
+        (dict(stem_stride=3), "--model.stem-stride is 3: it must be 1 or 2"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             models.build(ResNetConfig(**changes), 5, rngs=nnx.Rngs(0))

@@ -9,7 +9,8 @@ from flax import nnx
 from test_ops_tiles import assert_same
 
 import dynjax as dj
-from dynjax.models import routed
+from dynjax import models
+from dynjax.config import UserError
 from dynjax.models.routed import RoutedConfig
 
 SMALL = dict(channels=4, scales=2, layers=3)
@@ -17,7 +18,7 @@ TASKS = {"classification": dict(), "segmentation": dict(task="segmentation", ste
 
 
 def build(rngs, **form):
-    return routed.build(RoutedConfig(**SMALL | form), 3, rngs=rngs)
+    return models.build(RoutedConfig(**SMALL | form), 3, rngs=rngs)
 
 
 def pictures(*shape):
@@ -57,11 +58,11 @@ def test_twin_params_are_put_in():
     state = nnx.state(make(build), (nnx.Param, nnx.BatchStat))
     config = RoutedConfig(**SMALL, dynamics="gates")
     # Not by `make`, which would put other numbers in their place.
-    shapes = nnx.eval_shape(lambda: routed.build(config, 3, rngs=nnx.Rngs(0), twin_params=state))
+    shapes = nnx.eval_shape(lambda: models.build(config, 3, rngs=nnx.Rngs(0), twin_params=state))
     flat = dict(nnx.to_flat_state(nnx.state(shapes, (nnx.Param, nnx.BatchStat))))
     twin = dict(nnx.to_flat_state(state))
     assert set(twin) <= set(flat) and all("gate" in path for path in set(flat) - set(twin))
-    model = nnx.jit(lambda: routed.build(config, 3, rngs=nnx.Rngs(0), twin_params=state))()
+    model = nnx.jit(lambda: models.build(config, 3, rngs=nnx.Rngs(0), twin_params=state))()
     for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
         if path in twin:
             np.testing.assert_array_equal(variable[...], twin[path][...])
@@ -97,11 +98,11 @@ def test_separable_cells_and_the_random_control():
 
 
 def test_configurations_that_make_no_net():
-    control = "gate='random' is the control of dynamics='gates', and dynamics='single'"
+    control = "--model.gate is random: it must be learned: random is the control of gates, and single learns none"
     for message, form in {
-        "stem_stride=3 must be 1, 2 or 4": dict(stem_stride=3),
-        "scales=4 must be from 1 to layers=3": dict(scales=4),
+        "--model.stem-stride is 3: it must be 1, 2 or 4": dict(stem_stride=3),
+        "--model.layers is 3: it must be from 4": dict(scales=4),
         control: dict(dynamics="single", gate="random"),
     }.items():
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             make(lambda rngs, form=form: build(rngs, **form))

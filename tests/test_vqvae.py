@@ -8,6 +8,7 @@ from blocks import make
 from flax import nnx
 
 from dynjax import models
+from dynjax.config import UserError
 from dynjax.models import vqvae
 from dynjax.models.blocks import gather_pixels
 from dynjax.models.codes import CodesConfig
@@ -84,7 +85,7 @@ def test_scores_are_of_all_pictures_without_the_blank_ones(coder):
 
 
 def test_pictures_that_cannot_be_halved():
-    with pytest.raises(ValueError, match="halvings=2: 6x12 pixels are no multiples of 4"):
+    with pytest.raises(UserError, match=r"--model\.halvings is 2: it must be such that 6x12 pixels"):
         models.build(VQVAEConfig(shape=(6, 12, 1)), 10, rngs=nnx.Rngs(0))
 
 

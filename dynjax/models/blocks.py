@@ -3,7 +3,7 @@
 Letters: B examples, H W pixels, C D channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,14 +17,19 @@ def pixels(image: UInt8[Array, "B H W 3"] | Float[Array, "B H W 3"], dtype: Any)
     return image.astype(dtype) / 127.5 - 1
 
 
-class Block(nnx.Module):
-    """Two 3x3 convolutions with batch normalisation around a shortcut (He et al. 2016). Receptive radius 2."""
+def batch_norm(channels: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """With statistics that follow soon enough for short trainings."""
+    return nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+
+class Block(nnx.Module):
+    """Two 3x3 convolutions, normalised, around a shortcut (He et al. 2016). Receptive radius 2."""
+
+    def __init__(self, channels: int, norm: Callable[..., nnx.Module] = batch_norm, *, rngs: nnx.Rngs):
         self.conv1 = nnx.Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)
-        self.norm1 = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
+        self.norm1 = norm(channels, rngs=rngs)
         self.conv2 = nnx.Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)
-        self.norm2 = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
+        self.norm2 = norm(channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         y = nnx.relu(self.norm1(self.conv1(x)))
@@ -43,11 +48,11 @@ class PlainBlock(nnx.Module):
 
 
 class Mix(nnx.Module):
-    """A linear layer over the channels, batch normalisation and ReLU: a 1x1 convolution as the product that it is."""
+    """A linear layer over the channels, normalised, and ReLU: a 1x1 convolution as the product that it is."""
 
-    def __init__(self, before: int, after: int, *, rngs: nnx.Rngs):
+    def __init__(self, before: int, after: int, norm: Callable[..., nnx.Module] = batch_norm, *, rngs: nnx.Rngs):
         self.linear = nnx.Linear(before, after, use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(after, momentum=0.95, rngs=rngs)
+        self.norm = norm(after, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
         return nnx.relu(self.norm(self.linear(x)))

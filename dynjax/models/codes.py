@@ -11,11 +11,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from dynjax.config import ModelConfig
-from dynjax.models import registry, rules, vqvae
+from dynjax.models import registry, rules
 from dynjax.models.likelihoods import Likelihood, OfIntegers, Predicts
 from dynjax.models.registry import Family, register
 from dynjax.models.rules import Rule
-from dynjax.models.vqvae import VQVAEConfig
+from dynjax.models.vqvae import VQVAE, VQVAEConfig
 
 Prior = TypeVar("Prior", bound=ModelConfig)
 
@@ -54,7 +54,7 @@ def freeze(model: Model) -> Model:
 class Codes(nnx.Module):
     """Parameters of every code's distribution given those before it. Samplers draw codes from `prior`."""
 
-    def __init__(self, prior: OfIntegers, coder: vqvae.VQVAE):
+    def __init__(self, prior: OfIntegers, coder: VQVAE):
         self.prior, self.coder = prior, coder
 
     @property
@@ -91,8 +91,8 @@ class Codes(nnx.Module):
 
 def build(config: CodesConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> Codes:
     """The model of `config`, with the weights of a trained VQ-VAE if these are given (`twin_params`)."""
-    coder = vqvae.build(config.vqvae, num_classes, rngs=rngs, twin_params=twin_params)
-    prior = registry.build(_prior(config), num_classes, rngs=rngs)
+    coder = registry.filled(VQVAE(config.vqvae, rngs=rngs), twin_params)
+    prior = registry.family_of(config.prior).build(_prior(config), num_classes, rngs=rngs)
     assert isinstance(prior, OfIntegers)
     return Codes(prior, freeze(coder))
 

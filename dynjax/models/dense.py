@@ -27,8 +27,13 @@ from dynjax.models.rules import Rule
 
 
 @runtime_checkable
-class BackboneConfig(ModelConfig, rules.InLevels, Protocol):
+class BackboneConfig(ModelConfig, Protocol):
     """Of a backbone; `widths` and `blocks` are those of its levels, the finest first."""
+
+    @property
+    def widths(self) -> tuple[int, ...]: ...
+    @property
+    def blocks(self) -> tuple[int, ...]: ...
 
 
 @runtime_checkable
@@ -101,9 +106,7 @@ class Dense(nnx.Module):
 
     def wrap(self, wrapper: Callable[[nnx.Module, int, int], nnx.Module], levels: int | None = None) -> "Dense":
         """The model itself with `wrapper(block, channels, level)` in the place of every block of the finest `levels`,
-        of all by default: the head's before the backbone's. Raises ValueError where there are fewer levels."""
-        if levels is not None and levels > len(self.backbone.blocks):
-            raise ValueError(f"dynamics of {levels} levels, and the model has {len(self.backbone.blocks)}")
+        of all by default: the head's before the backbone's."""
         for part in (self.head, self.backbone):
             for level, blocks in enumerate(part.blocks[:levels]):
                 for number, block in enumerate(blocks):

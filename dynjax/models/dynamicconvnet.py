@@ -20,7 +20,7 @@ from dynjax.models import rules
 from dynjax.models.blocks import pixels
 from dynjax.models.registry import Family, filled, register
 from dynjax.models.resnet import Down, Head, Stem
-from dynjax.models.rules import DEEPEST, Rule
+from dynjax.models.rules import Counts, Depth, Rule, Widths
 from dynjax.ops.filters import DDF, Involution
 from dynjax.ops.kernels import CondConv, DynamicConv, HyperConv, ODConv, with_kernels
 
@@ -32,14 +32,14 @@ class DynamicConvNetConfig:
     family: Literal["dynamicconvnet"] = "dynamicconvnet"
     stem_stride: int = 1
     """The first stage works at 1/stem_stride of the picture: 1 or 2."""
-    widths: tuple[int, ...] = (16, 24, 48)
+    widths: Widths = (16, 24, 48)
     """Channels of each stage; each further stage works at half the resolution of the one before."""
-    blocks: tuple[int, ...] = (1, 1, 1)
+    blocks: Counts = (1, 1, 1)
     """Residual blocks of each stage."""
     dynamics: Literal["static", "condconv", "dyconv", "odconv", "hyper", "involution", "ddf"] = "static"
     """condconv, dyconv, odconv: kernels mixed for each picture; hyper: generated for it; involution, ddf: for each
     pixel."""
-    kernels: int = 4
+    kernels: Depth = 4
     """Kernels that are mixed."""
     gate: Literal["learned", "random"] = "learned"
 
@@ -80,8 +80,6 @@ class DynamicConvNet(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        if len(widths) != len(blocks) or not widths:
-            raise ValueError(f"widths={tuple(widths)} and blocks={tuple(blocks)} must have one entry for each stage")
         self.stem = Stem(widths[0], stem_stride, rngs=rngs)
         self.down = nnx.List([Down(before, after, rngs=rngs) for before, after in itertools.pairwise(widths)])
         self.stages = nnx.List(
@@ -109,12 +107,9 @@ def build(
     `twin_params`: variables of a static twin, whose kernels all mixed or generated ones start from.
 
     Raises:
-        UserError: for per-pixel kernels that should start from a twin or attend at random.
+        UserError: for per-pixel kernels that should start from a twin.
     """
-    per_pixel = config.dynamics in ("involution", "ddf")
-    if per_pixel and config.gate == "random":
-        raise UserError(f"model.gate random is not for {config.dynamics}: it has no weights to draw, only filters")
-    if per_pixel and twin_params is not None:
+    if config.dynamics in ("involution", "ddf") and twin_params is not None:
         raise UserError(
             f"init_from: {config.dynamics} cannot start from a static twin's kernels; train it from the start"
         )
@@ -156,11 +151,10 @@ def _convolution(kind: str, config: DynamicConvNetConfig) -> Convolution:
 
 
 def _rules(config: DynamicConvNetConfig) -> Iterator[Rule]:
-    yield from rules.levels(config, "stage")
+    yield from rules.levels(config.widths, config.blocks, "stage")
     yield from rules.one_of("stem_stride", config.stem_stride, 1, 2)
     if config.dynamics != "static":
         yield from rules.has_blocks(config.blocks, config.dynamics)
-        yield from rules.between(config, kernels=DEEPEST)
     has_weights = config.gate != "random" or config.dynamics not in ("involution", "ddf")
     yield Rule("gate", config.gate, has_weights, f"learned: {config.dynamics} has no weights to draw, only filters")
 

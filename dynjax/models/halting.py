@@ -4,7 +4,6 @@ Letters: B examples, H W pixels, C channels, K classes.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Literal
 
 import jax.numpy as jnp
@@ -13,10 +12,9 @@ from jaxtyping import Array, Float, UInt8
 
 from dynjax.core.controls import RandomGate
 from dynjax.core.gates import SampleGate, TileGate
-from dynjax.models import rules
 from dynjax.models.blocks import Mix, gather_pixels, pixels
 from dynjax.models.registry import SOLVED, Family, budgeted, filled, register
-from dynjax.models.rules import DEEPEST, HALVINGS, LARGEST_SIDE, WIDEST, Rule
+from dynjax.models.rules import Depth, Halvings, Side, Width
 from dynjax.ops.halting import Halt
 
 
@@ -25,15 +23,15 @@ class HaltConfig:
     """A residual block applied again and again, until a halting unit says stop."""
 
     family: Literal["halting"] = "halting"
-    channels: int = 32
-    halvings: int = 1
+    channels: Width = 32
+    halvings: Halvings = 1
     """How often the stem halves the picture's resolution."""
-    steps: int = 8
+    steps: Depth = 8
     """Most applications of the block; the static twin always has as many."""
     dynamics: Literal["static", "act", "sact", "pondernet"] = "static"
     """act: adaptive computation time per picture; sact: per tile; pondernet: trained on the prediction of every
     step."""
-    tile: int = 4
+    tile: Side = 4
     """Side of a tile of sact, in pixels of the block's map."""
     gate: Literal["learned", "random"] = "learned"
 
@@ -121,10 +119,7 @@ class PonderNet(nnx.Module):
 
 
 def build(config: HaltConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
-    """The network of `config`, which halts if it says so.
-
-    `twin_params`: variables of a static twin, which applies the same block `config.steps` times.
-    """
+    """The network of `config`, which halts if it says so."""
     stem, step = Stem(config.channels, config.halvings, rngs=rngs), Step(config.channels, rngs=rngs)
     head = Head(config.channels, num_classes, rngs=rngs)
     static = filled(HaltNet(stem, Repeat(step, config.steps), head), twin_params)
@@ -141,20 +136,10 @@ def build(config: HaltConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: 
     return HaltNet(static.stem, Halt(static.body.step, gate, config.steps, kind="act"), static.head)
 
 
-def _rules(config: HaltConfig) -> Iterator[Rule]:
-    yield from rules.between(config, channels=WIDEST)
-    yield from rules.between(config, 0, halvings=HALVINGS)
-    yield from rules.between(config, steps=DEEPEST)
-    if config.dynamics == "sact":
-        yield from rules.between(config, tile=LARGEST_SIDE)
-
-
 def _uses(config: HaltConfig) -> frozenset[str]:
     # PonderNet is trained on every output whatever it costs.
     pondernet = config.dynamics == "pondernet" and config.gate == "learned"
     return SOLVED | {"loss.ponder"} if pondernet else budgeted(config)
 
 
-FAMILY = register(
-    Family(HaltConfig, build, tiny=dict(channels=4, halvings=0, steps=2), rules=_rules, uses=_uses, apart=("tile",))
-)
+FAMILY = register(Family(HaltConfig, build, tiny=dict(channels=4, halvings=0, steps=2), uses=_uses, apart=("tile",)))

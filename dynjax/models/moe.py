@@ -8,7 +8,7 @@ Letters: B examples, H W pixels, T tokens, C features, K classes.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, UInt8
 from dynjax.models import rules
 from dynjax.models.blocks import pixels
 from dynjax.models.registry import BUDGET, Family, register
-from dynjax.models.rules import DEEPEST, WIDEST, OfExperts, Rule
+from dynjax.models.rules import Depth, Range, Rule, Width
 from dynjax.ops import Experts, RandomRouter, Router
 
 
@@ -27,19 +27,19 @@ class MoEConfig:
     """A small vision transformer whose MLPs are mixtures of experts."""
 
     family: Literal["moe"] = "moe"
-    patch: int = 4
+    patch: Annotated[int, Range(1, 1024)] = 4
     """Side in pixels of the patches that are the tokens."""
-    width: int = 64
+    width: Width = 64
     """Features of a token."""
-    depth: int = 4
+    depth: Depth = 4
     """Blocks of attention and experts."""
-    heads: int = 4
-    hidden: int = 128
+    heads: Depth = 4
+    hidden: Width = 128
     """Hidden features of an expert; the static twin's MLP has `top` times as many."""
-    experts: int = 8
-    top: int = 2
+    experts: Depth = 8
+    top: Depth = 2
     """The most experts that a token takes."""
-    least: int = 1
+    least: Depth = 1
     """The experts that a token takes at any budget; with `top`, every token costs the same."""
     dynamics: Literal["static", "experts"] = "static"
     gate: Literal["learned", "random"] = "learned"
@@ -66,10 +66,6 @@ class PatchClassifier(nnx.Module):
     """
 
     def __init__(self, classes: int, config: MoEConfig, *, rngs: nnx.Rngs):
-        if config.width % 4 or config.width % config.heads:
-            raise ValueError(f"width={config.width} must be a multiple of 4 and of heads={config.heads}")
-        if config.patch < 1:
-            raise ValueError(f"patch={config.patch} must be at least 1 pixel")
         self.patch = config.patch
         self.embed = nnx.Linear(3 * config.patch**2, config.width, rngs=rngs)
         self.blocks = nnx.List(
@@ -94,15 +90,17 @@ def mlp(config: MoEConfig, *, rngs: nnx.Rngs) -> nnx.Sequential | Experts:
         hidden = config.top * config.hidden
         up, down = nnx.Linear(config.width, hidden, rngs=rngs), nnx.Linear(hidden, config.width, rngs=rngs)
         return nnx.Sequential(up, nnx.gelu, down)
-    router = make_router(config, config.width, rngs=rngs)
+    router = make_router(config.gate, config.width, config.experts, config.top, config.least, rngs=rngs)
     return Experts(config.width, config.hidden, config.experts, gate=router, rngs=rngs)
 
 
-def make_router(config: OfExperts, features: int, *, rngs: nnx.Rngs) -> RandomRouter | Router:
+def make_router(
+    gate: str, features: int, experts: int, top: int, least: int, *, rngs: nnx.Rngs
+) -> RandomRouter | Router:
     """What chooses experts for tokens of `features` numbers."""
-    if config.gate == "random":
-        return RandomRouter(config.experts, top=config.top, least=config.least, rngs=rngs)
-    return Router(features, config.experts, top=config.top, least=config.least, rngs=rngs)
+    if gate == "random":
+        return RandomRouter(experts, top=top, least=least, rngs=rngs)
+    return Router(features, experts, top=top, least=least, rngs=rngs)
 
 
 def patches_of(x: Float[Array, "B H W D"], side: int) -> Float[Array, "B h w E"]:
@@ -157,17 +155,15 @@ def build(config: MoEConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: n
 
 
 def _rules(config: MoEConfig) -> Iterator[Rule]:
-    yield from rules.between(config, patch=1024, width=WIDEST, hidden=WIDEST)
-    yield from rules.between(config, **dict.fromkeys(("depth", "heads", "experts", "top", "least"), DEEPEST))
     yield Rule("width", config.width, config.width % 4 == 0, "a multiple of 4")
     yield from rules.heads_share("width", config.width, config.heads)
     if config.dynamics == "experts":
-        yield from rules.routed(config)
+        yield from rules.routed(config.experts, config.top, config.least)
 
 
-def router_uses(config: OfExperts) -> frozenset[str]:
+def router_uses(gate: str) -> frozenset[str]:
     """Options that training with experts looks at."""
-    return BUDGET | {"loss.load_balance"} | ({"loss.router_z"} if config.gate == "learned" else set())
+    return BUDGET | {"loss.load_balance"} | ({"loss.router_z"} if gate == "learned" else set())
 
 
 FAMILY = register(
@@ -176,7 +172,7 @@ FAMILY = register(
         build,
         tiny=dict(width=8, depth=1, heads=2, hidden=8, experts=2),
         rules=_rules,
-        uses=lambda config: frozenset() if config.dynamics == "static" else router_uses(config),
+        uses=lambda config: frozenset() if config.dynamics == "static" else router_uses(config.gate),
         apart=("experts", "least"),
     )
 )

@@ -20,7 +20,7 @@ from dynjax.models import rules
 from dynjax.models.blocks import ConvNorm, Pyramid, conv3
 from dynjax.models.exits import CONFIDENCE, ExitNet, Head, StaticExitNet
 from dynjax.models.registry import SOLVED, Family, filled, register
-from dynjax.models.rules import DEEPEST, HALVINGS, WIDEST, Rule
+from dynjax.models.rules import Depth, Rule, Scales, Width
 from dynjax.ops import Exits
 
 
@@ -29,17 +29,17 @@ class MSDNetConfig:
     """A multi-scale dense network with exits."""
 
     family: Literal["msdnet"] = "msdnet"
-    scales: int = 3
+    scales: Scales = 3
     """Resolutions, each half of the one before."""
-    channels: int = 16
+    channels: Width = 16
     """Channels of the finest scale after the first layer; a coarser one has twice as many."""
-    growth: int = 6
+    growth: Width = 6
     """Channels that a layer adds to the finest scale; twice as many to each coarser one."""
-    blocks: int = 5
+    blocks: Depth = 5
     """Blocks, each ending in an exit."""
-    base: int = 4
+    base: Depth = 4
     """Layers of the first block."""
-    step: int = 2
+    step: Depth = 2
     """Layers of each further block."""
     bottleneck: bool = True
     """1x1 convolutions before the 3x3 ones."""
@@ -107,18 +107,7 @@ def _stages(config: MSDNetConfig, rngs: nnx.Rngs) -> Iterator[tuple[nnx.Sequenti
 def build(
     config: MSDNetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
 ) -> nnx.Module:
-    """The MSDNet of `config`.
-
-    `twin_params`: variables of a static twin, which has the same stages and the last head.
-
-    Raises:
-        ValueError: where the numbers of scales, blocks or layers make no network.
-    """
-    for name in ("scales", "channels", "growth", "blocks", "base", "step"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-    if config.scales > 1 and config.growth < 2:
-        raise ValueError(f"growth={config.growth} must be at least 2: a scale takes half of it from the next finer one")
+    """The MSDNet of `config`."""
     stages, channels = zip(*_stages(config, rngs), strict=True)
     coarse = 2 ** (config.scales - 1)
     static = filled(StaticExitNet(list(stages), Head(channels[-1] * coarse, num_classes, rngs=rngs)), twin_params)
@@ -129,9 +118,6 @@ def build(
 
 
 def _rules(config: MSDNetConfig) -> Iterator[Rule]:
-    yield from rules.between(
-        config, scales=HALVINGS + 1, channels=WIDEST, growth=WIDEST, blocks=DEEPEST, base=DEEPEST, step=DEEPEST
-    )
     halves = config.scales == 1 or config.growth >= 2
     yield Rule("growth", config.growth, halves, "at least 2: a scale takes half of it from the next finer one")
     yield from rules.doubled(config, "channels growth", config.scales)

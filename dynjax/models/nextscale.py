@@ -14,7 +14,7 @@ P parameters of a pixel.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ from dynjax.core.gates import EntropyGate
 from dynjax.models import rules
 from dynjax.models.likelihoods import make_likelihood
 from dynjax.models.pixelcnn import PixelCNN, PixelCNNConfig
-from dynjax.models.registry import Family, filled, register
-from dynjax.models.rules import DEEPEST, HALVINGS, LARGEST_SIDE, WIDEST, Rule
+from dynjax.models.registry import Family, built_by, register
+from dynjax.models.rules import HALVINGS, Count, Depth, Range, Rule, Side, Values, Width
 from dynjax.ops import sampling
 from dynjax.ops.doubt import Refine
 
@@ -40,24 +40,24 @@ class NextScaleConfig:
     family: Literal["nextscale"] = "nextscale"
     shape: tuple[int, int, int] = (28, 28, 1)
     """Height, width and channels (1: grey, 3: colours) of the pictures."""
-    values: int = 2
+    values: Values = 2
     """Values of a channel: 2 is black and white, 256 are all bytes."""
     likelihood: Literal["categorical", "logistic"] = "categorical"
     """categorical: a softmax over all values, of one channel; logistic: a mixture of rounded logistic distributions."""
-    components: int = 5
+    components: Depth = 5
     """Of the mixture of logistics."""
-    scales: int = 3
+    scales: Annotated[int, Range(2, HALVINGS + 1)] = 3
     """Resolutions; each coarser one has every other row and column of the next finer one."""
-    coarse_features: int = 24
+    coarse_features: Width = 24
     """Of the PixelCNN that draws the coarsest."""
-    coarse_layers: int = 4
-    reach: int = 3
+    coarse_layers: Depth = 4
+    reach: Annotated[int, Range(0, 64)] = 3
     """Both networks look at so many pixels of the coarser picture to every side."""
-    features: int = 96
+    features: Width = 96
     """Of the rich network."""
-    blocks: int = 3
+    blocks: Count = 3
     """Residual blocks of the rich network."""
-    plain: int = 16
+    plain: Width = 16
     """Hidden features of the plain network."""
     conditional: bool = False
     """Pictures can be asked for by their label."""
@@ -66,7 +66,7 @@ class NextScaleConfig:
     gate: Literal["learned", "random", "grid"] = "learned"
     """learned: the rich network goes where the plain one's prediction has the most entropy; random: anywhere; grid: to
     tiles spread evenly."""
-    tile: int = 2
+    tile: Side = 2
     """Side of a tile in pixels of the coarser picture."""
 
 
@@ -139,19 +139,11 @@ class NextScale(nnx.Module):
     The label is known to the coarsest picture alone.
 
     Args:
-        shape: (H, W, C) of the pictures.
-        classes: number of labels that pictures can be asked for by; 0 for none.
-
-    Raises:
-        ValueError: for fewer than two scales, or more than leave two rows and columns.
+        classes: number of labels that pictures can be asked for by, where they are conditional.
     """
 
-    def __init__(self, config: NextScaleConfig, shape: tuple[int, int, int], classes: int = 0, *, rngs: nnx.Rngs):
-        if not 2 <= config.scales or 2 ** (config.scales - 1) * 2 > min(shape[:2]):
-            raise ValueError(
-                f"scales={config.scales} must be at least 2, and few enough that the coarsest of {shape[0]}x{shape[1]} "
-                "pixels has 2 rows and columns"
-            )
+    def __init__(self, config: NextScaleConfig, classes: int = 0, *, rngs: nnx.Rngs):
+        shape, classes = config.shape, classes if config.conditional else 0
         self.shape, self.classes, self.reach = shape, classes, config.reach
         self.likelihood = make_likelihood(config.likelihood, config.values, shape[2], config.components)
         self.strides = tuple(2**k for k in reversed(range(config.scales)))
@@ -163,8 +155,9 @@ class NextScale(nnx.Module):
             components=config.components,
             features=config.coarse_features,
             layers=config.coarse_layers,
+            conditional=config.conditional,
         )
-        self.coarsest = PixelCNN(coarse, smallest, classes, rngs=rngs)
+        self.coarsest = PixelCNN(coarse, classes, rngs=rngs)
 
         def make(known: int) -> Refine:
             before = known * shape[2] * (2 * config.reach + 1) ** 2 + 2
@@ -266,24 +259,12 @@ class NextScale(nnx.Module):
         return jnp.repeat(jnp.repeat(x, stride, 1), stride, 2)[:, : self.shape[0], : self.shape[1]]
 
 
-def build(
-    config: NextScaleConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
-) -> NextScale:
-    """The model of `config`; conditional on `num_classes` labels if it says so. A static twin has the rich networks."""
-    return filled(NextScale(config, config.shape, num_classes if config.conditional else 0, rngs=rngs), twin_params)
-
-
 def _rules(config: NextScaleConfig) -> Iterator[Rule]:
-    yield from rules.drawn(config)
-    yield from rules.between(config, 2, scales=HALVINGS + 1)
+    yield from rules.drawn(config.shape, config.likelihood)
     height, width, _ = config.shape
     fits = 2**config.scales <= min(height, width)
     wanted = f"so few that the coarsest of {height}x{width} pixels has 2 rows and columns"
     yield Rule("scales", config.scales, fits, wanted)
-    yield from rules.between(config, coarse_features=WIDEST, features=WIDEST, plain=WIDEST, coarse_layers=DEEPEST)
-    yield from rules.between(config, 0, blocks=DEEPEST)
-    yield from rules.between(config, 0, reach=64)
-    yield from rules.between(config, tile=LARGEST_SIDE)
 
 
 def _tiny(config: NextScaleConfig) -> dict[str, object]:
@@ -291,4 +272,5 @@ def _tiny(config: NextScaleConfig) -> dict[str, object]:
     return small | dict(shape=(8, 8, config.shape[2]))
 
 
-FAMILY = register(Family(NextScaleConfig, build, task="autoregressive", tiny=_tiny, rules=_rules, apart=("tile",)))
+BUILD = built_by(NextScale)
+FAMILY = register(Family(NextScaleConfig, BUILD, task="autoregressive", tiny=_tiny, rules=_rules, apart=("tile",)))

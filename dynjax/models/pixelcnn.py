@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from dynjax.models import rules
 from dynjax.models.likelihoods import make_likelihood
-from dynjax.models.registry import Family, filled, register
-from dynjax.models.rules import DEEPEST, WIDEST, Rule
+from dynjax.models.registry import Family, built_by, register
+from dynjax.models.rules import Depth, Rule, Values, Width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,21 +31,18 @@ class PixelCNNConfig:
     family: Literal["pixelcnn"] = "pixelcnn"
     shape: tuple[int, int, int] = (28, 28, 1)
     """Height, width and channels (1: grey, 3: colours) of the pictures."""
-    values: int = 2
+    values: Values = 2
     """Values of a channel: 2 is black and white, 256 are all bytes."""
     likelihood: Literal["categorical", "logistic"] = "categorical"
     """categorical: a softmax over all values, of one channel; logistic: a mixture of rounded logistic distributions."""
-    components: int = 5
+    components: Depth = 5
     """Of the mixture of logistics."""
-    features: int = 32
-    layers: int = 8
+    features: Width = 32
+    layers: Depth = 8
     embed: bool = False
     """Values are names (codes), not brightness."""
     conditional: bool = False
     """Pictures can be asked for by their label."""
-    dynamics: Literal["static"] = "static"
-    """The dynamics are in how it is sampled."""
-    gate: Literal["learned"] = "learned"
 
 
 Cache = dict[str, Array]
@@ -102,11 +99,11 @@ class PixelCNN(nnx.Module):
     every row and column has features of its own, since the layers alone do not see how far down the picture they are.
 
     Args:
-        shape: (H, W, C) of the pictures.
-        classes: number of labels that pictures can be asked for by; 0 for none.
+        classes: number of labels that pictures can be asked for by, where they are conditional.
     """
 
-    def __init__(self, config: PixelCNNConfig, shape: tuple[int, int, int], classes: int = 0, *, rngs: nnx.Rngs):
+    def __init__(self, config: PixelCNNConfig, classes: int = 0, *, rngs: nnx.Rngs):
+        shape, classes = config.shape, classes if config.conditional else 0
         self.shape, self.classes, self.features = shape, classes, config.features
         self.likelihood = make_likelihood(config.likelihood, config.values, shape[2], config.components)
         f, init = config.features, nnx.initializers.lecun_normal()
@@ -233,22 +230,14 @@ class PixelCNN(nnx.Module):
         return row, {"input": self._enter(row), "layers": seen[:, :, 0]}
 
 
-def build(
-    config: PixelCNNConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
-) -> PixelCNN:
-    """The model of `config`; conditional on `num_classes` labels if it says so."""
-    return filled(PixelCNN(config, config.shape, num_classes if config.conditional else 0, rngs=rngs), twin_params)
-
-
 def _rules(config: PixelCNNConfig) -> Iterator[Rule]:
-    yield from rules.drawn(config, config.embed)
-    yield from rules.between(config, features=WIDEST, layers=DEEPEST)
+    yield from rules.drawn(config.shape, config.likelihood, config.embed)
 
 
 FAMILY = register(
     Family(
         PixelCNNConfig,
-        build,
+        built_by(PixelCNN),
         task="autoregressive",
         tiny=lambda config: dict(shape=(8, 8, config.shape[2]), features=4, layers=1),
         rules=_rules,

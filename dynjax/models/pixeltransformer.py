@@ -23,8 +23,8 @@ from jaxtyping import Array, Float, Int
 from dynjax.core.decision import Decision
 from dynjax.models import rules
 from dynjax.models.likelihoods import make_likelihood
-from dynjax.models.registry import Family, filled, register
-from dynjax.models.rules import DEEPEST, WIDEST, Rule
+from dynjax.models.registry import Family, built_by, register
+from dynjax.models.rules import Depth, Rule, Values, Width
 from dynjax.ops.doubt import PixelExits
 
 
@@ -35,15 +35,15 @@ class PixelTransformerConfig:
     family: Literal["pixeltransformer"] = "pixeltransformer"
     shape: tuple[int, int, int] = (28, 28, 1)
     """Height, width and channels (1: grey, 3: colours) of the pictures."""
-    values: int = 2
+    values: Values = 2
     """Values of a channel: 2 is black and white, 256 are all bytes."""
     likelihood: Literal["categorical", "logistic"] = "categorical"
     """categorical: a softmax over all values, of one channel; logistic: a mixture of rounded logistic distributions."""
-    components: int = 5
+    components: Depth = 5
     """Of the mixture of logistics."""
-    features: int = 64
-    layers: int = 4
-    heads: int = 4
+    features: Width = 64
+    layers: Depth = 4
+    heads: Depth = 4
     embed: bool = False
     """Values are names (codes), not brightness."""
     conditional: bool = False
@@ -96,16 +96,14 @@ class PixelTransformer(nnx.Module):
     """Parameters of every pixel's distribution given the pixels before it, in the order of rows, then columns.
 
     Args:
-        shape: (H, W, C) of the pictures.
-        classes: number of labels that pictures can be asked for by; 0 for none.
+        classes: number of labels that pictures can be asked for by, where they are conditional.
     """
 
     window_size = 16
     """Pixels that `sampling.fixed_point` draws at once."""
 
-    def __init__(
-        self, config: PixelTransformerConfig, shape: tuple[int, int, int], classes: int = 0, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: PixelTransformerConfig, classes: int = 0, *, rngs: nnx.Rngs):
+        shape, classes = config.shape, classes if config.conditional else 0
         self.shape, self.classes = shape, classes
         self.likelihood = make_likelihood(config.likelihood, config.values, shape[2], config.components)
         f = config.features
@@ -221,18 +219,8 @@ class PixelTransformer(nnx.Module):
         return pixel[:, None], trail | {"before": self._enter(pixel)}
 
 
-def build(
-    config: PixelTransformerConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
-) -> PixelTransformer:
-    """The model of `config`; conditional on `num_classes` labels if it says so."""
-    return filled(
-        PixelTransformer(config, config.shape, num_classes if config.conditional else 0, rngs=rngs), twin_params
-    )
-
-
 def _rules(config: PixelTransformerConfig) -> Iterator[Rule]:
-    yield from rules.drawn(config, config.embed)
-    yield from rules.between(config, features=WIDEST, layers=DEEPEST, heads=DEEPEST)
+    yield from rules.drawn(config.shape, config.likelihood, config.embed)
     yield from rules.heads_share("features", config.features, config.heads)
     if config.dynamics == "exits":
         yield Rule("layers", config.layers, config.layers >= 2, "at least 2: exits are between them")
@@ -241,7 +229,7 @@ def _rules(config: PixelTransformerConfig) -> Iterator[Rule]:
 FAMILY = register(
     Family(
         PixelTransformerConfig,
-        build,
+        built_by(PixelTransformer),
         task="autoregressive",
         tiny=lambda config: dict(shape=(8, 8, config.shape[2]), features=8, layers=2, heads=2),
         rules=_rules,

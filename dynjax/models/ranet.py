@@ -12,7 +12,7 @@ The coarser of two sub-networks has twice the channels. Letters: B examples, H W
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from dynjax.models import rules
 from dynjax.models.blocks import ConvNorm, Pyramid, conv3
 from dynjax.models.exits import CONFIDENCE, ExitNet, Head, StaticExitNet
 from dynjax.models.registry import SOLVED, Family, filled, register
-from dynjax.models.rules import DEEPEST, HALVINGS, WIDEST, Rule
+from dynjax.models.rules import WIDEST, Depth, Range, Rule, Scales, Width
 from dynjax.ops import Exits
 
 
@@ -32,17 +32,17 @@ class RANetConfig:
     """A network of sub-networks for rising resolutions, with exits; the coarsest is run first."""
 
     family: Literal["ranet"] = "ranet"
-    scales: int = 3
+    scales: Scales = 3
     """Sub-networks; the last works at the picture's resolution, each one before at half of the next one's."""
-    channels: int = 16
+    channels: Width = 16
     """Channels of the finest base map; each coarser one has twice as many."""
-    growth: int = 6
+    growth: Annotated[int, Range(4, WIDEST)] = 6
     """Channels that a layer of the finest sub-network adds, at least 4; twice as many in each coarser one."""
-    blocks: int = 2
+    blocks: Depth = 2
     """Dense blocks of the coarsest sub-network, each ending in an exit."""
-    step: int = 2
+    step: Depth = 2
     """Further blocks, and exits, that each finer sub-network has behind those that are fused with the coarser one's."""
-    layers: int = 4
+    layers: Depth = 4
     """Layers of a dense block."""
     dynamics: Literal["static", "exits"] = "static"
     """static: only the last exit is there."""
@@ -175,18 +175,7 @@ def stages(config: RANetConfig, rngs: nnx.Rngs) -> list[tuple[nnx.Module, int]]:
 
 
 def build(config: RANetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
-    """The RANet of `config`.
-
-    `twin_params`: variables of a static twin, which has the same stages and the last head.
-
-    Raises:
-        ValueError: where the numbers of scales, blocks or layers make no network.
-    """
-    for name in ("scales", "channels", "blocks", "layers", "step"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-    if int(config.growth * COARSE) < 1:
-        raise ValueError(f"growth={config.growth} must be at least 4: a quarter comes from the coarser sub-network")
+    """The RANet of `config`."""
     parts, widths = zip(*stages(config, rngs), strict=True)
     static = filled(StaticExitNet(list(parts), Head(widths[-1], num_classes, rngs=rngs)), twin_params)
     if config.dynamics == "static":
@@ -196,9 +185,6 @@ def build(config: RANetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params:
 
 
 def _rules(config: RANetConfig) -> Iterator[Rule]:
-    yield from rules.between(config, scales=HALVINGS + 1, channels=WIDEST)
-    yield from rules.between(config, 4, growth=WIDEST)  # a quarter of it comes from the coarser sub-network
-    yield from rules.between(config, blocks=DEEPEST, layers=DEEPEST, step=DEEPEST)
     yield from rules.doubled(config, "channels growth", config.scales)
 
 

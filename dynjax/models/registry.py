@@ -11,7 +11,7 @@ from flax import nnx
 
 from dynjax.config import ModelConfig, UserError
 from dynjax.models import rules
-from dynjax.models.rules import Rule
+from dynjax.models.rules import Range, Rule
 
 C = TypeVar("C", bound=ModelConfig)
 Module = TypeVar("Module", bound=nnx.Module)
@@ -23,8 +23,9 @@ SOLVED = BUDGET - {"budget.weight"}
 
 
 def without_dynamics(config: C) -> C:
-    """Of configurations with fields `dynamics` and `gate`."""
-    return dataclasses.replace(config, dynamics="static", gate="learned")
+    """Of configurations that have fields `dynamics` and `gate` where there are any."""
+    fields = {name: value for name, value in (("dynamics", "static"), ("gate", "learned")) if name in vars(config)}
+    return dataclasses.replace(config, **fields)
 
 
 def budgeted(config: ModelConfig) -> frozenset[str]:
@@ -48,7 +49,7 @@ class Family(Generic[C]):
     """`(config)`: which values make sense."""
     uses: Callable[[C], frozenset[str]] = lambda config: frozenset()
     """Options that its training looks at beside those of its task, such as "budget.target" or "loss.ponder"."""
-    dynamics: Callable[[C], str] = lambda config: vars(config)["dynamics"]
+    dynamics: Callable[[C], str] = lambda config: vars(config).get("dynamics", "static")
     """What is dynamic in it, in a word; "static": nothing."""
     twin: Callable[[C], C] = without_dynamics
     """Configuration of the same net without dynamics."""
@@ -85,10 +86,9 @@ def family_of(config: ModelConfig) -> Family:
 def build(config: ModelConfig, classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
     """The model of `config`, with the variables of a static twin under the wrappers if these are given.
 
-    Raises UserError where a gate is asked for that the model has no place for.
+    Raises UserError for a configuration that makes no sense.
     """
-    if is_static(config) and config != static_twin(config):
-        raise UserError("model.gate random is a control of dynamics, and model.dynamics is static")
+    check(config)
     return family_of(config).build(config, classes, rngs=rngs, twin_params=twin_params)
 
 
@@ -97,6 +97,15 @@ def filled(model: Module, twin_params: nnx.State | None) -> Module:
     if twin_params is not None:
         nnx.update(model, twin_params)
     return model
+
+
+def built_by(model: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
+    """`Family.build` of a model that `model(config, classes, rngs=rngs)` makes whatever is dynamic in it."""
+
+    def build(config: C, classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
+        return filled(model(config, classes, rngs=rngs), twin_params)
+
+    return build
 
 
 def task_of(config: ModelConfig) -> str:
@@ -174,10 +183,11 @@ def rules_of(config: ModelConfig, *others: ModelConfig) -> Iterator[Rule]:
 
 
 def _choices(config: ModelConfig, prefix: str) -> Iterator[Rule]:
-    """Fields that are one of a few names, also of configurations within."""
-    hints = typing.get_type_hints(type(config))
+    """Fields that are one of a few names, or in a range, also of configurations within."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         name, value, hint = prefix + field.name, getattr(config, field.name), hints[field.name]
+        yield from (each.rule(name, value) for each in getattr(hint, "__metadata__", ()) if isinstance(each, Range))
         if typing.get_origin(hint) is typing.Literal:
             names = typing.get_args(hint)
             yield Rule(name, value, value in names, " or ".join(map(str, names)))

@@ -21,7 +21,7 @@ from dynjax.models import rules
 from dynjax.models.blocks import Block, Mix, gather_pixels, pixels
 from dynjax.models.exits import CONFIDENCE, ExitNet
 from dynjax.models.registry import BUDGET, SOLVED, Family, filled, register
-from dynjax.models.rules import Rule
+from dynjax.models.rules import Counts, Rule, Widths
 from dynjax.ops import Channels, Exits, Skip, Slimmable, dynamize
 from dynjax.ops.policy import PolicySkip
 
@@ -33,9 +33,9 @@ class ResNetConfig:
     family: Literal["resnet"] = "resnet"
     stem_stride: int = 1
     """The first stage works at 1/stem_stride of the picture: 1 or 2."""
-    widths: tuple[int, ...] = (16, 32, 64)
+    widths: Widths = (16, 32, 64)
     """Channels of each stage; each further stage works at half the resolution of the one before."""
-    blocks: tuple[int, ...] = (3, 3, 3)
+    blocks: Counts = (3, 3, 3)
     """Residual blocks of each stage."""
     dynamics: Literal["static", "skip", "policy", "reinforce", "channels", "slices", "exits"] = "static"
     """skip: a gate before each block; policy: one network decides all blocks, and reinforce is the same trained by
@@ -50,8 +50,6 @@ class Stem(nnx.Module):
     """A 3x3 convolution, batch normalisation and ReLU; with a stride of 2 on every 2x2 pixels as one."""
 
     def __init__(self, channels: int, stride: int, *, rngs: nnx.Rngs):
-        if stride not in (1, 2):
-            raise ValueError(f"stem_stride={stride} must be 1 or 2")
         self.stride = stride
         self.conv = nnx.Conv(3 * stride**2, channels, (3, 3), use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
@@ -106,8 +104,6 @@ class ResNet(nnx.Module):
     def __init__(
         self, classes: int, widths: Sequence[int], blocks: Sequence[int], stem_stride: int = 1, *, rngs: nnx.Rngs
     ):
-        if len(widths) != len(blocks) or not widths:
-            raise ValueError(f"widths={tuple(widths)} and blocks={tuple(blocks)} must have one entry for each stage")
         entries: list[Stem | Down] = [Stem(widths[0], stem_stride, rngs=rngs)]
         entries += [Down(before, after, rngs=rngs) for before, after in itertools.pairwise(widths)]
         self.stages = nnx.List(
@@ -156,10 +152,7 @@ class PolicyNet(nnx.Module):
 def build(
     config: ResNetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
 ) -> nnx.Module:
-    """The ResNet of `config`, with the dynamics that it says.
-
-    `twin_params`: variables of a static twin, which go under the wrappers.
-    """
+    """The ResNet of `config`, with the dynamics that it says."""
     model = filled(ResNet(num_classes, config.widths, config.blocks, config.stem_stride, rngs=rngs), twin_params)
     return model if config.dynamics == "static" else adaptive(model, config, num_classes, rngs=rngs)
 
@@ -197,13 +190,14 @@ def adaptive(model: ResNet, config: ResNetConfig, num_classes: int, *, rngs: nnx
 
 
 def _rules(config: ResNetConfig) -> Iterator[Rule]:
-    yield from rules.levels(config, "stage")
+    yield from rules.levels(config.widths, config.blocks, "stage")
     yield from rules.one_of("stem_stride", config.stem_stride, 1, 2)
     if config.dynamics not in ("static", "exits"):
         yield from rules.has_blocks(config.blocks, config.dynamics)
     wide = [width for width, count in zip(config.widths, config.blocks, strict=True) if count]
     if config.dynamics in ("channels", "slices"):
-        yield from rules.between(config, groups=min(wide, default=1))
+        most = min(wide, default=1)
+        yield Rule("groups", config.groups, 1 <= config.groups <= most, f"from 1 to {most}")
     if config.dynamics == "channels":
         divides = all(width % config.groups == 0 for width in wide)
         wanted = f"a divisor of all --model.widths {' '.join(map(str, config.widths))}"

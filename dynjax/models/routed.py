@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, UInt8
 from dynjax.core.controls import SampledPaths
 from dynjax.core.gates import PathGate
 from dynjax.models import rules
-from dynjax.models.blocks import gather_pixels, pixels, repeat_pixels, spread_pixels
-from dynjax.models.registry import Family, budgeted, filled, register
-from dynjax.models.rules import DEEPEST, HALVINGS, WIDEST, Rule
+from dynjax.models.blocks import Block, Mix, gather_pixels, pixels, repeat_pixels, spread_pixels
+from dynjax.models.registry import Family, budgeted, built_by, register
+from dynjax.models.rules import DEEPEST, Rule, Scales, Width
 from dynjax.ops import Cell, Supernet
 
 
@@ -33,9 +33,9 @@ class RoutedConfig:
     family: Literal["routed"] = "routed"
     task: Literal["classification", "segmentation"] = "classification"
     """One label for the picture, or for every pixel."""
-    channels: int = 16
+    channels: Width = 16
     """Channels of the finest scale; each coarser one has twice as many."""
-    scales: int = 3
+    scales: Scales = 3
     """Resolutions, each half of the one before."""
     layers: int = 4
     """Layers of cells, at least as many as scales: each reaches one scale more."""
@@ -50,23 +50,9 @@ class RoutedConfig:
     gate: Literal["learned", "random"] = "learned"
 
 
-def _norm(channels: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
+def _norm(channels: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
     """Each example by its own mean and deviation, over the map and all channels."""
     return nnx.GroupNorm(channels, num_groups=1, rngs=rngs)
-
-
-class Residual(nnx.Module):
-    """Two 3x3 convolutions around a shortcut."""
-
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.conv1 = nnx.Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)
-        self.norm1 = _norm(channels, rngs)
-        self.conv2 = nnx.Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)
-        self.norm2 = _norm(channels, rngs)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        y = nnx.relu(self.norm1(self.conv1(x)))
-        return nnx.relu(x + self.norm2(self.conv2(y)))
 
 
 class Separable(nnx.Module):
@@ -76,31 +62,20 @@ class Separable(nnx.Module):
         def depthwise():
             return nnx.Conv(channels, channels, (3, 3), feature_group_count=channels, use_bias=False, rngs=rngs)
 
-        self.depth1, self.mix1 = depthwise(), Mix(channels, channels, rngs=rngs)
+        self.depth1, self.mix1 = depthwise(), Mix(channels, channels, _norm, rngs=rngs)
         self.depth2, self.linear2 = depthwise(), nnx.Linear(channels, channels, use_bias=False, rngs=rngs)
-        self.norm2 = _norm(channels, rngs)
+        self.norm2 = _norm(channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         y = self.mix1(self.depth1(x))
         return nnx.relu(x + self.norm2(self.linear2(self.depth2(y))))
 
 
-class Mix(nnx.Module):
-    """A linear layer over the channels, normalised per example, and ReLU."""
-
-    def __init__(self, before: int, after: int, *, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(before, after, use_bias=False, rngs=rngs)
-        self.norm = _norm(after, rngs)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-        return nnx.relu(self.norm(self.linear(x)))
-
-
 class Up(nnx.Module):
     """Half the channels at twice the resolution."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.mix = Mix(channels, channels // 2, rngs=rngs)
+        self.mix = Mix(channels, channels // 2, _norm, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W D"]:
         return repeat_pixels(self.mix(x))
@@ -110,7 +85,7 @@ class Down(nnx.Module):
     """Twice the channels at half the resolution, odd sizes rounded up."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.mix = Mix(4 * channels, 2 * channels, rngs=rngs)
+        self.mix = Mix(4 * channels, 2 * channels, _norm, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         return self.mix(gather_pixels(x))
@@ -133,7 +108,7 @@ class MaskHead(nnx.Module):
 
     def __init__(self, channels: Sequence[int], classes: int, stride: int, *, rngs: nnx.Rngs):
         self.up = nnx.List([Up(coarse, rngs=rngs) for coarse in channels[1:]])
-        self.mix = Mix(channels[0], channels[0], rngs=rngs)
+        self.mix = Mix(channels[0], channels[0], _norm, rngs=rngs)
         self.linear = nnx.Linear(channels[0], classes * stride**2, rngs=rngs)
         self.stride = stride
 
@@ -148,19 +123,9 @@ class Routed(nnx.Module):
     """Logits for every picture, (B, K), or for every pixel, (B, H, W, K), float32; takes (B, H, W, 3) bytes."""
 
     def __init__(self, config: RoutedConfig, classes: int, *, rngs: nnx.Rngs):
-        if config.stem_stride not in (1, 2, 4):
-            raise ValueError(f"stem_stride={config.stem_stride} must be 1, 2 or 4")
-        if not 1 <= config.scales <= config.layers:
-            raise ValueError(
-                f"scales={config.scales} must be from 1 to layers={config.layers}: each layer reaches one scale more"
-            )
-        if config.gate == "random" and config.dynamics in ("single", "sandwich"):
-            raise ValueError(
-                f"gate='random' is the control of dynamics='gates', and dynamics={config.dynamics!r} learns no gate"
-            )
         stride, channels = config.stem_stride, [config.channels * 2**scale for scale in range(config.scales)]
         self.stem = nnx.Conv(3, channels[0], (max(3, 2 * stride - 1),) * 2, stride, use_bias=False, rngs=rngs)
-        self.stem_norm = _norm(channels[0], rngs)
+        self.stem_norm = _norm(channels[0], rngs=rngs)
         self.supernet = Supernet([_layer(number, config, channels, rngs) for number in range(config.layers)])
         if config.task == "classification":
             self.head: LabelHead | MaskHead = LabelHead(channels, classes, rngs=rngs)
@@ -176,13 +141,13 @@ class Routed(nnx.Module):
 def _layer(number: int, config: RoutedConfig, channels: Sequence[int], rngs: nnx.Rngs) -> list[Cell]:
     """The cells of one layer: as many as it reaches, with all the paths that lead somewhere."""
     last = number == config.layers - 1
-    operation = {"residual": Residual, "separable": Separable}[config.operation]
     cells = []
     for scale, width in enumerate(channels[: number + 1]):
         up = Up(width, rngs=rngs) if scale and not last else None
         down = Down(width, rngs=rngs) if scale + 1 < config.scales and not last else None
         gate = _gate(config, width, 1 + (up is not None) + (down is not None), rngs)
-        cells.append(Cell(operation(width, rngs=rngs), gate, up=up, down=down))
+        operation = Block(width, _norm, rngs=rngs) if config.operation == "residual" else Separable(width, rngs=rngs)
+        cells.append(Cell(operation, gate, up=up, down=down))
     return cells
 
 
@@ -194,19 +159,9 @@ def _gate(config: RoutedConfig, channels: int, paths: int, rngs: nnx.Rngs) -> Pa
     return SampledPaths(paths, "independent" if config.dynamics == "gates" else config.dynamics, rngs=rngs)
 
 
-def build(
-    config: RoutedConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
-) -> nnx.Module:
-    """The net of `config`.
-
-    `twin_params`: variables of a static twin, the same net without gates, which are put in.
-    """
-    return filled(Routed(config, num_classes, rngs=rngs), twin_params)
-
-
 def _rules(config: RoutedConfig) -> Iterator[Rule]:
-    yield from rules.between(config, channels=WIDEST, scales=HALVINGS + 1)
-    yield from rules.between(config, config.scales, layers=DEEPEST)  # each layer reaches one scale more
+    reaches, least = config.scales <= config.layers <= DEEPEST, config.scales
+    yield Rule("layers", config.layers, reaches, f"from {least} to {DEEPEST}: each layer reaches one scale more")
     yield from rules.one_of("stem_stride", config.stem_stride, 1, 2, 4)
     yield from rules.doubled(config, "channels", config.scales)
     control = config.gate != "random" or config.dynamics not in ("single", "sandwich")
@@ -217,7 +172,7 @@ def _rules(config: RoutedConfig) -> Iterator[Rule]:
 FAMILY = register(
     Family(
         RoutedConfig,
-        build,
+        built_by(Routed),
         task=lambda config: config.task,
         tiny=dict(channels=4, scales=2, layers=2),
         rules=_rules,

@@ -4,7 +4,7 @@ A rule after another may take it that all before it hold: they are asked in turn
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, NamedTuple
 
 from dynjax.config import UserError
 
@@ -18,38 +18,33 @@ LARGEST_SIDE = 16384
 """Pixels of a side of the pictures that a model works at."""
 
 
-@runtime_checkable
-class InLevels(Protocol):
-    """A configuration with a number of channels, and one of blocks, for each level or stage."""
+class Range(NamedTuple):
+    """What a number, or each of several, may be: `Annotated[int, Range(1, WIDEST)]`."""
 
-    @property
-    def widths(self) -> tuple[int, ...]: ...
-    @property
-    def blocks(self) -> tuple[int, ...]: ...
+    least: int
+    most: int
 
-
-@runtime_checkable
-class OfExperts(Protocol):
-    """A configuration of tokens that take up to `top` of so many experts, and at least `least`."""
-
-    @property
-    def experts(self) -> int: ...
-    @property
-    def top(self) -> int: ...
-    @property
-    def least(self) -> int: ...
-    @property
-    def gate(self) -> str: ...
+    def rule(self, field: str, value: object) -> "Rule":
+        several = isinstance(value, tuple)
+        good = all(self.least <= each <= self.most for each in (value if isinstance(value, tuple) else (value,)))
+        return Rule(field, value, good, f"{'each ' * several}from {self.least} to {self.most}")
 
 
-@runtime_checkable
-class OfPictures(Protocol):
-    """The configuration of a family that draws pictures."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]: ...
-    @property
-    def likelihood(self) -> str: ...
+Width = Annotated[int, Range(1, WIDEST)]
+"""Channels or features."""
+Depth = Annotated[int, Range(1, DEEPEST)]
+"""Layers, blocks, steps or experts."""
+Count = Annotated[int, Range(0, DEEPEST)]
+Halvings = Annotated[int, Range(0, HALVINGS)]
+Scales = Annotated[int, Range(1, HALVINGS + 1)]
+Side = Annotated[int, Range(1, LARGEST_SIDE)]
+"""Pixels."""
+Sides = Annotated[tuple[int, ...], Range(1, LARGEST_SIDE)]
+Values = Annotated[int, Range(2, 256)]
+"""Values of a channel of a picture."""
+Widths = Annotated[tuple[int, ...], Range(1, WIDEST)]
+Counts = Annotated[tuple[int, ...], Range(0, DEEPEST)]
+"""Blocks of each level."""
 
 
 class Rule(NamedTuple):
@@ -75,24 +70,13 @@ def within(part: str, rules: Iterable[Rule]) -> Iterator[Rule]:
         yield Rule(f"{part}.{name}", value, good, wanted.replace("--model.", f"--model.{part}."))
 
 
-def between(config: object, at_least: int = 1, **most: int) -> Iterator[Rule]:
-    """Of fields that are a number, or several, each from `at_least` to the field's `most`."""
-    for name, largest in most.items():
-        value = getattr(config, name)
-        each = value if isinstance(value, tuple) else (value,)
-        wanted = f"{'each ' if isinstance(value, tuple) else ''}from {at_least} to {largest}"
-        yield Rule(name, value, all(at_least <= one <= largest for one in each), wanted)
-
-
-def levels(config: InLevels, level: str) -> Iterator[Rule]:
+def levels(widths: tuple[int, ...], blocks: tuple[int, ...], level: str) -> Iterator[Rule]:
     """Of fields `widths` and `blocks`, with a number for each `level`."""
-    many, most = len(config.widths), HALVINGS + 1
-    yield Rule("widths", config.widths, many >= 1, f"one number of channels for each {level}")
-    yield from between(config, widths=WIDEST)
-    yield Rule("widths", config.widths, many <= most, f"of at most {most} {level}s: each halves the picture")
+    many, most = len(widths), HALVINGS + 1
+    yield Rule("widths", widths, many >= 1, f"one number of channels for each {level}")
+    yield Rule("widths", widths, many <= most, f"of at most {most} {level}s: each halves the picture")
     wanted = f"one number for each {level}, of which --model.widths has {many}"
-    yield Rule("blocks", config.blocks, len(config.blocks) == many, wanted)
-    yield from between(config, 0, blocks=DEEPEST)
+    yield Rule("blocks", blocks, len(blocks) == many, wanted)
 
 
 def one_of(name: str, value: int, *allowed: int) -> Iterator[Rule]:
@@ -124,18 +108,16 @@ def picture(shape: tuple[int, ...]) -> Iterator[Rule]:
     yield Rule("shape", shape, channels in (1, 3), "height, width and channels, of which there are 1 or 3")
 
 
-def routed(config: OfExperts) -> Iterator[Rule]:
-    """Of fields `experts`, `top` and `least`."""
-    yield Rule("top", config.top, config.top <= config.experts, f"at most --model.experts, which is {config.experts}")
-    yield Rule("least", config.least, config.least <= config.top, f"at most --model.top, which is {config.top}")
+def routed(experts: int, top: int, least: int) -> Iterator[Rule]:
+    """Of tokens that take up to `top` of so many experts, and at least `least`."""
+    yield Rule("top", top, top <= experts, f"at most --model.experts, which is {experts}")
+    yield Rule("least", least, least <= top, f"at most --model.top, which is {top}")
 
 
-def drawn(config: OfPictures, embed: bool = False) -> Iterator[Rule]:
+def drawn(shape: tuple[int, ...], likelihood: str, embed: bool = False) -> Iterator[Rule]:
     """Of families that draw pictures."""
-    yield from picture(config.shape)
-    yield from between(config, 2, values=256)
-    yield from between(config, components=DEEPEST)
-    channels = config.shape[2]
-    one = config.likelihood != "categorical" or channels == 1
-    yield Rule("likelihood", config.likelihood, one, f"logistic for {channels} channels: categorical has one")
+    yield from picture(shape)
+    channels = shape[2]
+    one = likelihood != "categorical" or channels == 1
+    yield Rule("likelihood", likelihood, one, f"logistic for {channels} channels: categorical has one")
     yield Rule("embed", embed, not embed or channels == 1, f"False for {channels} channels: a name has one")

@@ -6,7 +6,7 @@ Letters: B examples, H W pixels, h w places of the grid, D numbers of a vector, 
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from dynjax.core.gates import straight_through
 from dynjax.models import rules
-from dynjax.models.blocks import gather_pixels
-from dynjax.models.registry import Family, filled, register
-from dynjax.models.rules import DEEPEST, HALVINGS, WIDEST, Rule
+from dynjax.models.blocks import gather_pixels, spread_pixels
+from dynjax.models.registry import Family, built_by, register
+from dynjax.models.rules import WIDEST, Count, Halvings, Range, Rule, Width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,19 +27,17 @@ class VQVAEConfig:
     family: Literal["vqvae"] = "vqvae"
     shape: tuple[int, int, int] = (28, 28, 1)
     """Height, width and channels (1: grey, 3: colours) of the pictures."""
-    halvings: int = 2
+    halvings: Halvings = 2
     """The grid of codes has 1/2**halvings of the picture's rows and columns."""
-    codes: int = 64
+    codes: Annotated[int, Range(2, WIDEST)] = 64
     """Vectors in the codebook."""
-    code_features: int = 8
+    code_features: Width = 8
     """Numbers of a vector."""
-    features: int = 32
-    blocks: int = 1
+    features: Width = 32
+    blocks: Count = 1
     """Residual blocks of the encoder, and of the decoder, at the grid's resolution."""
     commitment: float = 0.25
     """Weight of the loss that keeps the encoder near the vectors that it chose."""
-    dynamics: Literal["static"] = "static"
-    gate: Literal["learned"] = "learned"
 
 
 def nearest(z: Float[Array, "B h w D"], codebook: Float[Array, "V D"]) -> Int[Array, "B h w"]:
@@ -52,13 +50,6 @@ def nearest(z: Float[Array, "B h w D"], codebook: Float[Array, "V D"]) -> Int[Ar
 def unit(x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
     """Vectors at length 1."""
     return x * jax.lax.rsqrt((x**2).sum(-1, keepdims=True) + 1e-6)
-
-
-def scatter_pixels(x: Float[Array, "B h w F"]) -> Float[Array, "B 2*h 2*w F//4"]:
-    """The inverse of `gather_pixels`: every pixel as 2x2 with a quarter of the channels."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height, width, 2, 2, channels // 4).swapaxes(2, 3)
-    return x.reshape(batch, 2 * height, 2 * width, channels // 4)
 
 
 class Residual(nnx.Module):
@@ -91,16 +82,11 @@ class VQVAE(nnx.Module):
 
     The codebook learns by its loss (eq. 3). Deviation: vectors, and what the encoder gives, have length 1 (Yu et al.
     2022, arXiv:2110.04627, section 3.2), so that all vectors come into use.
-
-    Raises:
-        ValueError: where the picture's sides are no multiples of 2**halvings.
     """
 
-    def __init__(self, config: VQVAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VQVAEConfig, classes: int = 0, *, rngs: nnx.Rngs):
         (height, width, channels), f, d = config.shape, config.features, config.code_features
         step = 2**config.halvings
-        if height % step or width % step:
-            raise ValueError(f"halvings={config.halvings}: {height}x{width} pixels are no multiples of {step}")
         self.shape, self.grid = config.shape, (height // step, width // step)
         self.enter = nnx.Conv(channels, f, (3, 3), rngs=rngs)
         self.down = nnx.List([nnx.Linear(4 * f, f, rngs=rngs) for _ in range(config.halvings)])
@@ -130,7 +116,7 @@ class VQVAE(nnx.Module):
         for block in self.decode_blocks:
             x = block(x)
         for up in self.up:
-            x = scatter_pixels(up(nnx.relu(x)))
+            x = spread_pixels(up(nnx.relu(x)), 2)
         return self.leave(nnx.relu(x)) + 0.5
 
     def __call__(self, image: UInt8[Array, "B H W 3"]) -> Reconstruction:
@@ -161,27 +147,18 @@ def to_bytes(x: Float[Array, "B H W C"]) -> UInt8[Array, "B H W 3"]:
     return jnp.broadcast_to(x, (*x.shape[:3], 3))
 
 
-def build(config: VQVAEConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> VQVAE:
-    """The VQ-VAE of `config`; it has no classes."""
-    return filled(VQVAE(config, rngs=rngs), twin_params)
-
-
 def _rules(config: VQVAEConfig) -> Iterator[Rule]:
     yield from rules.picture(config.shape)
-    yield from rules.between(config, 0, halvings=HALVINGS)
     (height, width, _), step = config.shape, 2**config.halvings
     whole = height % step == 0 and width % step == 0
     yield Rule("halvings", config.halvings, whole, f"such that {height}x{width} pixels can be halved so often")
-    yield from rules.between(config, 2, codes=WIDEST)
-    yield from rules.between(config, code_features=WIDEST, features=WIDEST)
-    yield from rules.between(config, 0, blocks=DEEPEST)
     yield Rule("commitment", config.commitment, 0 <= config.commitment < math.inf, "0 or more")
 
 
 FAMILY = register(
     Family(
         VQVAEConfig,
-        build,
+        built_by(VQVAE),
         task="reconstruction",
         tiny=dict(shape=(8, 8, 1), halvings=1, codes=4, code_features=2, features=4, blocks=0),
         rules=_rules,

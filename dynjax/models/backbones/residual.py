@@ -16,7 +16,7 @@ from dynjax.models import rules
 from dynjax.models.blocks import Block, Mix, gather_pixels, pixels
 from dynjax.models.dense import BackboneConfig
 from dynjax.models.registry import Family, register
-from dynjax.models.rules import Rule
+from dynjax.models.rules import Counts, Rule, Widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,9 @@ class ResidualConfig:
     """Levels of residual blocks, each at half the resolution of the one before."""
 
     family: Literal["residual"] = "residual"
-    widths: tuple[int, ...] = (32, 48, 64, 96)
+    widths: Widths = (32, 48, 64, 96)
     """Channels of each level, finest first."""
-    blocks: tuple[int, ...] = (1, 1, 1, 1)
+    blocks: Counts = (1, 1, 1, 1)
     """Residual blocks of each level."""
     stem_stride: int = 2
     """The finest level works at 1/stem_stride of the picture."""
@@ -38,10 +38,6 @@ class Residual(nnx.Module):
 
     def __init__(self, config: ResidualConfig, *, rngs: nnx.Rngs):
         widths, blocks, stride = config.widths, config.blocks, config.stem_stride
-        if len(widths) != len(blocks):
-            raise ValueError(f"widths={widths} and blocks={blocks} must have one entry for each level")
-        if stride not in (1, 2, 4):
-            raise ValueError(f"stem_stride={stride} must be 1, 2 or 4")
         self.widths, self.strides = widths, tuple(stride * 2**level for level in range(len(widths)))
         side = max(3, 2 * stride - 1)
         self.stem = nnx.Conv(3, widths[0], (side, side), (stride, stride), use_bias=False, rngs=rngs)
@@ -62,7 +58,7 @@ class Residual(nnx.Module):
 
 
 def _rules(config: ResidualConfig) -> Iterator[Rule]:
-    yield from rules.levels(config, "level")
+    yield from rules.levels(config.widths, config.blocks, "level")
     yield from rules.one_of("stem_stride", config.stem_stride, 1, 2, 4)
 
 

@@ -14,7 +14,7 @@ from dynjax.models import rules
 from dynjax.models.dense import BackboneConfig, Dense, DynamicsConfig
 from dynjax.models.moe import make_router, router_uses
 from dynjax.models.registry import Family, register
-from dynjax.models.rules import DEEPEST, WIDEST, Rule
+from dynjax.models.rules import Depth, Rule, Width
 from dynjax.ops import Experts
 
 
@@ -23,13 +23,13 @@ class ExpertsConfig:
     """Experts in the place of the coarsest level's blocks."""
 
     family: Literal["experts"] = "experts"
-    layers: int = 4
-    hidden: int = 128
+    layers: Depth = 4
+    hidden: Width = 128
     """Hidden features of an expert."""
-    experts: int = 8
-    top: int = 2
+    experts: Depth = 8
+    top: Depth = 2
     """The most experts that a pixel takes."""
-    least: int = 1
+    least: Depth = 1
     """The experts that a pixel takes at any budget."""
     gate: Literal["learned", "random"] = "learned"
 
@@ -38,7 +38,7 @@ class PixelExperts(nnx.Module):
     """Experts of every pixel of a map, behind a layer normalisation and around a shortcut."""
 
     def __init__(self, channels: int, config: ExpertsConfig, *, rngs: nnx.Rngs):
-        router = make_router(config, channels, rngs=rngs)
+        router = make_router(config.gate, channels, config.experts, config.top, config.least, rngs=rngs)
         self.norm = nnx.LayerNorm(channels, rngs=rngs)
         self.experts = Experts(channels, config.hidden, config.experts, gate=router, rngs=rngs)
 
@@ -53,9 +53,12 @@ def build(config: ExpertsConfig, model: Dense, *, rngs: nnx.Rngs) -> Dense:
 
 
 def _rules(config: ExpertsConfig, backbone: BackboneConfig) -> Iterator[Rule]:
-    yield from rules.between(config, layers=DEEPEST, hidden=WIDEST, experts=DEEPEST, top=DEEPEST, least=DEEPEST)
-    yield from rules.routed(config)
+    return rules.routed(config.experts, config.top, config.least)
+
+
+def _uses(config: ExpertsConfig) -> frozenset[str]:
+    return router_uses(config.gate)
 
 
 SMALL = dict(layers=1, hidden=8, experts=2)
-FAMILY = register(Family(ExpertsConfig, build, tiny=SMALL, rules=_rules, uses=router_uses), DynamicsConfig)
+FAMILY = register(Family(ExpertsConfig, build, tiny=SMALL, rules=_rules, uses=_uses), DynamicsConfig)

@@ -1,18 +1,16 @@
 """In the place of the coarsest level's blocks one step, applied as often as the picture needs (ACT, Graves 2016)."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Literal
 
 from flax import nnx
 
 from dynjax.core.controls import RandomGate
 from dynjax.core.gates import SampleGate
-from dynjax.models import rules
-from dynjax.models.dense import BackboneConfig, Dense, DynamicsConfig
+from dynjax.models.dense import Dense, DynamicsConfig
 from dynjax.models.halting import GO_ON, Step
 from dynjax.models.registry import BUDGET, Family, register
-from dynjax.models.rules import DEEPEST, Rule
+from dynjax.models.rules import Depth
 from dynjax.ops.halting import Halt
 
 
@@ -21,7 +19,7 @@ class HaltStepConfig:
     """A residual step again and again in the place of the coarsest level's blocks, per picture."""
 
     family: Literal["halt"] = "halt"
-    steps: int = 4
+    steps: Depth = 4
     """Most applications of the step."""
     gate: Literal["learned", "random"] = "learned"
 
@@ -34,10 +32,4 @@ def build(config: HaltStepConfig, model: Dense, *, rngs: nnx.Rngs) -> Dense:
     return model.coarsest([Halt(step, SampleGate(width, rngs=rngs), config.steps, kind="act")])
 
 
-def _rules(config: HaltStepConfig, backbone: BackboneConfig) -> Iterator[Rule]:
-    yield from rules.between(config, steps=DEEPEST)
-
-
-FAMILY = register(
-    Family(HaltStepConfig, build, tiny=dict(steps=2), rules=_rules, uses=lambda _: BUDGET), DynamicsConfig
-)
+FAMILY = register(Family(HaltStepConfig, build, tiny=dict(steps=2), uses=lambda _: BUDGET), DynamicsConfig)

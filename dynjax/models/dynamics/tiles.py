@@ -8,10 +8,9 @@ from flax import nnx
 
 from dynjax.core.controls import RandomGate
 from dynjax.core.gates import TileGate
-from dynjax.models import rules
 from dynjax.models.dense import BackboneConfig, Dense, DynamicsConfig
 from dynjax.models.registry import BUDGET, Family, register
-from dynjax.models.rules import LARGEST_SIDE, Rule
+from dynjax.models.rules import Rule, Sides
 from dynjax.ops import Tiles
 
 
@@ -20,7 +19,7 @@ class TilesConfig:
     """Blocks run only on the tiles that their gate keeps."""
 
     family: Literal["tiles"] = "tiles"
-    tiles: tuple[int, ...] = (16, 8, 8)
+    tiles: Sides = (16, 8, 8)
     """Side of a tile at each level, in pixels of that level's map; levels beyond stay static."""
     gate: Literal["learned", "random"] = "learned"
 
@@ -46,7 +45,6 @@ class InTiles(Protocol):
 def tiled(config: InTiles, backbone: BackboneConfig) -> Iterator[Rule]:
     sides, levels = config.tiles, len(backbone.widths)
     yield Rule("tiles", sides, 1 <= len(sides) <= levels, f"one side for each of the first 1 to {levels} levels")
-    yield from rules.between(config, tiles=LARGEST_SIDE)
     has_blocks = all(backbone.blocks[: len(sides)])
     yield Rule("tiles", sides, has_blocks, f"of levels with blocks, and --model.backbone.blocks is {backbone.blocks}")
 

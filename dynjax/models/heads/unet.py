@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.models import rules
 from dynjax.models.blocks import Block, repeat_pixels, spread_pixels
 from dynjax.models.dense import Backbone, BackboneConfig, HeadConfig
 from dynjax.models.registry import Family, register
-from dynjax.models.rules import DEEPEST, Rule
+from dynjax.models.rules import Counts, Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +23,7 @@ class UNetHeadConfig:
     """From the coarsest map up, each merged with the next finer one, and residual blocks."""
 
     family: Literal["unet"] = "unet"
-    blocks: tuple[int, ...] = (1, 1, 1)
+    blocks: Counts = (1, 1, 1)
     """Residual blocks of each level but the coarsest, finest first."""
 
 
@@ -49,8 +48,6 @@ class UNetHead(nnx.Module):
 
     def __init__(self, config: UNetHeadConfig, backbone: Backbone, classes: int, *, rngs: nnx.Rngs):
         widths, strides = backbone.widths, backbone.strides
-        if len(config.blocks) != len(widths) - 1:
-            raise ValueError(f"blocks={config.blocks} must have one entry for each level but the last of {widths}")
         if any(coarse != 2 * fine for fine, coarse in itertools.pairwise(strides)):
             raise ValueError(f"strides={strides} of the backbone: each level must work at half the resolution")
         self.stride = strides[0]
@@ -72,7 +69,6 @@ def _rules(config: UNetHeadConfig, backbone: BackboneConfig) -> Iterator[Rule]:
     levels = len(backbone.widths) - 1
     wanted = f"one number for each level but the coarsest, which are {levels}"
     yield Rule("blocks", config.blocks, len(config.blocks) == levels, wanted)
-    yield from rules.between(config, 0, blocks=DEEPEST)
 
 
 FAMILY = register(Family(UNetHeadConfig, UNetHead, tiny=dict(blocks=(1,)), rules=_rules), HeadConfig)
