@@ -334,7 +334,7 @@ class Policied(Net):
     def __init__(self):
         super().__init__()
         blocks = [nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(2)) for _ in range(2)]
-        self.middle = dj.PolicySkip(blocks, dj.ChannelGate(4, 2, rngs=nnx.Rngs(1)), straight_through=False)
+        self.middle = dj.PolicySkip(blocks, dj.ChannelGate(4, 2, bias=0.0, rngs=nnx.Rngs(1)), straight_through=False)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_what_dynamics_need_in_training_comes_from_their_modules(batch, make, te
 
     @nnx.jit
     def step(model):
-        return nnx.value_and_grad(lambda model: task.loss(model, batch, jax.random.key(0), 0.5), has_aux=True)(model)
+        return nnx.value_and_grad(lambda model: task.loss(model, batch, jax.random.key(0), 1.0), has_aux=True)(model)
 
     (loss, metrics), grads = step(make())
     assert terms <= metrics.keys() and all(np.isfinite(float(metrics[name])) for name in metrics)
