@@ -105,6 +105,19 @@ def test_compact_shares_the_variables(model):
     assert view.head.kernel is model.head.kernel and view.tiles.execution == "compact"
 
 
+def test_batches_may_be_trees_if_one_says_what_to_do_with_them(model, calibration, solver):
+    def run(model, batch):
+        return model(batch["image"]) * batch["scale"][:, None, None, None]
+
+    batches = [{"image": x, "scale": np.ones(len(x))} for x in calibration]
+    report = dj.deploy(model, 0.6, batches, run=run).report
+    assert report == solver.deploy(0.6).report
+    with pytest.raises(ValueError, match=r"a calibration batch is a dict: .*run="):
+        dj.deploy(model, 0.6, batches)
+    with pytest.raises(ValueError, match=r"has shape \(0, 12, 16, 1\), so there is nothing in it"):
+        dj.deploy(model, 0.6, [{"image": calibration[0][:0]}], run=run)
+
+
 def test_errors(model, calibration):
     with pytest.raises(ValueError, match="calibration is empty"):
         dj.deploy(model, 0.5, [])

@@ -72,12 +72,12 @@ def test_gradients_reach_gate_block_and_input_in_masked_training():
 
 def test_errors_of_skip():
     x, plain = image(2, 7, 6, CHANNELS), make(blocks.Pointwise)
-    with pytest.raises(ValueError, match=r"Skip needs a decision per sample of shape \(2,\), its gate gave \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"Skip needs a decision per example \(rule: each\) of shape \(2,\), its gate gave \(2, 3\)"
+    ):
         dj.Skip(plain, dj.FixedGate(np.ones((2, 3))))(x)
     with pytest.raises(ValueError, match=r"gives shape \(2, 4, 3, 6\).*\(2, 7, 6, 4\).*otherwise"):
         dj.Skip(make(Down), dj.FixedGate([1]))(x)
-    with pytest.raises(ValueError, match=r"Skip around a module that is dynamic already \(Skip at the top\)"):
-        dj.Skip(dj.Skip(plain, dj.FixedGate([1])), dj.FixedGate([1]))
     with pytest.raises(ValueError, match="compact execution cannot train: BatchNorm at 'norm1'"):
         nnx.view(dj.Skip(make(blocks.Residual), dj.FixedGate([1])), execution="compact")(x)
 
@@ -277,8 +277,8 @@ def test_errors_of_exits():
         ),
         (lambda: dj.Exits([stage] * 3, [head] * 3, confidence="patience", size=4), "per example, so size=4"),
         (
-            lambda: dj.Exits([dj.Skip(stage, dj.FixedGate([1]))], [head]),
-            "Exits around a module that is dynamic already",
+            lambda: dj.Exits([dj.Skip(stage, dj.FixedGate([1]))], [head], size=4),
+            "Exits per tile around a module that is dynamic already",
         ),
     ]:
         with pytest.raises((ValueError, TypeCheckError), match=message):  # the latter where types are checked first

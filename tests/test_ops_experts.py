@@ -281,6 +281,6 @@ def test_errors():
         with pytest.raises(ValueError, match=message):
             build()
     model.gate = dj.FixedGate(np.ones((1, 3, 4)))
-    with pytest.raises(ValueError, match=r"decision per token branch of shape \(2, 3, 5\).*Router\(4, 5"):
+    with pytest.raises(ValueError, match=r"decision per token \(rule: some\) of shape \(2, 3, 5\).*Router\(4, 5"):
         model(x)
     assert experts.LARGEST_BLOCK == 128

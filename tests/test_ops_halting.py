@@ -262,7 +262,9 @@ def test_errors():
             build()
     with pytest.raises(ValueError, match=r"must keep the shape; Wider turns \(1, 8, 8, 4\) into \(1, 8, 8, 6\)"):
         Halt(make(blocks.Wider), gate, 2)(image(1, 8, 8, CHANNELS))
-    with pytest.raises(ValueError, match=r"Halt needs a decision per sample of shape \(2,\).*use SampleGate"):
+    with pytest.raises(
+        ValueError, match=r"Halt needs a decision per example \(rule: each\) of shape \(2,\).*use SampleGate"
+    ):
         Halt(plain, dj.FixedGate(np.ones((1, 3))), 2)(image(2, 8, 8, CHANNELS))
     with pytest.raises(ValueError, match="compact execution cannot train: BatchNorm at 'norm1'"):
         nnx.view(Halt(make(blocks.Residual), gate, 2), execution="compact")(image(1, 8, 8, CHANNELS))

@@ -176,7 +176,6 @@ def test_errors():
         (lambda: PolicySkip([plain, plain], gate, skip=(1, 2)), "rising numbers of the 2 blocks"),
         (lambda: PolicySkip([plain, plain], gate, skip=(1, 0)), "rising numbers"),
         (lambda: PolicySkip([plain, plain], gate, skip=(1,), otherwise={0: plain}), r"for the blocks \[0\]"),
-        (lambda: PolicySkip([dj.Skip(plain, gate)], gate), "PolicySkip around a module that is dynamic already"),
     ]:
         with pytest.raises(ValueError, match=message):
             build()

@@ -99,17 +99,18 @@ def test_gradients_reach_gate_and_all_branches(size):
 def test_errors():
     x, plain = image(2, 8, 8, CHANNELS), make(blocks.Pointwise)
     with pytest.raises(
-        ValueError, match=r"Select needs a decision per branch of shape \(2, 3\).*BranchGate\(channels, 3"
+        ValueError,
+        match=r"Select needs a decision per example \(rule: one\) of shape \(2, 3\).*BranchGate\(channels, 3",
     ):
         dj.Select([plain] * 3, dj.FixedGate(np.ones((1, 2))))(x)
-    with pytest.raises(ValueError, match=r"Select needs a decision per tile branch of shape \(2, 2, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"Select needs a decision per tile \(rule: one\) of shape \(2, 2, 2, 2\)"):
         dj.Select([plain] * 2, dj.FixedGate(np.ones((1, 2, 2)), size=4))(x)
     with pytest.raises(ValueError, match=r"gives shape \(2, 8, 8, 6\).*branches"):
         dj.Select([plain, make(blocks.Wider)], dj.FixedGate([[1, 0]]))(x)
     with pytest.raises(ValueError, match="Squeeze cannot be run on tiles"):
         dj.Select([plain, make(Squeeze)], dj.FixedGate(np.ones((1, 2, 2, 2)), size=4))(x)
-    with pytest.raises(ValueError, match="Select around a module that is dynamic already"):
-        dj.Select([plain, dj.Skip(plain, dj.FixedGate([1]))], dj.FixedGate([[1, 0]]))
+    with pytest.raises(ValueError, match="Select per tile around a module that is dynamic already"):
+        dj.Select([plain, dj.Skip(plain, dj.FixedGate([1]))], dj.FixedGate(np.ones((1, 2, 2, 2)), size=4))
     with pytest.raises(ValueError, match="Select needs at least one module"):
         dj.Select([], dj.FixedGate([[1, 0]]))
 
@@ -294,7 +295,7 @@ def test_a_budget_can_close_and_open_paths(threshold):
 
 def test_errors_of_cells(modules):
     x, (operation, up, down) = image(2, 8, 8, CHANNELS), modules
-    hint = r"Cell needs a decision per path of shape \(2, 2\).*PathGate.channels, 2.*keep, down"
+    hint = r"Cell needs a decision per example \(rule: each\) of shape \(2, 2\).*PathGate.channels, 2.*keep, down"
     with pytest.raises(ValueError, match=hint):
         dj.Cell(operation, Weighted(jnp.ones((2, 3))), down=down)(x)
     with pytest.raises(ValueError, match="Cell around a module that is dynamic already"):

@@ -266,7 +266,8 @@ def test_other_mistakes_are_refused():
     with pytest.raises(ValueError, match=r"\(Skip at 'layers/1'\)"):
         gated(nnx.Sequential(plain, dj.Skip(plain, dj.FixedGate([1]))))
     with pytest.raises(
-        ValueError, match=r"Tiles needs a decision per tile of shape \(1, 2, 2\), its gate gave \(1, 3, 2\)"
+        ValueError,
+        match=r"Tiles needs a decision per tile \(rule: each\) of shape \(1, 2, 2\), its gate gave \(1, 3, 2\)",
     ):
         gated(plain, np.ones((1, 3, 2)))(x)
     for block, reach in ((blocks.Residual, 2), (blocks.Pooled, 2)):  # one that is read, one that is probed

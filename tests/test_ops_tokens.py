@@ -180,7 +180,7 @@ def test_errors():
     x, block = image(2, 5, FEATURES), make(Attention)
     with pytest.raises(ValueError, match=r"calls block\(x, mask\).*Pointwise takes no such arguments"):
         dj.MixtureOfDepths(make(Pointwise), Weighted(x))
-    hint = r"MixtureOfDepths needs a decision per token of shape \(2, 5\).*TokenGate\(4,"
+    hint = r"MixtureOfDepths needs a decision per token \(rule: each\) of shape \(2, 5\).*TokenGate\(4,"
     with pytest.raises(ValueError, match=hint):
         dj.MixtureOfDepths(block, dj.FixedGate(np.ones((1, 4))))(x)
     with pytest.raises(ValueError, match=r"gives shape \(2, 5, 2\) for \(2, 5, 4\); it must keep the shape"):

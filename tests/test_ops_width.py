@@ -225,7 +225,9 @@ def test_errors_of_channels():
     parts, x = pair(normed), image(2, 3, CHANNELS)
     with pytest.raises(ValueError, match="3 groups do not divide the 8 hidden channels"):
         dj.Channels(parts.first, parts.last, channels(np.ones((1, 3))))(x)
-    with pytest.raises(ValueError, match=r"Channels needs a decision per channel of shape \(2, 3\).*ChannelGate\(4"):
+    with pytest.raises(
+        ValueError, match=r"Channels needs a decision per example \(rule: each\) of shape \(2, 3\).*ChannelGate\(4"
+    ):
         dj.Channels(parts.first, parts.last, dj.FixedGate(np.ones((1, 2, 3)), size=1))(x)
     with pytest.raises(ValueError, match="Channels around a module that is dynamic already"):
         dj.Channels(dj.Skip(parts, dj.FixedGate([1])), parts.last, dj.FixedGate([[1]]))
@@ -335,7 +337,9 @@ def test_errors_of_slimmable():
         nnx.view(model, width=0.3)
     with pytest.raises(ValueError, match=r"width=1.5 must be in \(0, 1\]"):
         nnx.view(model, width=1.5)
-    with pytest.raises(ValueError, match=r"Slimmable needs a decision per branch of shape \(2, 4\).*BranchGate\(4, 4"):
+    with pytest.raises(
+        ValueError, match=r"Slimmable needs a decision per example \(rule: one\) of shape \(2, 4\).*BranchGate\(4, 4"
+    ):
         still(model)(image(2, 3, CHANNELS))
     with pytest.raises(ValueError, match="compact execution cannot train: BatchNorm"):
         nnx.view(model, execution="compact", width=0.5)(image(2, 3, CHANNELS))

@@ -6,6 +6,7 @@ Letters: B examples.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,9 @@ def _compiled(fixed, state, arrays):
     return output, nnx.from_flat_state(changed)
 
 
-def deploy(model: nnx.Module, budget: float | int, calibration: Iterable) -> Deployed:
+def deploy(
+    model: nnx.Module, budget: float | int, calibration: Iterable, *, run: Callable[[Any, Any], Any] | None = None
+) -> Deployed:
     """A copy of `model` whose mean MACs over `calibration` meet `budget`: call it, it is compiled.
 
     Args:
@@ -88,12 +91,14 @@ def deploy(model: nnx.Module, budget: float | int, calibration: Iterable) -> Dep
         budget: share of the full MACs that may be spent on average, in (0, 1].
         calibration: batches of inputs like those to come, and not those to be tested on. They may differ in size: the
             budget is what all of them may spend together, of what all of them would with everything kept.
+        run: `run(model, batch)` is what is done with a batch, then any tree of arrays whose first axis is the examples;
+            left out, batches are the model's input, an array.
 
     Raises:
         ValueError: for a budget outside (0, 1], calibration that is no list of batches, or less than all of a model
             without a decision.
     """
-    solver = Solver(model, calibration)
+    solver = Solver(model, calibration, run)
     deployed = solver.deploy(budget)
     if budget < 1 and not solver.decides:
         raise ValueError(
@@ -103,38 +108,36 @@ def deploy(model: nnx.Module, budget: float | int, calibration: Iterable) -> Dep
 
 
 class Solver:
-    """Solves several budgets of one model on the same calibration inputs, compiling once."""
+    """Solves several budgets of one model on the same calibration inputs, compiling once; see `deploy`."""
 
-    def __init__(self, model: nnx.Module, calibration: Iterable, run: Callable | None = None):
-        """`run(model, batch)` is what is counted, by default `model(batch)`; a batch may be a tree of arrays."""
-        call: Callable = (lambda model, x: model(x)) if run is None else run
+    def __init__(self, model: nnx.Module, calibration: Iterable, run: Callable[[Any, Any], Any] | None = None):
         if hasattr(calibration, "shape"):
             raise ValueError(f"calibration is one array of shape {calibration.shape}: give a list of batches, [images]")
         self.batches = []
         for x in calibration:
-            for leaf in jax.tree.leaves(x):
-                if not hasattr(leaf, "shape"):
-                    raise ValueError(
-                        f"a calibration batch is a {type(leaf).__name__}: each must be the model's input, an array"
-                    )
-                if not leaf.size:
-                    raise ValueError(
-                        f"a calibration batch has shape {leaf.shape}, so there is nothing in it: leave it out"
-                    )
-            self.batches.append(jax.tree.map(jnp.asarray, x))
+            if run is None and not hasattr(x, "shape"):
+                raise ValueError(
+                    f"a calibration batch is a {type(x).__name__}: each must be the model's input, an array, or say "
+                    "with run= what to do with it"
+                )
+            batch = jax.tree.map(jnp.asarray, x)
+            empty = [leaf.shape for leaf in jax.tree.leaves(batch) if not leaf.size]
+            if empty:
+                raise ValueError(f"a calibration batch has shape {empty[0]}, so there is nothing in it: leave it out")
+            self.batches.append(batch)
         if not self.batches:
             raise ValueError("calibration is empty: give at least one batch of inputs")
         self.model = nnx.clone(views.still(model))
         graphdef, self._state = nnx.split(self.model)
 
         @jax.jit
-        def count(state, threshold, x):
+        def measure(state, threshold, x):
             model = nnx.merge(graphdef, state, copy=True)
             budgets.set_threshold(model, threshold)
-            trace = traced(call)(model, x)[1]
+            trace = (traced(model)(x) if run is None else traced(run)(model, x))[1]
             return trace.macs(), trace
 
-        self._run = count
+        self._run = measure
         self._spent: dict[float, np.ndarray] = {}
         self._full: list[tuple[float, int]] = []
         self._decides = False

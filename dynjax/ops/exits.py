@@ -172,7 +172,9 @@ class Exits(Wrapper):
     def _step(self, number, x, out, active, probability):
         """One more stage and head where `active`; elsewhere the features pass on if they can, and the logits stay."""
         block = _Stage(self.stages[number], self.heads[number], last=number == len(self.stages) - 1)
-        spec = execute.shape_of(views.still(block), x)[0]
+        if self.size is None and block.last:
+            return self.samples(block, x, active, lambda _: (None, out), probability)
+        spec = execute.shape_of(views.still(block.stage), x)
         shapes = [jax.tree.map(lambda a: a.shape, tree) for tree in (x, spec)]
         rest = x if shapes[0] == shapes[1] else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), spec)
         if self.size is None:

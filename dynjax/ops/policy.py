@@ -135,9 +135,8 @@ def log_probability(decision: Decision) -> Float[Array, " B"]:
 def blockdrop_reward(
     correct: Bool[Array, " B"] | Float[Array, " B"], kept: Float[Array, " B"], gamma: float
 ) -> Float[Array, " B"]:
-    """1 - kept^2 for a correct prediction, where `kept` is the share of the blocks that ran; -gamma for a wrong one; of a
-    prediction that is right to a share, what to expect
-    (BlockDrop, section 3)."""
+    """1 - kept^2 for a correct prediction, where `kept` is the share of the blocks that ran; -gamma for a wrong one
+    (BlockDrop, section 3); of one that is right to a share, what to expect."""
     return correct * (1 - kept**2) - (1 - correct) * gamma
 
 

@@ -38,6 +38,8 @@ class Select(Wrapper):
     def __init__(self, blocks: Sequence[Callable], gate: Callable):
         if not blocks:
             raise ValueError("Select needs at least one module; blocks is empty")
+        for block in blocks if getattr(gate, "size", None) is not None else ():
+            wrapper.refuse_nested("Select per tile", block)
         self.blocks, self.gate = nnx.List(blocks), gate
 
     def __call__(self, x: Float[Array, "B ..."]) -> Array:
@@ -49,8 +51,6 @@ class Select(Wrapper):
             if self.tracing:
                 self.account_blocks(decision, self.blocks, [x] * len(self.blocks))
             return self.branches(self.blocks, x, decision.keep, decision.probability)
-        for block in self.blocks:
-            wrapper.refuse_nested("Select per tile", block)
         radii = [receptive_radius(block, x) for block in self.blocks]
         if self.tracing:
             whole = [wrapper.macs_per_example(block, x) for block in self.blocks]
