@@ -158,6 +158,7 @@ def main(raw: list[str]) -> None:
     from dynjax import models
     from dynjax.core import views
     from dynjax.data import calibration_batches, make_source
+    from dynjax.data.source import size_of
     from dynjax.run import checkpoint
     from dynjax.run.evaluate import solve, static_macs
 
@@ -167,7 +168,7 @@ def main(raw: list[str]) -> None:
     val, test = (make_source(config.data, split) for split in ("val", "test"))
     # As everywhere, a budget is a share of the MACs of the same net with its last exit alone.
     twin = checkpoint.build(dataclasses.replace(config, model=models.static_twin(config.model)), len(val.classes))
-    whole = static_macs(views.still(twin), jax.ShapeDtypeStruct((1, *val.size, 3), np.uint8))
+    whole = static_macs(views.still(twin), jax.ShapeDtypeStruct((1, *size_of(val), 3), np.uint8))
     calibration = [batch["image"] for batch in calibration_batches(val, 50, 20)]
     deployed = solve(model, whole, [*arguments.budgets, EVERYTHING], calibration)
     reference = build()

@@ -61,6 +61,7 @@ def at_budget(
     from dynjax.core.budget import set_threshold
     from dynjax.core.views import compact
     from dynjax.data import calibration_batches
+    from dynjax.data.source import size_of
     from dynjax.run.evaluate import solve, static_macs
 
     if config.model.dynamics == "static":
@@ -83,7 +84,7 @@ def at_budget(
             raise UserError(f"budget {name} must be solved on val: {error}; or {hint}") from None
         wanted, count = CALIBRATION
         pictures = calibration_batches(val, min(wanted, len(val)), count)
-        spent, size = None, val.size
+        spent, size = None, size_of(val)
     twin, _ = find_twin(dataclasses.replace(config, init_from=""), len(classes), "")
     whole = static_macs(twin, jax.ShapeDtypeStruct((1, *size, 3), np.uint8))
     if spent is None:
@@ -94,9 +95,11 @@ def at_budget(
 
 def picture_size(config: Config, classes: tuple[str, ...], known: Record | None) -> tuple[int, int]:
     """Height and width that the model works at."""
+    from dynjax.data.source import size_of
+
     if config.data.size is not None:
         return config.data.size
-    return known.size if known is not None else source_of(config, "val", classes).size
+    return known.size if known is not None else size_of(source_of(config, "val", classes))
 
 
 def stems(images: tuple[str, ...]) -> Iterator[tuple[Path, str]]:

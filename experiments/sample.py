@@ -92,13 +92,16 @@ def given_of(arguments: Arguments, config: Config, model: Any) -> Any:
     import numpy as np
 
     from dynjax.data import make_source
+    from dynjax.data.source import size_of
     from dynjax.tasks.autoregressive import integers
 
     if not arguments.complete:
         return None
     source = make_source(with_path(config, arguments.data.path).data, "test")
-    if tuple(source.size) != config.model.shape[:2]:
-        raise UserError(f"--complete: row {config.row} draws {config.model.shape[:2]} pixels, test has {source.size}")
+    if size_of(source) != config.model.shape[:2]:
+        raise UserError(
+            f"--complete: row {config.row} draws {config.model.shape[:2]} pixels, test has {size_of(source)}"
+        )
     chosen = [source[index % len(source)] for index in range(arguments.n)]
     image = np.asarray(integers(model, jnp.asarray(np.stack([each["image"] for each in chosen]))))
     upper = np.arange(model.shape[0])[:, None] < model.shape[0] // 2

@@ -277,7 +277,7 @@ train(model, adaptive_loss, learning_rate=3e-3)
 # compact and deterministic, ready for `jax.jit`. No further training: the same parameters serve all of these.
 
 # %%
-calibration = calibration_batches(val_set, 4 if FAST else 20, 1 if FAST else 5)
+calibration = [batch["image"] for batch in calibration_batches(val_set, 4 if FAST else 20, 1 if FAST else 5)]
 deployed = {budget: dj.deploy(model, budget=budget, calibration=calibration) for budget in BUDGETS}
 runs = {budget: jax.jit(dj.traced(fast)) for budget, fast in deployed.items()}
 results = {budget: evaluate(run) for budget, run in runs.items()}

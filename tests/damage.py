@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dynjax.config import UserError
+from dynjax.config import DataConfig, UserError
 from dynjax.data import cifar10, mnist
 from dynjax.data.pictures import BadFile, read_image, read_mask
 
@@ -116,7 +116,9 @@ def kinds() -> dict[str, Kind]:
     for protocol in (0, 2, 5):
         found[f"CIFAR-10 pickle {protocol}"] = Kind(_pickle(protocol), "", cifar10.read_pickle)
     found["CIFAR-10 binary"] = Kind(bytes(2 * (1 + cifar10.PIXELS)), ".bin", cifar10.read_binary)
-    found["CIFAR-10 npz"] = Kind(_npz(), ".npz", lambda file: cifar10.make_cifar10(str(file), "test"))
+    found["CIFAR-10 npz"] = Kind(
+        _npz(), ".npz", lambda file: cifar10.make(DataConfig(name="cifar10", path=str(file)), "test")
+    )
     return found
 
 

@@ -31,7 +31,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from dynjax.config import UserError  # noqa: E402
+from dynjax.config import DataConfig, UserError  # noqa: E402
 from dynjax.data import camvid  # noqa: E402
 from dynjax.run import checkpoint, log, train  # noqa: E402
 from experiments import evaluate, predict, results, rows  # noqa: E402
@@ -186,7 +186,7 @@ def _lists(workdir: Path, folder: Path, seed: int) -> list[str]:
     found = []
     for number, content in enumerate(damage.damaged(good, AT_ONCE, seed)):
         (folder / "train.txt").write_bytes(content)
-        found += _short(f"{seed}, {number}", lambda: camvid.make_camvid(str(folder), "train"))
+        found += _short(f"{seed}, {number}", lambda: camvid.make(DataConfig(name="camvid", path=str(folder)), "train"))
     return found
 
 

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from made import Made
 
 from dynjax.config import AugmentConfig, Config, OptimizerConfig
 from dynjax.data import make_loader
+from dynjax.data.source import picture_spec
 from dynjax.run import checkpoint, mesh, train
 from dynjax.tasks import Player
 
@@ -78,22 +80,19 @@ class Batches:
         self.next = state["next"]
 
 
-class Pictures:
+def pictures() -> Made:
     """A source of 20 pictures of noise, 8x8, with masks of 4 classes."""
 
-    size, ignore_label, handed = (8, 8), None, False
-
-    def __len__(self):
-        return 20
-
-    def __getitem__(self, index):
+    def example(index):
         image = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         return {"image": image, "mask": (image[..., 0] // 64).astype(np.int32)}
+
+    return Made(20, picture_spec((8, 8), "mask"), example, classes=tuple("abcd"))
 
 
 def loader(size: int = 8):
     """The loader that rows have, shuffled and augmented; this process's part of its batches."""
-    return make_loader(Pictures(), size, seed=1, augment=AugmentConfig(pad=1, cutout=2), **mesh.processes())
+    return make_loader(pictures(), size, seed=1, augment=AugmentConfig(pad=1, cutout=2), **mesh.processes())
 
 
 def config(**changes) -> Config:

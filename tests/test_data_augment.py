@@ -2,18 +2,15 @@
 
 import numpy as np
 import pytest
+from made import Made
 
 from dynjax.config import AugmentConfig, UserError
-from dynjax.data.augment import (
-    Augment,
-    AugmentBatch,
-    check_augment,
-    cut_out,
-    mean_colour,
-    random_colour,
-    random_crop,
-    shift,
-)
+from dynjax.data.augment import Augment, check_augment, colour, crop, cut_out, draw, mean_colour, shift
+from dynjax.data.source import Field, picture_spec
+
+
+def augment(config, size=(24, 36), target="mask", fill=(0, 0, 0)):
+    return Augment(config, {k: f for k, f in picture_spec(size, target).items() if f.pixels}, {"image": fill})
 
 
 def example(height=24, width=36):
@@ -35,7 +32,7 @@ def agree(image, mask, source):
 @pytest.mark.parametrize("seed", range(5))
 def test_picture_and_mask_move_together(seed):
     source = example()
-    change = Augment(AugmentConfig(flip=True, crop=0.4, colour=0.0))
+    change = augment(AugmentConfig(flip=True, crop=0.4, colour=0.0))
     changed = change(source, np.random.default_rng(seed))
     assert changed["image"].shape == source["image"].shape and changed["image"].dtype == np.uint8
     assert changed["mask"].shape == source["mask"].shape and changed["mask"].dtype == np.int32
@@ -48,14 +45,13 @@ def test_picture_and_mask_move_together(seed):
 
 def test_the_whole_picture_is_a_crop_that_changes_nothing():
     source = example()
-    image, mask = random_crop(source["image"], source["mask"], 1.0, np.random.default_rng(0))
-    np.testing.assert_array_equal(image, source["image"])
-    np.testing.assert_array_equal(mask, source["mask"])
+    for name in ("image", "mask"):
+        np.testing.assert_array_equal(crop(source[name], np.array([1.0, 0.0, 0.0])), source[name])
 
 
 def test_flip_is_exact_and_happens_half_of_the_time():
     source = example()
-    change = Augment(AugmentConfig(flip=True, crop=1.0, colour=0.0))
+    change = augment(AugmentConfig(flip=True, crop=1.0, colour=0.0))
     flipped = 0
     for seed in range(40):
         changed = change(source, np.random.default_rng(seed))
@@ -68,19 +64,24 @@ def test_flip_is_exact_and_happens_half_of_the_time():
 
 def test_colour_stays_within_its_bounds():
     image = np.full((4, 4, 3), 100, np.uint8)
-    found = [int(random_colour(image, 0.25, np.random.default_rng(seed))[0, 0, 0]) for seed in range(50)]
+
+    def changed(image, most, seed):
+        config = AugmentConfig(flip=False, crop=1.0, colour=most)
+        return colour(image, draw(config, (4, 4), np.random.default_rng(seed)).colours[0])
+
+    found = [int(changed(image, 0.25, seed)[0, 0, 0]) for seed in range(50)]
     assert 74 <= min(found) < 85 and 115 < max(found) <= 126  # a plain picture has no contrast or saturation to change
     red = np.zeros((4, 4, 3), np.uint8)
     red[..., 0] = 200
-    spread = [np.ptp(random_colour(red, 0.5, np.random.default_rng(seed))[0, 0].astype(int)) for seed in range(50)]
+    spread = [np.ptp(changed(red, 0.5, seed)[0, 0].astype(int)) for seed in range(50)]
     assert min(spread) < 120 and max(spread) > 220
 
 
 def test_all_off_changes_nothing_and_the_generator_decides_the_rest():
     source = example()
-    off = Augment(AugmentConfig(flip=False, crop=1.0, colour=0.0))(source, np.random.default_rng(0))
+    off = augment(AugmentConfig(flip=False, crop=1.0, colour=0.0))(source, np.random.default_rng(0))
     np.testing.assert_array_equal(off["image"], source["image"])
-    change = Augment(AugmentConfig())
+    change = augment(AugmentConfig())
     one, same, other = (change(source, np.random.default_rng(seed))["image"] for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
@@ -114,10 +115,10 @@ def test_a_mask_is_ignored_where_its_picture_is_padding_and_kept_under_a_cutout(
     off = {"flip": False, "crop": 1.0, "colour": 0.0}
     outside, covered = [], []
     for seed in range(20):
-        padded = Augment(AugmentConfig(**off, pad=3))(source, np.random.default_rng(seed))
+        padded = augment(AugmentConfig(**off, pad=3), (8, 9))(source, np.random.default_rng(seed))
         np.testing.assert_array_equal(padded["mask"] == -1, padded["image"][..., 0] == 0)
         outside.append((padded["mask"] == -1).sum())
-        cut = Augment(AugmentConfig(**off, cutout=4), fill=(1, 2, 3))(source, np.random.default_rng(seed))
+        cut = augment(AugmentConfig(**off, cutout=4), (8, 9), fill=(1, 2, 3))(source, np.random.default_rng(seed))
         np.testing.assert_array_equal(cut["mask"], source["mask"])
         covered.append((cut["image"] == (1, 2, 3)).all(-1).sum())
     assert 0 <= min(outside) < 20 < max(outside) <= 72 - 5 * 6
@@ -129,8 +130,9 @@ def batch(count=64):
 
 
 def augment_batch(images, config, part=slice(None), seed=0, **options):
-    change = AugmentBatch(AugmentConfig(**config), len(images), part, **options)
-    return change({"image": images[part], "label": np.zeros(len(images[part]))}, np.random.default_rng(seed))["image"]
+    change = augment(AugmentConfig(**config), (8, 9), "label", **options)
+    given = {"image": images[part], "label": np.zeros(len(images[part]))}
+    return change.batch(given, np.random.default_rng(seed), len(images), part)["image"]
 
 
 ALL_ON = {"flip": True, "crop": 0.5, "colour": 0.3, "pad": 2, "cutout": 3}
@@ -170,7 +172,8 @@ def test_parts_of_a_batch_change_as_the_whole():
 def test_the_mean_colour_of_a_source():
     images = np.zeros((10, 2, 2, 3), np.uint8)
     images[::2] = (10, 20, 200)
-    assert mean_colour([{"image": image} for image in images]) == (5, 10, 100)
+    source = Made(10, {"image": Field((2, 2, 3), np.uint8, "picture", 0)}, lambda index: {"image": images[index]})
+    assert mean_colour(source, "image") == (5, 10, 100)
 
 
 @pytest.mark.parametrize(

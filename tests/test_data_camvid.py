@@ -9,6 +9,7 @@ from PIL import Image
 
 from dynjax.config import DataConfig, UserError
 from dynjax.data import camvid, make_source
+from dynjax.data.source import size_of
 
 REAL = pathlib.Path(__file__).parents[1] / ".." / "shared" / "data" / "camvid"
 
@@ -32,7 +33,7 @@ def camvid_config(root, **options):
 
 def test_a_set_without_lists(tmp_path):
     source = make_source(camvid_config(make_set(tmp_path)), "val")
-    assert len(source) == 3 and source.size == (12, 16) and source.ignore_label == 11
+    assert len(source) == 3 and size_of(source) == (12, 16) and source.spec["mask"].ignored == 11
     assert source.classes[0] == "sky" and source.classes[10] == "bicyclist" and len(source.classes) == 11
     example = source[2]
     assert (example["image"] == 20).all() and example["mask"][0, 0] == 11 and (example["mask"].ravel()[1:] == 2).all()

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dynjax.config import DataConfig, UserError
 from dynjax.data import cifar10, make_source, unpickle
+from dynjax.data.source import size_of, target_of
 from dynjax.data.unpickle import read_data
 
 REAL = pathlib.Path(__file__).parents[1] / ".." / "shared" / "data" / "cifar10_jpeg"
@@ -115,10 +116,10 @@ def test_raw_forms_give_the_same_pictures(tmp_path, form):
             np.testing.assert_array_equal(source[index]["image"], images[first + index])
             assert source[index]["label"] == labels[first + index]
     test = read(tmp_path, "test")
-    assert len(test) == COUNT and test.target == "label" and not test.handed and test.classes[3] == "cat"
+    assert len(test) == COUNT and target_of(test.spec) == "label" and not test.handed and test.classes[3] == "cat"
     np.testing.assert_array_equal(test[7]["image"], batch(0)[0][7])
     few = read(tmp_path, examples=9, size=(16, 16))
-    assert len(few) == 9 and few.size == (16, 16)
+    assert len(few) == 9 and size_of(few) == (16, 16)
 
 
 @pytest.mark.parametrize("quality", [75, 90])

@@ -6,6 +6,7 @@ from PIL import Image
 
 from dynjax.config import Config, DataConfig, PixelCNNConfig, ResNetConfig, UserError
 from dynjax.data import make_loader, make_source, pairs
+from dynjax.data.source import target_of
 from dynjax.tasks import make_task
 
 
@@ -27,7 +28,7 @@ def read(root, split="train", **options):
 
 def test_classes_are_the_folders_of_train(tmp_path):
     source = read(make_set(tmp_path))
-    assert source.classes == ("ant", "cat", "dog") and source.target == "label" and not source.handed
+    assert source.classes == ("ant", "cat", "dog") and target_of(source.spec) == "label" and not source.handed
     found = [(int(source[i]["label"]), int(source[i]["image"].max())) for i in range(len(source))]
     assert found == [(0, 0), (0, 10), (1, 100), (1, 110), (2, 200), (2, 210), (2, 220)]
     assert source.describe() == "class_folder train: 7 pictures 8x10, 3 classes"

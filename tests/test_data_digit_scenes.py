@@ -7,11 +7,11 @@ from scipy import ndimage
 
 from dynjax.config import DataConfig, UserError
 from dynjax.data import digit_scenes, make_source
+from dynjax.data.source import size_of, target_of
 
 
-def scenes(split="train", count=20, **options):
-    options = {"examples": 2000, "difficulty": 0.5, "seed": 0, **options}
-    source = digit_scenes.make_digits(split, **options)
+def scenes(split="train", count=20, seed=0, **options):
+    source = digit_scenes.make(DataConfig(**options), split, seed=seed)
     return source, [source[i] for i in range(count)]
 
 
@@ -38,11 +38,11 @@ def test_too_many_scenes_are_rendered_again(monkeypatch):
 
 def test_shapes_classes_and_lengths():
     source = make_source(DataConfig(size=(64, 80), examples=50), "val", seed=3)
-    assert len(source) == 5 and source.size == (64, 80)
-    assert source.target == "mask" and source.handed
+    assert len(source) == 5 and size_of(source) == (64, 80)
+    assert target_of(source.spec) == "mask" and source.handed
     assert len(make_source(DataConfig(), "train")) == 2000
     assert source[4]["image"].shape == (64, 80, 3) and source[4]["mask"].shape == (64, 80)
-    assert source.classes == (*"0123456789", "background") and source.ignore_label is None
+    assert source.classes == (*"0123456789", "background") and source.spec["mask"].ignored is None
     assert "digits val: 5 scenes 64x80" in source.describe()
     with pytest.raises(IndexError):
         source[5]

@@ -29,7 +29,7 @@ def test_classes_come_from_all_splits(tmp_path):
     sources = [make_source(config, split) for split in ("train", "val", "test")]
     assert all(source.classes == tuple(f"class {i}" for i in range(5)) for source in sources)
     assert [len(source) for source in sources] == [2, 1, 2]
-    assert sources[2].ignore_label == 255 and (sources[2][1]["mask"] == 255).all()
+    assert sources[2].spec["mask"].ignored == 255 and (sources[2][1]["mask"] == 255).all()
     assert (
         make_source(folder_config(tmp_path, classes=9, size=(4, 5)), "val").describe()
         == "folder val: 1 pictures 4x5, 9 classes"

@@ -6,7 +6,9 @@ from sklearn.datasets import load_digits
 
 from dynjax.config import DataConfig, UserError
 from dynjax.data import make_source
-from dynjax.data.labelled import make_labelled, part_of
+from dynjax.data.labelled import part_of, with_labels
+from dynjax.data.pairs import check_pairs
+from dynjax.data.source import size_of, target_of
 
 SPLITS = ("train", "val", "test")
 
@@ -22,7 +24,12 @@ def labels_of(source):
 def test_the_embedded_digits():
     source = digits8()
     assert source.describe() == "digits8 train: 1078 pictures 8x8, 10 classes"
-    assert source.target == "label" and source.handed and source.size == (8, 8) and source.ignore_label is None
+    assert (
+        target_of(source.spec) == "label"
+        and source.handed
+        and size_of(source) == (8, 8)
+        and source.spec["label"].ignored is None
+    )
     assert source.name == "digits8" and source.split == "train" and source.classes == tuple("0123456789")
     example = source[5]
     assert example.keys() == {"image", "label"}
@@ -77,8 +84,8 @@ def test_val_is_the_end_of_train(train, expected):
 
 
 def labelled(images, labels, **options):
-    options = {"size": None, "limit": None, "handed": False, **options}
-    return make_labelled(images, labels, name="some", split="train", classes=("a", "b"), **options)
+    pairs = with_labels(images, labels, ("a", "b"), handed=False)
+    return check_pairs(pairs, DataConfig(name="some", **options), "train")
 
 
 def test_arrays_grey_and_colour():
@@ -88,7 +95,7 @@ def test_arrays_grey_and_colour():
     assert labels_of(source).tolist() == [0, 1, 1]
     grey = labelled(images[..., 0], np.array([0, 1, 1], np.uint8))[1]["image"]
     assert grey.shape == (4, 5, 3) and (grey == images[1, ..., :1]).all()
-    assert len(labelled(np.zeros((9, 2, 2), np.uint8), np.zeros(9, np.uint8), limit=4)) == 4
+    assert len(labelled(np.zeros((9, 2, 2), np.uint8), np.zeros(9, np.uint8), examples=4)) == 4
 
 
 def test_labels_outside_the_classes():

@@ -4,51 +4,31 @@ import dataclasses
 
 import numpy as np
 import pytest
+from made import Made
 
 from dynjax.config import AugmentConfig, DataConfig, UserError
 from dynjax.data import calibration_batches, make_loader, make_source
+from dynjax.data.source import picture_spec
 
 
-@dataclasses.dataclass
-class Numbered:
+def numbered(count, ignored=200):
     """Picture i is plain grey i; the first column of every mask is ignored."""
 
-    count: int
-    ignore_label: int | None = 200
-    size: tuple[int, int] = (6, 8)
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        mask = np.full(self.size, 3, np.int32)
+    def example(index):
+        mask = np.full((6, 8), 3, np.int32)
         mask[:, 0] = 200
-        return {"image": np.full((*self.size, 3), index, np.uint8), "mask": mask}
+        return {"image": np.full((6, 8, 3), index, np.uint8), "mask": mask}
+
+    return Made(count, picture_spec((6, 8), "mask", ignored), example)
 
 
-@dataclasses.dataclass
-class Labelled:
-    """Picture i is plain grey i + 1, its label 100 + i; nothing is kept in memory."""
+def labelled(count):
+    """Picture i is plain grey i + 1, its label 100 + i."""
 
-    count: int
-    size: tuple[int, int] = (6, 8)
-    target: str = "label"
-    handed: bool = False
+    def example(index):
+        return {"image": np.full((6, 8, 3), index + 1, np.uint8), "label": np.int32(100 + index)}
 
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        return {"image": np.full((*self.size, 3), index + 1, np.uint8), "label": np.int32(100 + index)}
-
-
-@dataclasses.dataclass
-class InMemory(Labelled):
-    @property
-    def memory(self):
-        indices = np.arange(self.count)
-        images = np.broadcast_to(indices[:, None, None, None] + 1, (self.count, *self.size, 3)).astype(np.uint8)
-        return images, (100 + indices).astype(np.int32)
+    return Made(count, picture_spec((6, 8), "label"), example)
 
 
 def numbers(batch):
@@ -68,18 +48,18 @@ def assert_same(left, right):
 
 
 def test_a_batch():
-    batch = next(iter(make_loader(Numbered(5), 4, seed=0, augment=None)))
+    batch = next(iter(make_loader(numbered(5), 4, seed=0, augment=None)))
     assert batch.keys() == {"image", "mask"}
     assert batch["image"].shape == (4, 6, 8, 3) and batch["image"].dtype == np.uint8
     assert batch["mask"].shape == (4, 6, 8) and batch["mask"].dtype == np.int32
     assert (batch["mask"][:, :, 0] == -1).all() and (batch["mask"][:, :, 1:] == 3).all()
-    batch = next(iter(make_loader(Numbered(5, ignore_label=None), 4, seed=0, augment=None)))
+    batch = next(iter(make_loader(numbered(5, ignored=None), 4, seed=0, augment=None)))
     assert (batch["mask"][:, :, 0] == 200).all()
 
 
 def test_every_pass_has_all_examples_in_its_own_order():
     def read(seed):
-        batches = take(iter(make_loader(Numbered(10), 4, seed=seed, augment=None)), 5)
+        batches = take(iter(make_loader(numbered(10), 4, seed=seed, augment=None)), 5)
         return np.concatenate([numbers(batch) for batch in batches]).tolist()
 
     stream = read(seed=0)
@@ -88,7 +68,7 @@ def test_every_pass_has_all_examples_in_its_own_order():
     assert stream == read(seed=0) != read(seed=1)
 
 
-@pytest.mark.parametrize("kind", [Numbered, InMemory])
+@pytest.mark.parametrize("kind", [numbered, labelled])
 @pytest.mark.parametrize("taken", [0, 1, 7])
 def test_resumes_at_the_exact_batch(taken, kind):
     def start():
@@ -107,20 +87,20 @@ def test_resumes_at_the_exact_batch(taken, kind):
 
 
 def test_a_pass_without_repeat_is_filled_up():
-    batches = list(make_loader(Numbered(10), 4, seed=0, augment=None, shuffle=False, repeat=False))
+    batches = list(make_loader(numbered(10), 4, seed=0, augment=None, shuffle=False, repeat=False))
     assert [numbers(batch) for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 0]]
     assert [batch["valid"].tolist() for batch in batches] == [[True] * 4, [True] * 4, [True, True, False, False]]
     assert batches[0]["valid"].dtype == np.bool_
     assert (batches[2]["mask"][2:] == -1).all() and (batches[2]["image"][2:] == 0).all()
-    even = list(make_loader(Numbered(8), 4, seed=0, augment=None, shuffle=False, repeat=False))
+    even = list(make_loader(numbered(8), 4, seed=0, augment=None, shuffle=False, repeat=False))
     assert len(even) == 2 and all(batch["valid"].all() for batch in even)
-    small = list(make_loader(Numbered(2), 4, seed=0, augment=None, shuffle=False, repeat=False))
+    small = list(make_loader(numbered(2), 4, seed=0, augment=None, shuffle=False, repeat=False))
     assert [batch["valid"].tolist() for batch in small] == [[True, True, False, False]]
-    mixed = list(make_loader(Numbered(10), 4, seed=0, augment=None, repeat=False))
+    mixed = list(make_loader(numbered(10), 4, seed=0, augment=None, repeat=False))
     assert sorted(n for b in mixed for n, v in zip(numbers(b), b["valid"], strict=True) if v) == list(range(10))
 
 
-@pytest.mark.parametrize("kind", [Numbered, InMemory, Labelled])
+@pytest.mark.parametrize("kind", [numbered, labelled])
 @pytest.mark.parametrize("repeat", [True, False])
 def test_processes_share_the_batches_of_one(repeat, kind):
     options = {"seed": 5, "augment": AugmentConfig(pad=2, cutout=3), "repeat": repeat}
@@ -144,25 +124,23 @@ def test_noise_differs_between_passes_and_digits_are_never_mirrored():
     assert (noisy[0]["image"] != noisy[1]["image"]).any() and (noisy[1]["image"] != noisy[2]["image"]).any()
 
 
-@pytest.mark.parametrize("kind", [Labelled, InMemory])
-def test_batches_of_labels(kind):
-    batch = next(iter(make_loader(kind(5), 4, seed=0, augment=None)))
+def test_batches_of_labels():
+    batch = next(iter(make_loader(labelled(5), 4, seed=0, augment=None)))
     assert batch.keys() == {"image", "label"}
     assert batch["image"].shape == (4, 6, 8, 3) and batch["image"].dtype == np.uint8
     assert batch["label"].shape == (4,) and batch["label"].dtype == np.int32
     assert [n + 99 for n in numbers(batch)] == batch["label"].tolist()
-    stream = np.concatenate([numbers(b) for b in take(iter(make_loader(kind(10), 4, seed=0, augment=None)), 5)])
+    stream = np.concatenate([numbers(b) for b in take(iter(make_loader(labelled(10), 4, seed=0, augment=None)), 5)])
     assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(1, 11))
     assert stream[:10].tolist() != stream[10:].tolist() and stream[:10].tolist() != list(range(1, 11))
 
 
-@pytest.mark.parametrize("kind", [Labelled, InMemory])
-def test_a_pass_of_labels_is_filled_up(kind):
-    batches = list(make_loader(kind(10), 4, seed=0, augment=None, shuffle=False, repeat=False))
+def test_a_pass_of_labels_is_filled_up():
+    batches = list(make_loader(labelled(10), 4, seed=0, augment=None, shuffle=False, repeat=False))
     assert [numbers(batch) for batch in batches] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 0, 0]]
     assert [batch["valid"].tolist() for batch in batches] == [[True] * 4, [True] * 4, [True, True, False, False]]
     assert batches[0]["valid"].dtype == np.bool_ and batches[2]["label"].tolist() == [108, 109, -1, -1]
-    small = list(make_loader(kind(2), 4, seed=0, augment=None, repeat=False))
+    small = list(make_loader(labelled(2), 4, seed=0, augment=None, repeat=False))
     assert len(small) == 1 and sorted(small[0]["label"].tolist()) == [-1, -1, 100, 101]
 
 
@@ -182,7 +160,7 @@ def test_pictures_of_characters_are_never_mirrored_and_the_source_is_never_chang
 
 def test_a_cutout_takes_the_mean_colour():
     config = AugmentConfig(flip=False, crop=1.0, colour=0.0, cutout=3)
-    for batch in (next(iter(make_loader(kind(9), 4, seed=0, augment=config))) for kind in (InMemory, Numbered)):
+    for batch in (next(iter(make_loader(kind(9), 4, seed=0, augment=config))) for kind in (labelled, numbered)):
         first = 1 if "label" in batch else 0
         for image in batch["image"][..., 0]:
             values, counts = np.unique(image, return_counts=True)
@@ -190,20 +168,20 @@ def test_a_cutout_takes_the_mean_colour():
             assert len(values) == 1 or 4 <= counts[values == 4 + first][0] <= 9
 
 
-def test_calibration_pictures_come_from_all_over_the_source():
-    batches = [batch["image"] for batch in calibration_batches(Numbered(100), 4, 5)]
-    assert len(batches) == 5 and all(b.shape == (4, 6, 8, 3) and b.dtype == np.uint8 for b in batches)
-    found = [b[:, 0, 0, 0].tolist() for b in batches]
+def test_calibration_examples_come_from_all_over_the_source():
+    batches = calibration_batches(numbered(100), 4, 5)
+    assert len(batches) == 5 and all(b["image"].shape == (4, 6, 8, 3) and b["image"].dtype == np.uint8 for b in batches)
+    assert all(b.keys() == {"image", "mask"} and (b["mask"][:, :, 0] == -1).all() for b in batches)
+    found = [numbers(b) for b in batches]
     assert sorted(np.concatenate(found).tolist()) == list(range(0, 100, 5))
     assert all(max(f) - min(f) > 50 for f in found)
-    short = [b[:, 0, 0, 0].tolist() for b in (batch["image"] for batch in calibration_batches(Numbered(3), 2, 4))]
+    short = [numbers(b) for b in calibration_batches(numbered(3), 2, 4)]
     assert {n for f in short for n in f} == {0, 1, 2}
-    assert [b[:, 0, 0, 0].tolist() for b in (batch["image"] for batch in calibration_batches(InMemory(8), 2, 2))] == [
-        [1, 5],
-        [3, 7],
-    ]
+    labels = calibration_batches(labelled(8), 2, 2)
+    assert [numbers(b) for b in labels] == [[1, 5], [3, 7]]
+    assert [b["label"].tolist() for b in labels] == [[100, 104], [102, 106]]
     with pytest.raises(UserError, match="calibration needs examples: 0 in the source"):
-        calibration_batches(Numbered(0), 2, 4)
+        calibration_batches(numbered(0), 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -219,10 +197,10 @@ def test_calibration_pictures_come_from_all_over_the_source():
 def test_bad_values(options, text):
     options = {"batch_size": 4, "seed": 0, "augment": None, **options}
     with pytest.raises(UserError, match=text):
-        make_loader(Numbered(10), options.pop("batch_size"), **options)
+        make_loader(numbered(10), options.pop("batch_size"), **options)
 
 
-@pytest.mark.parametrize("kind", [Numbered, InMemory])
+@pytest.mark.parametrize("kind", [numbered, labelled])
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2), (2, 2)])
 def test_resumes_on_another_number_of_processes(kind, before, after):
     """Three batches read by so many processes and three by so many others are the six of one, example by example."""

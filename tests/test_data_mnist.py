@@ -10,6 +10,7 @@ import pytest
 
 from dynjax.config import DataConfig, UserError
 from dynjax.data import make_source
+from dynjax.data.source import size_of, target_of
 
 REAL = pathlib.Path(__file__).parents[1] / ".." / "shared" / "data"
 
@@ -45,7 +46,7 @@ def read(root, split="train", name="mnist", **options):
 def test_splits_pictures_and_labels(folder):
     train, val, test = (read(folder, split) for split in ("train", "val", "test"))
     for source, first, count in ((train, 0, 36), (val, 36, 4), (test, 0, 7)):
-        assert len(source) == count and source.size == (6, 5) and source.target == "label"
+        assert len(source) == count and size_of(source) == (6, 5) and target_of(source.spec) == "label"
         for index in range(count):
             example = source[index]
             assert (example["image"] == first + index).all() and example["image"].shape == (6, 5, 3)
@@ -108,7 +109,7 @@ def test_the_real_sets(name):
     if not root.is_dir():
         pytest.skip(f"the real {name} is not in {root}")
     val, test = read(root, "val", name), read(root, "test", name)
-    assert (len(val), len(test)) == (5000, 10000) and test.size == (28, 28)
+    assert (len(val), len(test)) == (5000, 10000) and size_of(test) == (28, 28)
     assert (np.bincount(test.memory[1]) == 1000).all() == (name == "fashion_mnist")
     ink = [val.memory[0][val.memory[1] == label].mean() for label in range(10)]
     least = {"mnist": "1", "fashion_mnist": "Sandal"}[name]

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynjax.config import UserError
-from dynjax.data import pairs, pictures
+from dynjax.config import DataConfig, UserError
+from dynjax.data import files, pairs, pictures
+from dynjax.data.source import size_of, target_of
 
 
 def save(array, file, **options):
@@ -15,8 +16,10 @@ def save(array, file, **options):
 
 
 def check(read, count, **options):
-    options = {"classes": ("a", "b", "c"), "ignore_label": 255, "size": None, "on_error": "raise", **options}
-    return pairs.check_pairs(read, count, name="some", split="train", **options)
+    """Pairs of masks where nothing else is said; options of a DataConfig or of Pairs."""
+    ours = {key: options.pop(key) for key in ("size", "on_error", "examples") if key in options}
+    options = {"classes": ("a", "b", "c"), "target": "mask", "ignored": 255, **options}
+    return pairs.check_pairs(pairs.Pairs(read, count, **options), DataConfig(name="some", **ours), "train")
 
 
 def constant(shapes, label=1):
@@ -132,7 +135,7 @@ def test_pictures_of_several_sizes_need_a_size(on_error):
     with pytest.raises(UserError, match=r"2 sizes \(width x height\): 6x4 \(2\), 6x8 \(1\); give --data.size"):
         check(constant(shapes), 3, on_error=on_error)
     source = check(constant(shapes), 3, size=(5, 5))
-    assert source.size == (5, 5) and source[2]["image"].shape == (5, 5, 3)
+    assert size_of(source) == (5, 5) and source[2]["image"].shape == (5, 5, 3)
     with pytest.raises(UserError, match=r"data.size=\(0, 5\)"):
         check(constant(shapes), 3, size=(0, 5))
 
@@ -150,11 +153,11 @@ def test_a_large_split_is_read_again_instead_of_kept(monkeypatch):
 
 
 def test_fewer_examples_come_from_all_over_the_set():
-    source = check(constant([(4, 4)] * 10), 10, limit=4)
+    source = check(constant([(4, 4)] * 10), 10, examples=4)
     assert [int(source[i]["image"][0, 0, 0]) for i in range(4)] == [0, 2, 5, 7]
-    assert len(source.memory[0]) == 4 and len(check(constant([(4, 4)] * 3), 3, limit=4)) == 3
+    assert len(source.memory[0]) == 4 and len(check(constant([(4, 4)] * 3), 3, examples=4)) == 3
     with pytest.raises(UserError, match=r"data\.examples=0"):
-        check(constant([(4, 4)]), 1, limit=0)
+        check(constant([(4, 4)]), 1, examples=0)
 
 
 def test_labels_instead_of_masks():
@@ -163,14 +166,14 @@ def test_labels_instead_of_masks():
             raise pictures.BadFile("file1.png: broken")
         return np.full((4, 6, 3), index, np.uint8), np.int64((0, 1, 2, -1, 3)[index])
 
-    options = {"target": "label", "ignore_label": None}
+    options = {"target": "label", "ignored": None}
     with pytest.raises(UserError) as caught:
         check(read, 5, **options)
     for part in ("3 bad files: file1.png: broken", "example 3: label -1, allowed are 0 to 2", "example 4: label 3"):
         assert part in str(caught.value)
     source = check(read, 5, **options, on_error="skip", size=(2, 3), note="(somehow)", handed=True)
     assert source.describe() == "some (somehow) train: 2 pictures 2x3, 3 classes, 3 skipped" and source.handed
-    assert source.target == "label" and check(constant([(4, 4)]), 1).target == "mask"
+    assert target_of(source.spec) == "label" and target_of(check(constant([(4, 4)]), 1).spec) == "mask"
     assert source[1].keys() == {"image", "label"} and isinstance(source[1]["label"], np.int32)
     assert source[1]["label"] == 2 and source[1]["image"].shape == (2, 3, 3)
 
@@ -183,7 +186,7 @@ def test_matching_by_name(tmp_path):
         save(np.zeros((2, 2), np.uint8), masks / name)
     (images / "notes.txt").write_text("")
     (images / ".DS_Store").write_text("")
-    found, problems = pairs.match_stems(images, masks)
+    found, problems = files.match_stems(images, masks)
     assert [(a.name, b.name) for a, b in found][:2] == [("a.jpg", "a.png"), ("b.png", "b.png")]
     text = " | ".join(problems)
     assert len(problems) == 4

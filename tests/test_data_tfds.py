@@ -12,6 +12,7 @@ from PIL import Image
 
 from dynjax.config import DataConfig, UserError
 from dynjax.data import make_source
+from dynjax.data.source import target_of
 from dynjax.data.tfds import find_prepared, splits_of
 
 SPLITS = ("train", "val", "test")
@@ -93,7 +94,7 @@ def tfds_config(data_dir, name="camvid", **options):
 def test_reads_what_was_prepared(prepared, camvid_folder, split):
     source = make_source(tfds_config(prepared, size=(10, 15)), split)
     folder = make_source(DataConfig(name="camvid", path=str(camvid_folder), size=(10, 15)), split)
-    assert source.classes == folder.classes and source.ignore_label == 255 and len(source) == 3
+    assert source.classes == folder.classes and source.spec["mask"].ignored == 255 and len(source) == 3
     assert source.describe() == f"tfds:camvid {split}: 3 pictures 10x15, 11 classes"
     originals = {folder[i]["image"].tobytes(): folder[i]["mask"] for i in range(3)}
     for index in range(3):  # TFDS has an order of its own
@@ -178,7 +179,7 @@ def test_sets_of_labels(labelled, name, handed):
     for split, count in (("train", 18), ("val", 2), ("test", 3)):
         source = make_source(tfds_config(labelled, name), split)
         assert source.describe() == f"tfds:{name} {split}: {count} pictures 6x5, 4 classes"
-        assert source.target == "label" and source.handed is handed and source.ignore_label is None
+        assert target_of(source.spec) == "label" and source.handed is handed and source.spec["label"].ignored is None
         assert source.classes == ("bird", "cat", "dog", "elk")
         for index in range(count):
             example = source[index]

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from made import Made
 
 import dynjax as dj
 from dynjax.config import LossConfig, UserError
 from dynjax.data import make_loader
-from dynjax.data.source import read, stack
+from dynjax.data.source import picture_spec, read, stack
 from dynjax.run.curve import Point, curve_table, read_curve
 from dynjax.run.evaluate import alternate, evaluate, make_runner, score, shown, solve, static_macs, steers
 from dynjax.show import report
@@ -35,15 +36,10 @@ class Net(nnx.Module):
         return self.head(nnx.relu(self.block(nnx.relu(self.stem(x / 127.5 - 1)))))
 
 
-class Source:
+def source() -> Made:
     """Seven pictures; the label of the third and the columns on the right are ignored under another name."""
 
-    classes, ignore_label, size, name = ("a", "b", "c"), 9, (16, 16), "made"
-
-    def __len__(self):
-        return 7
-
-    def __getitem__(self, index):
+    def example(index):
         rng = np.random.default_rng(index)
         image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         image[:, : 2 * index] = 0
@@ -51,13 +47,15 @@ class Source:
         mask[:, 12:] = 9
         return {"image": image, "mask": mask}
 
+    return Made(7, picture_spec((16, 16), "mask", ignored=9), example)
+
 
 def batches(size=4):
-    return lambda: make_loader(Source(), size, seed=0, augment=None, shuffle=False, repeat=False)
+    return lambda: make_loader(source(), size, seed=0, augment=None, shuffle=False, repeat=False)
 
 
 def pictures(number):
-    return stack([read(Source(), index) for index in range(number)])
+    return stack([read(source(), index) for index in range(number)])
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +78,7 @@ def test_score_is_that_of_the_whole_split_without_what_fills_the_last_batch_up()
     got = score(make_runner(model, TASK), nnx.state(model), batches(4)(), TASK)
     hits, union = np.zeros(3), np.zeros(3)
     for index in range(7):
-        example = Source()[index]
+        example = source()[index]
         prediction = np.asarray(model(jnp.asarray(example["image"][None]))).argmax(-1)[0][:, :12]
         truth = example["mask"][:, :12]
         for c in range(3):
@@ -136,7 +134,7 @@ def test_the_scored_model_skips(found):
 def test_examples_are_the_fewest_the_median_and_the_most_macs(found, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(report, "plot_heatmaps", lambda path, examples, **more: drawn.extend(examples))
-    seen = shown(found, 0.6, Source(), Source(), lambda source: batches()(), title="t", twin=None, batch_size=4)
+    seen = shown(found, 0.6, source(), source(), lambda _: batches()(), title="t", twin=None, batch_size=4)
     assert "heatmaps.png" in TASK.show(tmp_path, seen)
     macs = np.sort(found.scored[0.6].macs)
     assert [example.name for example in drawn] == ["easiest", "median", "hardest"]
@@ -153,7 +151,7 @@ def test_a_budget_is_a_share_of_the_static_twin(found):
     model, twin = (Net(adaptive=adaptive, rngs=nnx.Rngs(0)) for adaptive in (True, False))
     whole = static_macs(twin, jax.ShapeDtypeStruct((5, 16, 16, 3), jnp.uint8))
     assert steers(model) and not steers(twin)
-    image = np.stack([Source()[i]["image"] for i in range(7)])
+    image = np.stack([source()[i]["image"] for i in range(7)])
     report = solve(model, whole, [1.0], [image])[1.0].report
     assert report.full > whole  # the gate has a cost
     assert report.mean <= whole and report.met

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from made import Made
 
 import dynjax as dj
 from dynjax.config import BudgetConfig, LossConfig
 from dynjax.core.gates import Threshold
+from dynjax.data.source import Field
 from dynjax.tasks import segmentation
 from dynjax.tasks.segmentation import SegmentationTask
 
@@ -135,30 +137,21 @@ def test_wrong_shapes_are_named(scene):
         segmentation.cross_entropy(logits, mask, (1.0, 2.0))
 
 
-class Source:
+def source_of(*masks) -> Made:
     """Masks of a data set that marks ignored pixels by 9."""
-
-    classes = NAMES
-    ignore_label = 9
-
-    def __init__(self, *masks):
-        self.masks = masks
-
-    def __len__(self):
-        return len(self.masks)
-
-    def __getitem__(self, i):
-        return {"mask": np.array(self.masks[i], np.int32)}
+    masks = np.array(masks, np.int32)
+    spec = {"mask": Field(masks.shape[1:], np.int32, "mask", -1, ignored=9)}
+    return Made(len(masks), spec, lambda index: {"mask": masks[index]}, classes=NAMES)
 
 
 def test_class_frequencies_leave_out_what_is_ignored():
-    source = Source([[0, 0, 0], [9, 9, 9]], [[0, 0, 1], [1, -1, -1]], [[9, 9, 9], [9, 9, 9]])
+    source = source_of([[0, 0, 0], [9, 9, 9]], [[0, 0, 1], [1, -1, -1]], [[9, 9, 9], [9, 9, 9]])
     np.testing.assert_allclose(segmentation.class_frequencies(source), [5 / 7, 2 / 7, 0])
     np.testing.assert_allclose(segmentation.class_frequencies(source, examples=1), [1, 0, 0])
     with pytest.raises(ValueError, match="mask 1 has labels 0 to 4; the classes are 0 to 2"):
-        segmentation.class_frequencies(Source([[0]], [[0, 4]]))
+        segmentation.class_frequencies(source_of([[0, 0]], [[0, 4]]))
     with pytest.raises(ValueError, match="every pixel"):
-        segmentation.class_frequencies(Source([[9, 9]]))
+        segmentation.class_frequencies(source_of([[9, 9]]))
 
 
 def test_class_weights():

@@ -1,25 +1,22 @@
-"""Random changes of training pictures: crop, flip, pad-and-crop, colour, cutout. Pure functions and a generator.
+"""Random changes of training pictures: crop, flip, colour, pad-and-crop, cutout. What is drawn, and what is done.
 
-Masks move with their picture, example by example (`Augment`); small pictures with labels are changed a whole batch at a
-time (`AugmentBatch`). B is the number of pictures; H, W are height and width in pixels.
+All pictures, films and masks of an example change alike, films frame by frame; texts and labels stay. N is the number
+of pictures or frames; H, W are height and width in pixels.
 """
 
 import dataclasses
-from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Int32, Integer, Shaped, UInt8
+from jaxtyping import Bool, Float, Integer, Shaped, UInt8
 from PIL import Image
 
 from dynjax.config import AugmentConfig, UserError
+from dynjax.data.source import IGNORED, Field, Size, Source, read
 
-IGNORED = -1  # every ignored pixel of a batch, whatever the source calls it
-
-Mask = TypeVar("Mask", Int32[np.ndarray, "H W"], None)
-"""A picture's mask, or none where there is none."""
+Colour = tuple[int, int, int]
 
 
-def check_augment(config: AugmentConfig, size: tuple[int, int]) -> None:
+def check_augment(config: AugmentConfig, size: Size) -> None:
     """Raises UserError for values out of range for pictures of height and width `size`."""
     if not 0 < config.crop <= 1:
         raise UserError(f"data.augment.crop={config.crop} is outside (0, 1]: it is a share of the picture's side")
@@ -32,69 +29,122 @@ def check_augment(config: AugmentConfig, size: tuple[int, int]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Augment:
-    """A transformation for grain's `random_map`: {"image", "mask"} to the same, of the same shapes."""
+class Changes:
+    """What was drawn for each of N pictures; None for what is turned off."""
 
-    config: AugmentConfig
-    fill: tuple[int, int, int] = (0, 0, 0)
-    """Colour of the cutout."""
+    crops: Float[np.ndarray, "N 3"] | None = None
+    """The share of the sides that is kept, and the window's top and left in pixels."""
+    flips: Bool[np.ndarray, " N"] | None = None
+    colours: Float[np.ndarray, "N 3"] | None = None
+    """Factors of brightness, contrast and saturation."""
+    offsets: Integer[np.ndarray, "N 2"] | None = None
+    centres: Integer[np.ndarray, "N 2"] | None = None
 
-    def __call__(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        image, mask = example["image"], example["mask"]
-        config = self.config
-        if config.crop < 1:
-            image, mask = random_crop(image, mask, config.crop, rng)
-        if config.flip and rng.uniform() < 0.5:
-            image, mask = image[:, ::-1], mask[:, ::-1]
-        if config.colour > 0:
-            image = random_colour(image, config.colour, rng)
-        if config.pad:
-            offsets = rng.integers(0, 2 * config.pad + 1, (1, 2))
-            image, mask = shift(image[None], offsets, config.pad)[0], shift(mask[None], offsets, config.pad, IGNORED)[0]
-        if config.cutout:
-            image = cut_out(image[None], rng.integers(0, mask.shape, (1, 2)), config.cutout, self.fill)[0]
-        return {**example, "image": np.ascontiguousarray(image), "mask": np.ascontiguousarray(mask)}
+
+def draw(config: AugmentConfig, size: Size, rng: np.random.Generator) -> Changes:
+    """What happens to one example."""
+    return Changes(
+        crops=draw_crop(config.crop, size, rng)[None] if config.crop < 1 else None,
+        flips=rng.uniform(size=1) < 0.5 if config.flip else None,
+        colours=rng.uniform(1 - config.colour, 1 + config.colour, (1, 3)) if config.colour > 0 else None,
+        offsets=rng.integers(0, 2 * config.pad + 1, (1, 2)) if config.pad else None,
+        centres=rng.integers(0, size, (1, 2)) if config.cutout else None,
+    )
+
+
+def draw_batch(config: AugmentConfig, size: Size, count: int, part: slice, rng: np.random.Generator) -> Changes:
+    """What happens to the examples of a batch of `count` that lie in `part`.
+
+    Random numbers are drawn for all of these, so that a picture changes alike whatever the number of processes.
+    """
+    crops = colours = None
+    if config.crop < 1 or config.colour > 0:  # each from a generator of its own
+        one = dataclasses.replace(config, flip=False, pad=0, cutout=0)
+        seeds = rng.integers(2**63, size=count)[part].tolist()
+        own = [draw(one, size, np.random.default_rng(seed)) for seed in seeds]
+        crops = np.concatenate([each.crops for each in own]) if config.crop < 1 else None
+        colours = np.concatenate([each.colours for each in own]) if config.colour > 0 else None
+    return Changes(
+        crops=crops,
+        flips=rng.uniform(size=count)[part] < 0.5 if config.flip else None,
+        colours=colours,
+        offsets=rng.integers(0, 2 * config.pad + 1, (count, 2))[part] if config.pad else None,
+        centres=rng.integers(0, size, (count, 2))[part] if config.cutout else None,
+    )
+
+
+def draw_crop(smallest: float, size: Size, rng: np.random.Generator) -> Float[np.ndarray, "3"]:
+    """A window whose sides are one share, drawn from [smallest, 1], of the picture's; it lies anywhere inside."""
+    share = rng.uniform(smallest, 1)
+    return np.array([share, *(rng.uniform(0, (1 - share) * side) for side in size)])
 
 
 @dataclasses.dataclass(frozen=True)
-class AugmentBatch:
-    """A transformation for grain's `random_map`: {"image" (B, H, W, 3), "label", ...} to the same.
-
-    The batch is this process's part of one of `batch_size` pictures. Random numbers are drawn for all of these, so that
-    a picture changes in the same way whatever the number of processes.
-    """
+class Augment:
+    """Transformations for grain's `random_map`, of examples or, with `batch`, of batches; shapes stay."""
 
     config: AugmentConfig
-    batch_size: int
-    part: slice
-    fill: tuple[int, int, int] = (0, 0, 0)
+    fields: dict[str, Field]
+    """The pictures, films and masks, all of one height and width."""
+    fills: dict[str, Colour]
+    """Colours of the cutout in pictures and films."""
 
-    def __call__(self, batch: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        images, config = batch["image"], self.config
-        if config.crop < 1 or config.colour > 0:  # these are of PIL, picture by picture
-            seeds = rng.integers(2**63, size=self.batch_size)[self.part]
-            images = np.stack([self._one(*pair) for pair in zip(images, seeds.tolist(), strict=True)])
-        if config.flip:
-            turned = rng.uniform(size=self.batch_size)[self.part] < 0.5
-            images = np.where(turned[:, None, None, None], images[:, :, ::-1], images)
-        if config.pad:
-            offsets = rng.integers(0, 2 * config.pad + 1, (self.batch_size, 2))
-            images = shift(images, offsets[self.part], config.pad)
-        if config.cutout:
-            centres = rng.integers(0, images.shape[1:3], (self.batch_size, 2))
-            images = cut_out(images, centres[self.part], config.cutout, self.fill)
-        return {**batch, "image": images}
+    @classmethod
+    def of(cls, config: AugmentConfig, source: Source) -> "Augment":
+        """For a source that has pictures, films or masks. Raises UserError."""
+        fields = {key: field for key, field in source.spec.items() if field.pixels}
+        sizes = {field.pixels for field in fields.values()}
+        if len(sizes) > 1:
+            found = ", ".join(f"{key} {field.shape}" for key, field in fields.items())
+            raise UserError(f"{source.name} has {found}: what is augmented together must be of one size")
+        for size in filter(None, sizes):
+            check_augment(config, size)
+        seen = [key for key, field in fields.items() if field.role != "mask"]
+        fills = {key: mean_colour(source, key) if config.cutout else (0, 0, 0) for key in seen}
+        return cls(dataclasses.replace(config, flip=config.flip and not source.handed), fields, fills)
 
-    def _one(self, image: np.ndarray, seed: int) -> np.ndarray:
-        rng = np.random.default_rng(seed)
-        if self.config.crop < 1:
-            image, _ = random_crop(image, None, self.config.crop, rng)
-        return random_colour(image, self.config.colour, rng) if self.config.colour > 0 else image
+    @property
+    def size(self) -> Size:
+        return next(field.pixels for field in self.fields.values() if field.pixels)
+
+    def __call__(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        changes, found = draw(self.config, self.size, rng), {}
+        for key, field in self.fields.items():
+            frames = example[key].reshape(-1, *self.size, *((3,) if key in self.fills else ()))
+            every = {
+                name: None if drawn is None else np.repeat(drawn, len(frames), axis=0)
+                for name, drawn in vars(changes).items()
+            }
+            found[key] = self._changed(key, frames, Changes(**every)).reshape(field.shape)
+        return {**example, **found}
+
+    def batch(
+        self, batch: dict[str, np.ndarray], rng: np.random.Generator, count: int, part: slice
+    ) -> dict[str, np.ndarray]:
+        """A batch of pictures that are the `part` of a batch of `count`."""
+        changes = draw_batch(self.config, self.size, count, part, rng)
+        return {**batch, **{key: self._changed(key, batch[key], changes) for key in self.fields}}
+
+    def _changed(self, key: str, frames: Shaped[np.ndarray, "N H W ..."], changes: Changes) -> np.ndarray:
+        """Frames of a picture, a film or a mask; a mask keeps its classes, and is ignored where there is padding."""
+        fill = self.fills.get(key)
+        if changes.crops is not None:
+            frames = np.stack([crop(*pair) for pair in zip(frames, changes.crops, strict=True)])
+        if changes.flips is not None:
+            turned = changes.flips.reshape(-1, *(1 for _ in frames.shape[1:]))
+            frames = np.where(turned, frames[:, :, ::-1], frames)
+        if changes.colours is not None and fill is not None:
+            frames = np.stack([colour(*pair) for pair in zip(frames, changes.colours, strict=True)])
+        if changes.offsets is not None:
+            frames = shift(frames, changes.offsets, self.config.pad, IGNORED if fill is None else 0)
+        if changes.centres is not None and fill is not None:
+            frames = cut_out(frames, changes.centres, self.config.cutout, fill)
+        return np.ascontiguousarray(frames)
 
 
 def shift(
-    images: Shaped[np.ndarray, "B H W ..."], offsets: Integer[np.ndarray, "B 2"], pad: int, fill: int = 0
-) -> Shaped[np.ndarray, "B H W ..."]:
+    images: Shaped[np.ndarray, "N H W ..."], offsets: Integer[np.ndarray, "N 2"], pad: int, fill: int = 0
+) -> Shaped[np.ndarray, "N H W ..."]:
     """Pictures padded by `pad` pixels of `fill` on each side, and those from `offsets` on (0 to 2 pad) cropped out.
 
     He et al. 2016, section 4.2, on CIFAR-10. Black, as training code that pads before it normalises has it; what they
@@ -110,8 +160,8 @@ def shift(
 
 
 def cut_out(
-    images: UInt8[np.ndarray, "B H W 3"], centres: Integer[np.ndarray, "B 2"], side: int, fill: tuple[int, int, int]
-) -> UInt8[np.ndarray, "B H W 3"]:
+    images: UInt8[np.ndarray, "N H W 3"], centres: Integer[np.ndarray, "N 2"], side: int, fill: Colour
+) -> UInt8[np.ndarray, "N H W 3"]:
     """A square of `side` pixels around each centre takes the colour `fill`; what lies outside the picture is lost.
 
     DeVries and Taylor 2017: centres anywhere, and zero after the mean of the data was subtracted, so its mean before.
@@ -122,39 +172,29 @@ def cut_out(
     return images
 
 
-def mean_colour(source: Any, examples: int = 256) -> tuple[int, int, int]:
-    """Mean of so many pictures, spread evenly over a source, rounded."""
-    indices = np.unique(np.linspace(0, len(source) - 1, min(examples, len(source))).astype(int))
-    means = [source[int(index)]["image"].mean((0, 1)) for index in indices]
+def mean_colour(source: Source, key: str, examples: int = 256) -> Colour:
+    """Mean of so many pictures or films, spread evenly over a source, rounded."""
+    indices = np.unique(np.linspace(0, len(source) - 1, min(examples, len(source))).astype(int)).tolist()
+    means = [each.mean(tuple(range(each.ndim - 1))) for each in (read(source, index)[key] for index in indices)]
     red, green, blue = np.mean(means, axis=0).round().astype(int).tolist()
     return red, green, blue
 
 
-def random_crop(
-    image: UInt8[np.ndarray, "H W 3"],
-    mask: Mask,
-    smallest: float,
-    rng: np.random.Generator,
-) -> tuple[UInt8[np.ndarray, "H W 3"], Mask]:
-    """A window whose sides are one share, drawn from [smallest, 1], of the picture's, resized back to the whole."""
-    height, width = image.shape[:2]
-    share = rng.uniform(smallest, 1)
-    top, left = rng.uniform(0, (1 - share) * height), rng.uniform(0, (1 - share) * width)
+def crop(frame: Shaped[np.ndarray, "H W ..."], window: Float[np.ndarray, "3"]) -> Shaped[np.ndarray, "H W ..."]:
+    """A window of a picture, or of a mask by its nearest pixels, resized back to the whole; see `Changes.crops`."""
+    (height, width), (share, top, left) = frame.shape[:2], window.tolist()
+    if frame.ndim == 2:
+        rows = (top + (np.arange(height) + 0.5) * share).astype(int)  # the pixel that the centre falls on
+        columns = (left + (np.arange(width) + 0.5) * share).astype(int)
+        return frame[rows[:, None], columns]
     box = (left, top, left + share * width, top + share * height)
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR, box=box)
-    if mask is None:
-        return np.asarray(resized), None
-    rows = (top + (np.arange(height) + 0.5) * share).astype(int)  # the pixel that the centre falls on
-    columns = (left + (np.arange(width) + 0.5) * share).astype(int)
-    return np.asarray(resized), mask[rows[:, None], columns]
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR, box=box))
 
 
-def random_colour(
-    image: UInt8[np.ndarray, "H W 3"], most: float, rng: np.random.Generator
-) -> Shaped[np.ndarray, "H W 3"]:
-    """Brightness, contrast and saturation, each multiplied by a factor drawn from [1 - most, 1 + most]."""
-    brightness, contrast, saturation = rng.uniform(1 - most, 1 + most, 3)
-    picture = Image.fromarray(image)
+def colour(frame: UInt8[np.ndarray, "H W 3"], factors: Float[np.ndarray, "3"]) -> Shaped[np.ndarray, "H W 3"]:
+    """Brightness, contrast and saturation, each multiplied by its factor."""
+    brightness, contrast, saturation = factors
+    picture = Image.fromarray(frame)
     grey = picture.convert("L")
     mean = np.asarray(grey).mean()
     picture = Image.blend(grey.convert("RGB"), picture, saturation)

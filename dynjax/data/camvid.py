@@ -6,64 +6,38 @@ Brostow et al. 2008; protocol of Badrinarayanan et al. 2017.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-from dynjax.config import UserError
-from dynjax.data.pairs import PairSource, check_pairs, files_reader, match_stems
+from dynjax.config import DataConfig, UserError
+from dynjax.data.files import Files, find_root, match_stems, with_masks
+from dynjax.data.pairs import PairSource, check_pairs
 
 CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
 VOID = 11
+LAYOUT = "camvid is laid out as PATH/train, PATH/trainannot, ..."
 
 
-def make_camvid(
-    path: str,
-    split: str,
-    *,
-    size: tuple[int, int] | None = None,
-    limit: int | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
-) -> PairSource:
+def make(config: DataConfig, split: str, *, seed: int = 0, classes: Sequence[str] | None = None) -> PairSource:
     """CamVid's 367 train, 101 val or 233 test pictures, or any set in that layout and classes. Raises UserError."""
-    pairs, problems = find_pairs(path, split)
-    return check_pairs(
-        files_reader(pairs),
-        len(pairs),
-        name="camvid",
-        split=split,
-        classes=CLASSES,
-        ignore_label=VOID,
-        size=size,
-        limit=limit,
-        on_error=on_error,
-        broken=problems,
-        called=lambda index: str(pairs[index][0]),
-    )
+    return check_pairs(with_masks(*find_pairs(config, split), CLASSES, VOID), config, split)
 
 
-def find_pairs(path: str, split: str) -> tuple[list[tuple[Path, Path]], list[str]]:
+def find_pairs(config: DataConfig, split: str) -> tuple[Files, list[str]]:
     """Files of a split and what is wrong with their names. Raises UserError where a folder is missing or empty."""
-    root = Path(path).expanduser()
-    if not path:
-        raise UserError("data.name=camvid needs a folder: give --data.path PATH")
-    for folder in (root, root / split, root / f"{split}annot"):
-        if not folder.is_dir():
-            raise UserError(
-                f"data.path={path}: no folder {folder}; camvid is laid out as PATH/train, PATH/trainannot, ..."
-            )
+    root = find_root(config, LAYOUT, (split, f"{split}annot"))
     listing = root / f"{split}.txt"
     if listing.is_file():
         pairs, problems = _listed(root, listing)
     else:
         pairs, problems = match_stems(root / split, root / f"{split}annot")
     if not pairs and not problems:
-        raise UserError(
-            f"data.path={path}: the split {split} is empty ({listing if listing.is_file() else root / split})"
-        )
+        where = listing if listing.is_file() else root / split
+        raise UserError(f"data.path={config.path}: the split {split} is empty ({where})")
     return pairs, problems
 
 
-def _listed(root: Path, listing: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
+def _listed(root: Path, listing: Path) -> tuple[Files, list[str]]:
     pairs, problems = [], []
     for number, line in enumerate(listing.read_text("utf-8-sig", "surrogateescape").splitlines(), 1):
         line = line.strip()

@@ -16,9 +16,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from dynjax.config import UserError
+from dynjax.config import DataConfig, UserError
 from dynjax.data.camvid import CLASSES, VOID, find_pairs
-from dynjax.data.pairs import IGNORE_255
+from dynjax.data.files import IGNORE_255
 from dynjax.data.pictures import BadFile, read_image, read_mask
 
 
@@ -49,7 +49,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return {key: self._generate_examples(str(dl_manager.manual_dir), split) for key, split in splits.items()}
 
     def _generate_examples(self, path: str, split: str) -> Any:
-        pairs, problems = find_pairs(path, split)
+        pairs, problems = find_pairs(DataConfig(name="camvid", path=path), split)
         if problems:
             raise UserError("; ".join(problems[:5]))
         for image, mask in pairs:
@@ -71,7 +71,7 @@ def _encoded(mask: Path) -> io.BytesIO:
 def prepare(path: str, data_dir: str | None = None) -> Path:
     """Prepares CamVid from the folder `path` and returns the prepared folder. Raises UserError."""
     for split in ("train", "val", "test"):
-        find_pairs(path, split)
+        find_pairs(DataConfig(name="camvid", path=path), split)
     builder = Builder(data_dir=data_dir, file_format="array_record")
     config = tfds.download.DownloadConfig(manual_dir=path, try_download_gcs=False)
     try:

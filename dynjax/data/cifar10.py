@@ -6,17 +6,16 @@ values, row by row.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from dynjax.config import UserError
-from dynjax.data.labelled import make_labelled, part_of
-from dynjax.data.pairs import Pair, PairSource, check_pairs
+from dynjax.config import DataConfig, UserError
+from dynjax.data.labelled import part_of, with_labels
+from dynjax.data.pairs import Pair, Pairs, PairSource, check_pairs
 from dynjax.data.pictures import open_picture, read_image
 from dynjax.data.unpickle import read_data
 
@@ -30,37 +29,35 @@ MOST_UNPACKED = 2**30  # bytes of an .npz without its compression
 FORMS = "data_batch_1 to 5 and test_batch (Python pickles or .bin), or one .npz of JPEGs"
 
 
-def make_cifar10(
-    path: str,
-    split: str,
-    *,
-    size: tuple[int, int] | None = None,
-    limit: int | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
-) -> PairSource:
+def make(config: DataConfig, split: str, *, seed: int = 0, classes: Sequence[str] | None = None) -> PairSource:
     """45,000 train, 5,000 val or 10,000 test pictures; a JPEG set says so in its name. Raises UserError."""
-    options = {"split": split, "size": size, "limit": limit, "on_error": on_error}
+    path = config.path
     if not path:
         raise UserError("data.name=cifar10 needs a folder or an .npz file: give --data.path PATH")
     root = Path(path).expanduser()
-    if root.is_file() and root.suffix == ".npz":
-        return _from_npz(root, options)
-    if not root.is_dir():
+    if not root.is_dir() and not (root.is_file() and root.suffix == ".npz"):
         raise UserError(
             f"data.path={path}: no folder and no .npz file {root}; cifar10 is {FORMS}; --data.path says where"
         )
+    return check_pairs(_find(root, split), config, split)
+
+
+def _find(root: Path, split: str) -> Pairs:
+    """A split in whichever form lies there."""
+    if root.is_file():
+        return _from_npz(root, split)
     for folder in (root, root / "cifar-10-batches-py"):
         if (folder / TRAIN[0]).is_file() or (folder / TEST).is_file():
-            return _from_batches(folder, "", read_pickle, options)
+            return _from_batches(folder, "", read_pickle, split)
     for folder in (root, root / "cifar-10-batches-bin"):
         if (folder / f"{TRAIN[0]}.bin").is_file() or (folder / f"{TEST}.bin").is_file():
-            return _from_batches(folder, ".bin", read_binary, options)
+            return _from_batches(folder, ".bin", read_binary, split)
     found = sorted(root.glob("*.npz"))
     if len(found) > 1:
-        raise UserError(f"data.path={path}: {len(found)} .npz files ({found[0].name}, ...): name one of them")
+        raise UserError(f"data.path={root}: {len(found)} .npz files ({found[0].name}, ...): name one of them")
     if not found:
-        raise UserError(f"data.path={path}: not found in {root}: {FORMS}")
-    return _from_npz(found[0], options)
+        raise UserError(f"data.path={root}: not found in {root}: {FORMS}")
+    return _from_npz(found[0], split)
 
 
 # Raw pictures
@@ -68,20 +65,15 @@ def make_cifar10(
 Batch = tuple[UInt8[np.ndarray, "N 3072"], UInt8[np.ndarray, " N"]]
 
 
-def _from_batches(folder: Path, suffix: str, read: Callable[[Path], Batch], options: dict[str, Any]) -> PairSource:
-    names = (TEST,) if options["split"] == "test" else TRAIN
+def _from_batches(folder: Path, suffix: str, read: Callable[[Path], Batch], split: str) -> Pairs:
+    names = (TEST,) if split == "test" else TRAIN
     batches = [read(folder / f"{name}{suffix}") for name in names]
     images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-    part = part_of(options["split"], len(images), len(images))
+    part = part_of(split, len(images), len(images))
     cut = slice(part.start, part.stop)
-    return make_labelled(
-        np.ascontiguousarray(images[cut].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)),
-        labels[cut],
-        name="cifar10",
-        classes=CLASSES,
-        handed=False,
-        called=lambda index: f"{folder}, {options['split']} example {index}",
-        **options,
+    pictures = np.ascontiguousarray(images[cut].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
+    return with_labels(
+        pictures, labels[cut], CLASSES, handed=False, called=lambda index: f"{folder}, {split} example {index}"
     )
 
 
@@ -130,13 +122,12 @@ def _read(file: Path) -> bytes:
 # JPEGs
 
 
-def _from_npz(file: Path, options: dict[str, Any]) -> PairSource:
+def _from_npz(file: Path, split: str) -> Pairs:
     """`header`, `{train,test}_{scans,offsets,labels}`, `class_names`: picture i is header + scans[offsets[i:i + 2]].
 
     Such files may be sorted by class, which the official ones are not: so val is the last tenth of each class, and the
     pictures of a split come in a random order, which is always the same.
     """
-    split = options["split"]
     official = "test" if split == "test" else "train"
     header, scans, offsets, labels, names = _arrays(file, official)
     part = _shares(split, labels)
@@ -150,16 +141,8 @@ def _from_npz(file: Path, options: dict[str, Any]) -> PairSource:
         return read_image(io.BytesIO(start + scans[first:last].tobytes()), called(index)), np.int64(labels[part[index]])
 
     quality = _quality(start)
-    return check_pairs(
-        read,
-        len(part),
-        name="cifar10",
-        classes=tuple(str(name) for name in names),
-        target="label",
-        called=called,
-        note=f"(JPEG quality {quality})" if quality else "(JPEG)",
-        **options,
-    )
+    note = f"(JPEG quality {quality})" if quality else "(JPEG)"
+    return Pairs(read, len(part), tuple(map(str, names)), called=called, note=note)
 
 
 def _shares(split: str, labels: np.ndarray) -> np.ndarray:

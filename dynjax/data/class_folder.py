@@ -2,43 +2,28 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from dynjax.config import UserError
-from dynjax.data.pairs import Pair, PairSource, check_pairs
+from dynjax.config import DataConfig, UserError
+from dynjax.data.files import find_root
+from dynjax.data.pairs import Pair, Pairs, PairSource, check_pairs
 from dynjax.data.pictures import IMAGE_SUFFIXES, read_image
 
+LAYOUT = "a class_folder set is laid out as PATH/{train,val,test}/CLASS/NAME.*"
 
-def make_class_folder(
-    path: str,
-    split: str,
-    *,
-    names: Sequence[str] | None = None,
-    classes: int = 0,
-    size: tuple[int, int] | None = None,
-    limit: int | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
-) -> PairSource:
-    """Pictures by class; the classes are `names` or, without them, the folders of train, sorted. Raises UserError.
 
-    `classes` other than 0 must be the number of train's folders. A picture that cannot be read is named, or left out
-    and counted; a folder of another name or without a picture is always an error.
+def make(config: DataConfig, split: str, *, seed: int = 0, classes: Sequence[str] | None = None) -> PairSource:
+    """Pictures by class; the classes are `classes` or, without them, the folders of train, sorted. Raises UserError.
+
+    `config.classes` other than 0 must be the number of train's folders. A picture that cannot be read is named, or left
+    out and counted; a folder of another name or without a picture is always an error.
     """
-    if not path:
-        raise UserError("data.name=class_folder needs a folder: give --data.path PATH")
-    root = Path(path).expanduser()
-    for folder in (root, root / split) if names else (root, root / "train", root / split):
-        if not folder.is_dir():
-            raise UserError(
-                f"data.path={path}: no folder {folder}; a class_folder set is laid out as "
-                "PATH/{train,val,test}/CLASS/NAME.*"
-            )
-    if names:
-        names, whose = tuple(names), "the run"
+    root = find_root(config, LAYOUT, (split,) if classes else ("train", split))
+    if classes:
+        names, whose = tuple(classes), "the run"
     else:
-        names, whose = _train_classes(path, root / "train", classes), str(root / "train")
+        names, whose = _train_classes(config, root / "train"), str(root / "train")
     if others := sorted(set(_folders(root / split)) - set(names)):
         raise UserError(f"{root / split}: {', '.join(others[:5])} are no classes of {whose} ({', '.join(names[:5])})")
     files, problems = _pictures(root / split, names)
@@ -47,31 +32,20 @@ def make_class_folder(
         file, label = files[index]
         return read_image(file), np.int32(label)
 
-    return check_pairs(
-        read,
-        len(files),
-        name="class_folder",
-        split=split,
-        classes=names,
-        size=size,
-        on_error=on_error,
-        target="label",
-        limit=limit,
-        broken=problems,
-        called=lambda index: str(files[index][0]),
-    )
+    pairs = Pairs(read, len(files), names, broken=problems, called=lambda index: str(files[index][0]))
+    return check_pairs(pairs, config, split)
 
 
-def _train_classes(path: str, train: Path, classes: int) -> tuple[str, ...]:
+def _train_classes(config: DataConfig, train: Path) -> tuple[str, ...]:
     names = _folders(train)
     if not names:
-        raise UserError(f"data.path={path}: no class, {train} has no folders")
+        raise UserError(f"data.path={config.path}: no class, {train} has no folders")
     if set(names) <= {"images", "masks"}:
         raise UserError(
-            f"data.path={path}: pictures with masks are data.name=folder; class_folder has a folder a class"
+            f"data.path={config.path}: pictures with masks are data.name=folder; class_folder has a folder a class"
         )
-    if classes not in (0, len(names)):
-        raise UserError(f"data.classes={classes}: {train} has {len(names)} folders, one a class")
+    if config.classes not in (0, len(names)):
+        raise UserError(f"data.classes={config.classes}: {train} has {len(names)} folders, one a class")
     return names
 
 

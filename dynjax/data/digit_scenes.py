@@ -9,18 +9,19 @@ import dataclasses
 import functools
 import importlib.resources
 import io
-from typing import Any, Literal
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int32, Integer, UInt8
 from PIL import Image, ImageDraw
 
-from dynjax.config import UserError
+from dynjax.config import DataConfig, UserError
 from dynjax.data.pictures import BadFile, read_image
+from dynjax.data.source import SPLITS, Field, Size, picture_spec
 
 CLASSES = (*"0123456789", "background")
 BACKGROUND = 10
-SPLITS = ("train", "val", "test")
+SCENES = 2000  # where data.examples says nothing
 
 _PHOTOS = (
     ("sklearn", "datasets/images/china.jpg"),
@@ -234,7 +235,7 @@ def _ink(glyph: Image.Image, y, x, tall, degrees, stroke, size) -> tuple[Float[n
     return ink, top, left
 
 
-def _ink_colour(rng, behind: Float[np.ndarray, "h w 3"], ink, contrast: float) -> Any:
+def _ink_colour(rng, behind: Float[np.ndarray, "h w 3"], ink, contrast: float) -> Float[np.ndarray, "3"] | None:
     """A random colour lighter or darker by `contrast` than everything near the strokes, or None where there is none."""
     near = ink > 0
     near[1:] |= near[:-1].copy()
@@ -264,13 +265,16 @@ class DigitsSource:
     examples: int
     difficulty: float
     seed: int
-    size: tuple[int, int]
+    size: Size
     classes: tuple[str, ...] = CLASSES
-    ignore_label: int | None = None
     name: str = "digits"
-    handed: bool = True  # a mirrored 2 is no 2: the loader never flips these scenes
-    target: Literal["mask"] = "mask"
+    handed: bool = True  # a mirrored 2 is no 2
+    seen: None = None
     _kept: dict[int, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @functools.cached_property
+    def spec(self) -> dict[str, Field]:
+        return picture_spec(self.size, "mask")
 
     def __len__(self) -> int:
         return self.examples
@@ -293,13 +297,13 @@ class DigitsSource:
         return f"digits {self.split}: {self.examples} scenes {height}x{width}, {look}"
 
 
-def make_digits(
-    split: str, *, examples: int, difficulty: float, seed: int, size: tuple[int, int] | None = None
-) -> DigitsSource:
-    """`examples` training scenes; val and test have a tenth of it each. Raises UserError for values out of range."""
-    size = size or (96, 96)
-    if not 0 <= difficulty <= 1:
-        raise UserError(f"data.difficulty={difficulty} is outside [0, 1]")
+def make(config: DataConfig, split: str, *, seed: int = 0, classes: Sequence[str] | None = None) -> DigitsSource:
+    """`config.examples` training scenes; val and test have a tenth of it each. Raises UserError for values out of
+    range."""
+    examples = SCENES if config.examples is None else config.examples
+    size = config.size or (96, 96)
+    if not 0 <= config.difficulty <= 1:
+        raise UserError(f"data.difficulty={config.difficulty} is outside [0, 1]")
     if examples < 1:
         raise UserError(f"data.examples={examples}: digits needs at least 1 training scene")
     if min(size) < 48:
@@ -308,4 +312,4 @@ def make_digits(
         raise UserError(f"seed={seed} is negative")
     count = examples if split == "train" else max(1, examples // 10)
     _photos()  # a missing photograph is found now, not in the middle of training
-    return DigitsSource(split, count, difficulty, seed, size)
+    return DigitsSource(split, count, config.difficulty, seed, size)

@@ -4,12 +4,11 @@ N is the number of pictures; H, W are height and width in pixels.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Integer, UInt8
 
-from dynjax.data.pairs import Pair, PairSource, check_pairs
+from dynjax.data.pairs import Pair, Pairs
 
 HELD_OUT = 5000  # the last training pictures, which papers on these sets hold out
 
@@ -23,35 +22,18 @@ def part_of(split: str, train: int, test: int) -> range:
     return {"train": range(train - held_out), "val": range(train - held_out, train), "test": range(test)}[split]
 
 
-def make_labelled(
+def with_labels(
     images: UInt8[np.ndarray, "N H W"] | UInt8[np.ndarray, "N H W 3"],
     labels: Integer[np.ndarray, " N"],
-    *,
-    name: str,
-    split: str,
     classes: tuple[str, ...],
-    size: tuple[int, int] | None,
-    limit: int | None,
+    *,
     handed: bool,
-    on_error: Literal["raise", "skip"] = "raise",
     called: Callable[[int], str] = "example {}".format,
-) -> PairSource:
-    """A source from arrays, grey pictures as three equal channels. Raises UserError for a label outside the classes."""
+) -> Pairs:
+    """Pictures with labels from arrays, grey ones as three equal channels."""
 
     def read(index: int) -> Pair:
         image = images[index]
         return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2), np.int32(labels[index])
 
-    return check_pairs(
-        read,
-        len(images),
-        name=name,
-        split=split,
-        classes=classes,
-        size=size,
-        on_error=on_error,
-        target="label",
-        limit=limit,
-        called=called,
-        handed=handed,
-    )
+    return Pairs(read, len(images), classes, called=called, handed=handed)

@@ -2,30 +2,26 @@
 
 What is in a batch, and how each example of it is changed, follows from the seed and the example's place in the stream:
 neither from the number of processes nor from which of them reads it. B is the number of examples in this process's part
-of a batch; H, W are height and width in pixels.
+of a batch.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
 
 import grain
 import numpy as np
 
 from dynjax.config import AugmentConfig, UserError
-from dynjax.data.augment import IGNORED, Augment, AugmentBatch, check_augment, mean_colour
-from dynjax.data.source import read, stack
+from dynjax.data.augment import Augment
+from dynjax.data.source import Source, read, stack
 
-# Two threads and a short queue, of examples with masks or of whole batches with labels: grain's own defaults (16 and
-# 500) start slowly and hold much memory.
-_READ = {
-    "mask": grain.ReadOptions(num_threads=2, prefetch_buffer_size=16),
-    "label": grain.ReadOptions(num_threads=2, prefetch_buffer_size=4),
-}
+# Two threads and a short queue, of examples or of whole batches: grain's own defaults (16 and 500) start slowly and
+# hold much memory.
+EXAMPLES = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+BATCHES = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
 def make_loader(
-    source: Any,
+    source: Source,
     batch_size: int,
     *,
     seed: int,
@@ -35,7 +31,7 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
 ) -> "Batches":
-    """Elements {"image": uint8 (B, H, W, 3), "mask": int32 (B, H, W)}, or with "label": int32 (B,) for labels.
+    """Elements are dicts of the fields of the source's spec, each with one more first axis B; see `read`.
 
     Every ignored pixel of a mask is -1. `batch_size` is that of all processes together, which get equal parts of each
     batch, process 0 the first examples: one after the other these are the batch of a single process. With `repeat` the
@@ -52,36 +48,41 @@ def make_loader(
         raise ValueError(f"process_index={process_index} is not below process_count={process_count}")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} is outside [0, 2**32)")
-    fill = (0, 0, 0)
-    if augment is not None:
-        check_augment(augment, source.size)
-        fill = mean_colour(source) if augment.cutout else fill
-        augment = dataclasses.replace(augment, flip=augment.flip and not getattr(source, "handed", False))
-
+    change = None
+    if augment is not None and any(field.pixels for field in source.spec.values()):
+        change = Augment.of(augment, source)
     count = len(source)
-    total = count if repeat else -(-count // batch_size) * batch_size
+    data = _indices(count, batch_size, seed, shuffle, repeat)
+    share = batch_size // process_count
+    part = slice(process_index * share, (process_index + 1) * share)
+
+    def fetch(index: int) -> dict[str, np.ndarray]:
+        example = read(source, index)
+        return example if repeat else {**example, "valid": np.asarray(index < count)}
+
+    if any(field.role in ("mask", "film") for field in source.spec.values()):
+        data = data.map(fetch)
+        if change is not None:
+            data = data.random_map(change)
+        mine = grain.MapDataset.source(_Part(data, batch_size, part)).to_iter_dataset(EXAMPLES)
+        return Batches(mine.batch(share, drop_remainder=True), share)
+    # Examples one by one would cost more than all that is done to small ones: batches of indices come first.
+    data = data.batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
+    data = data.map(lambda indices: stack([fetch(index) for index in indices[part].tolist()]))
+    if change is not None:
+        data = data.random_map(lambda batch, rng: change.batch(batch, rng, batch_size, part))
+    return Batches(data.to_iter_dataset(BATCHES), 1)
+
+
+def _indices(count: int, batch_size: int, seed: int, shuffle: bool, repeat: bool) -> grain.MapDataset:
+    """Places in a source of `count`; without `repeat` also past its end, up to whole batches."""
     data = grain.MapDataset.range(count).seed(seed)
     if shuffle:
         data = data.shuffle()
     if repeat:
-        data = data.repeat()
-    else:
-        data = _fill_up(data, total)
-    share = batch_size // process_count
-    part = slice(process_index * share, (process_index + 1) * share)
-    target = getattr(source, "target", "mask")
-    if target == "label":
-        # Examples one by one would cost more than all that is done to these pictures: batches of indices come first.
-        data = data.batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
-        data = data.map(_FetchBatch(source, part, with_valid=not repeat))
-        if augment is not None:
-            data = data.random_map(AugmentBatch(augment, batch_size, part, fill))
-        return Batches(data.to_iter_dataset(_READ[target]), 1)
-    data = data.map(_Fetch(source, with_valid=not repeat))
-    if augment is not None:
-        data = data.random_map(Augment(augment, fill))
-    mine = grain.MapDataset.source(_Part(data, batch_size, part)).to_iter_dataset(_READ[target])
-    return Batches(mine.batch(share, drop_remainder=True), share)
+        return data.repeat()
+    total = -(-count // batch_size) * batch_size
+    return grain.MapDataset.concatenate([data, grain.MapDataset.range(count, total)]) if total > count else data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +99,10 @@ class Batches:
 class BatchIterator:
     """An iterator whose state is how many batches it has given: an int, the same on every process."""
 
-    def __init__(self, inner: Any, per_batch: int):
+    def __init__(self, inner: grain.DatasetIterator, per_batch: int):
         self._inner, self._per_batch, self._given = inner, per_batch, 0
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    def __iter__(self) -> "BatchIterator":
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -115,25 +116,6 @@ class BatchIterator:
     def set_state(self, given: int) -> None:
         self._inner.set_state({"next_index": given * self._per_batch})
         self._given = given
-
-
-def calibration_batches(source: Any, batch_size: int, count: int) -> list[dict[str, np.ndarray]]:
-    """`count` batches spread evenly over the source; a short one is used again."""
-    if len(source) == 0 or batch_size < 1 or count < 1:
-        raise UserError(
-            f"calibration needs examples: {len(source)} in the source, {count} batches of {batch_size} wanted"
-        )
-    wanted = batch_size * count
-    # Every batch takes from all over the source: neighbours (frames of a film) are alike.
-    indices = np.arange(wanted) * max(1.0, len(source) / wanted)
-    indices = (indices.astype(int) % len(source)).reshape(batch_size, count).T
-    return [stack([read(source, int(index)) for index in batch]) for batch in indices]
-
-
-def _fill_up(data: grain.MapDataset, total: int) -> grain.MapDataset:
-    """Adds indices past the source's end, which `_Fetch` turns into blank examples, up to `total`."""
-    count = len(data)
-    return grain.MapDataset.concatenate([data, grain.MapDataset.range(count, total)]) if total > count else data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,48 +132,3 @@ class _Part:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         batch, place = divmod(int(index), self.part.stop - self.part.start)
         return self.data[batch * self.batch_size + self.part.start + place]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fetch:
-    """Example of an index, ignored pixels marked alike for every source; blank past the source's end."""
-
-    source: Any
-    with_valid: bool
-
-    def __call__(self, index: int) -> dict[str, np.ndarray | np.bool_]:
-        valid = index < len(self.source)
-        if valid:
-            example = self.source[index]
-            image, mask = example["image"], example["mask"]
-        else:
-            height, width = self.source.size
-            image, mask = np.zeros((height, width, 3), np.uint8), np.full((height, width), IGNORED, np.int32)
-        if self.source.ignore_label is not None:
-            mask = np.where(mask == self.source.ignore_label, np.int32(IGNORED), mask)
-        found: dict[str, np.ndarray | np.bool_] = {"image": image, "mask": mask}
-        return {**found, "valid": np.bool_(valid)} if self.with_valid else found
-
-
-@dataclasses.dataclass(frozen=True)
-class _FetchBatch:
-    """The part of a batch of indices that is this process's, as pictures and labels; blank past the source's end."""
-
-    source: Any
-    part: slice
-    with_valid: bool
-
-    def __call__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        indices = indices[self.part]
-        valid = indices < len(self.source)
-        images = np.zeros((len(indices), *self.source.size, 3), np.uint8)
-        labels = np.full(len(indices), IGNORED, np.int32)
-        memory = getattr(self.source, "memory", None)
-        if memory is not None:
-            images[valid], labels[valid] = memory[0][indices[valid]], memory[1][indices[valid]]
-        else:
-            for position in np.flatnonzero(valid):
-                example = self.source[int(indices[position])]
-                images[position], labels[position] = example["image"], example["label"]
-        found = {"image": images, "label": labels}
-        return {**found, "valid": valid} if self.with_valid else found

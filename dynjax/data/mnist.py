@@ -7,15 +7,16 @@ import gzip
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 
-from dynjax.config import UserError
-from dynjax.data.labelled import make_labelled, part_of
-from dynjax.data.pairs import PairSource
+from dynjax.config import DataConfig, UserError
+from dynjax.data.files import find_root
+from dynjax.data.labelled import part_of, with_labels
+from dynjax.data.pairs import PairSource, check_pairs
 
 CLASSES = {
     "mnist": tuple("0123456789"),
@@ -29,24 +30,10 @@ GZIP_MOST = 1032  # gzip packs no tighter
 IMAGES, LABELS = 2051, 2049  # magic numbers: unsigned bytes in three dimensions and in one
 
 
-def make_mnist(
-    name: Literal["mnist", "fashion_mnist"],
-    path: str,
-    split: str,
-    *,
-    size: tuple[int, int] | None = None,
-    limit: int | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
-) -> PairSource:
+def make(config: DataConfig, split: str, *, seed: int = 0, classes: Sequence[str] | None = None) -> PairSource:
     """55,000 train, 5,000 val or 10,000 test pictures of 28x28 and 10 classes, grey as RGB. Raises UserError."""
-    if not path:
-        raise UserError(f"data.name={name} needs a folder: give --data.path PATH")
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        raise UserError(
-            f"data.path={path}: no folder {root}; {name} is four files, train-images-idx3-ubyte.gz, ...; "
-            "--data.path says where"
-        )
+    layout = f"{config.name} is four files, train-images-idx3-ubyte.gz, ...; --data.path says where"
+    root = find_root(config, layout)
     prefix = "t10k" if split == "test" else "train"
     image_file, label_file = _find(root, f"{prefix}-images-idx3-ubyte"), _find(root, f"{prefix}-labels-idx1-ubyte")
     images, labels = read_idx(image_file, IMAGES), read_idx(label_file, LABELS)
@@ -54,18 +41,14 @@ def make_mnist(
         raise UserError(f"{image_file} has {len(images)} images and {label_file} has {len(labels)} labels")
     part = part_of(split, len(images), len(images))
     cut = slice(part.start, part.stop)
-    return make_labelled(
+    pairs = with_labels(
         images[cut],
         labels[cut],
-        name=name,
-        split=split,
-        classes=CLASSES[name],
-        size=size,
-        limit=limit,
-        handed=name == "mnist",  # a mirrored 2 is no 2, a mirrored shoe is one
-        on_error=on_error,
+        CLASSES[config.name],
+        handed=config.name == "mnist",  # a mirrored 2 is no 2, a mirrored shoe is one
         called=lambda index: f"{label_file}, example {part[index]}",
     )
+    return check_pairs(pairs, config, split)
 
 
 def _find(root: Path, name: str) -> Path:

@@ -8,72 +8,53 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from dynjax.config import UserError
-from dynjax.data.pairs import (
-    IGNORE_255,
-    Pair,
-    PairSource,
-    Target,
-    check_pairs,
-    class_names,
-    count_classes,
-    largest_label,
-    workers,
-)
+from dynjax.config import DataConfig, UserError
+from dynjax.data.files import IGNORE_255, class_names, count_classes
+from dynjax.data.pairs import Pair, Pairs, PairSource, check_pairs
 from dynjax.data.pictures import BadFile, read_image, read_mask
 
 IMAGE_KEYS = ("image", "image_left")  # tried in this order, then the only feature that fits
 MASK_KEYS = ("segmentation_mask", "segmentation_label", "mask", "annotation", "annotations", "label")
 LABEL_KEYS = ("label",)
+Target = Literal["mask", "label"]
 HANDED = ("mnist", "emnist", "kmnist", "svhn_cropped")  # sets of characters: mirrored they are none
 
 
-def make_tfds(
-    name: str,
-    path: str,
-    split: str,
-    *,
-    classes: int = 0,
-    size: tuple[int, int] | None = None,
-    limit: int | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
-) -> PairSource:
-    """A split of the set NAME[/CONFIG][:VERSION] prepared under `path` (empty: TFDS's own folder). Raises UserError.
+def make(config: DataConfig, split: str, *, seed: int = 0, classes: Sequence[str] | None = None) -> PairSource:
+    """A split of the set tfds:NAME[/CONFIG][:VERSION] prepared under `config.path` (empty: TFDS's own folder). Raises
+    UserError.
 
     A set with a mask is read for segmentation, 255 marks ignored pixels; one with a class label and no mask for
-    classification, its picture grey or RGB. `classes` 0 takes the number from the set's features or, where these do not
-    say, from its masks. A set without val or test splits gives parts of what it has; see `splits_of`.
+    classification, its picture grey or RGB. The number of classes is that of `classes`, `config.classes`, the set's
+    features or, where these do not say, its masks. A set without val or test splits gives parts of what it has; see
+    `splits_of`.
     """
-    folder = find_prepared(name, path)
-    builder = _builder(name, folder)
+    name = config.name.removeprefix("tfds:")
+    builder = _builder(name, find_prepared(name, config.path))
     image_key, key, target = _keys(name, builder.info.features)
     parts = splits_of({key for key, info in builder.info.splits.items() if info.num_examples})
-    reader = _Reader(_open(builder, parts[split]), f"tfds:{name} {split}", image_key, key, target)
-    names = _names(builder.info.features[key], classes)
+    reader = _Reader(_open(builder, parts[split]), f"{config.name} {split}", image_key, key, target)
+    names = _names(builder.info.features[key], len(classes) if classes else config.classes)
     if names is None:
         others = [_Reader(_open(builder, part), "", image_key, key, target) for part in parts.values()]
-        names = class_names(_count_classes(others, f"data.name=tfds:{name}"))
-    return check_pairs(
+        masks = [(each, index) for each in others for index in range(len(each.records))]
+        names = class_names(count_classes(lambda mask: mask[0].mask(mask[1]), masks, f"data.name={config.name}"))
+    pairs = Pairs(
         reader,
         len(reader.records),
-        name=f"tfds:{name}",
-        split=split,
-        classes=names,
+        names,
         target=target,
-        ignore_label=IGNORE_255 if target == "mask" else None,
-        size=size,
-        limit=limit,
-        on_error=on_error,
-        handed=builder.name in HANDED,
+        ignored=IGNORE_255 if target == "mask" else None,
         called=reader.called,
+        handed=builder.name in HANDED,
     )
+    return check_pairs(pairs, config, split)
 
 
 def find_prepared(name: str, path: str) -> Path:
@@ -202,7 +183,7 @@ def _open(builder: Any, part: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """`read` of `check_pairs`."""
+    """`read` of `Pairs`."""
 
     records: Any
     name: str
@@ -219,28 +200,13 @@ class _Reader:
         except Exception as error:  # a damaged shard
             raise BadFile(f"{self.called(index)}: {_one_line(error)}") from None
 
-    def mask(self, record: dict[str, Any], index: int) -> np.ndarray:
-        return read_mask(io.BytesIO(record[self.key]), f"{self.called(index)}, {self.key}")
+    def mask(self, index: int) -> np.ndarray:
+        return read_mask(io.BytesIO(self.record(index)[self.key]), f"{self.called(index)}, {self.key}")
 
     def __call__(self, index: int) -> Pair:
         record = self.record(index)
         image = read_image(io.BytesIO(record[self.image_key]), f"{self.called(index)}, {self.image_key}")
-        return image, self.mask(record, index) if self.target == "mask" else np.int32(record[self.key])
-
-
-def _count_classes(readers: Iterable[_Reader], where: str) -> int:
-    def largest(reader: _Reader, index: int) -> int:
-        try:
-            return largest_label(reader.mask(reader.record(index), index))
-        except BadFile:
-            return -1
-
-    found: list[int] = []
-    with ThreadPoolExecutor(workers()) as pool:
-        for reader in readers:
-            indices = range(len(reader.records))
-            found += pool.map(largest, [reader] * len(indices), indices)
-    return count_classes(found, where)
+        return image, self.mask(index) if self.target == "mask" else np.int32(record[self.key])
 
 
 def _one_line(error: Exception) -> str:

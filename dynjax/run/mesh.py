@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -100,8 +100,15 @@ def share(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-def processes() -> dict[str, int]:
-    """Which share of the data this process reads, as arguments of a loader."""
+class Processes(TypedDict):
+    """Arguments of a loader."""
+
+    process_index: int
+    process_count: int
+
+
+def processes() -> Processes:
+    """Which share of the data this process reads."""
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 from dynjax import models
 from dynjax.config import Config, UserError
 from dynjax.core import budget, views
+from dynjax.data.source import Source
 from dynjax.run import checkpoint, checks, lock, log
 from dynjax.run import mesh as meshes
 from dynjax.run.checkpoint import Run
@@ -258,7 +259,7 @@ def _twin(config: Config, classes: tuple[str, ...]) -> nnx.State:
     return nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
 
 
-def validator(task: Task, source: Any, config: Config, stop: Stop | None = None) -> Callable[[nnx.Module], Scores]:
+def validator(task: Task, source: Source, config: Config, stop: Stop | None = None) -> Callable[[nnx.Module], Scores]:
     """`evaluate` for `fit`: scores of `task` on all of `source`, with the gates' thresholds of the target budget.
 
     Raises UserError where the devices cannot share a batch equally, and Stopped between two batches when `stop` says
@@ -273,8 +274,10 @@ def validator(task: Task, source: Any, config: Config, stop: Stop | None = None)
         )
 
     def batches() -> Iterator[Arrays]:
-        once = {"augment": None, "shuffle": False, "repeat": False}
-        for batch in make_loader(source, config.batch_size, seed=0, **once, **meshes.processes()):
+        once = make_loader(
+            source, config.batch_size, seed=0, augment=None, shuffle=False, repeat=False, **meshes.processes()
+        )
+        for batch in once:
             if stop is not None and stop():
                 raise Stopped
             yield meshes.share(mesh, batch)

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from dynjax import models
 from dynjax.config import BudgetConfig, Config, UserError, VQVAEConfig
+from dynjax.data.source import Source, size_of, target_of
 from dynjax.tasks.autoregressive import AutoregressiveTask
 from dynjax.tasks.classification import ClassificationTask
 from dynjax.tasks.reconstruction import ReconstructionTask
@@ -63,7 +63,7 @@ def refuse_unused(config: Config) -> None:
                 )
 
 
-def make_task(config: Config, source: Any, *, training: bool = True) -> Task:
+def make_task(config: Config, source: Source, *, training: bool = True) -> Task:
     """The task that the row's model is for. Raises UserError where `source` does not fit it.
 
     For training, a source of classes must have two, in its names and in its masks or labels, and class weights are
@@ -72,30 +72,30 @@ def make_task(config: Config, source: Any, *, training: bool = True) -> Task:
     return TASKS[_task_of(config)](config, source, training)
 
 
-def _autoregressive(config: Config, source: Any, training: bool) -> Task:
+def _autoregressive(config: Config, source: Source, training: bool) -> Task:
     _check_size(config, source)
     return AutoregressiveTask()
 
 
-def _reconstruction(config: Config, source: Any, training: bool) -> Task:
+def _reconstruction(config: Config, source: Source, training: bool) -> Task:
     _check_size(config, source)
     assert isinstance(config.model, VQVAEConfig)
     return ReconstructionTask(config.model.commitment)
 
 
-def _classification(config: Config, source: Any, training: bool) -> Task:
+def _classification(config: Config, source: Source, training: bool) -> Task:
     _check_target(config, source, "label", "pictures with one label each", training)
     return ClassificationTask(tuple(source.classes), config.loss, _spends(config))
 
 
-def _segmentation(config: Config, source: Any, training: bool) -> Task:
+def _segmentation(config: Config, source: Source, training: bool) -> Task:
     _check_target(config, source, "mask", "pictures with masks", training)
     classes, kind = tuple(source.classes), config.loss.class_weights
     weights = class_weights(kind, class_frequencies(source)) if training and kind != "none" else None
     return SegmentationTask(len(classes), classes, config.loss, weights, _spends(config))
 
 
-TASKS: dict[str, Callable[[Config, Any, bool], Task]] = {
+TASKS: dict[str, Callable[[Config, Source, bool], Task]] = {
     "autoregressive": _autoregressive,
     "classification": _classification,
     "reconstruction": _reconstruction,
@@ -108,34 +108,35 @@ def _spends(config: Config) -> BudgetConfig | None:
     return None if models.static_twin(config.model) == config.model else config.budget
 
 
-def _check_size(config: Config, source: Any) -> None:
+def _check_size(config: Config, source: Source) -> None:
     """Raises UserError where pictures have another size than those that the model draws."""
     model = config.model
     assert models.generates(model) or models.reconstructs(model)
-    if tuple(source.size) != tuple(model.shape[:2]):
-        height, width = source.size
+    if (size := size_of(source)) != tuple(model.shape[:2]):
+        height, width = size
         raise UserError(
             f"row {config.row} draws pictures of {'x'.join(map(str, model.shape[:2]))} and those of "
             f"data.name={config.data.name} are {height}x{width}: give --data.size or --model.shape"
         )
 
 
-def _check_target(config: Config, source: Any, target: str, what: str, training: bool) -> None:
+def _check_target(config: Config, source: Source, target: str, what: str, training: bool) -> None:
     """One class alone is learnt to 100% by any model. Raises UserError."""
-    if source.target != target:
+    found = source.spec[target_of(source.spec)]
+    if found.role != target:
         raise UserError(
             f"row {config.row} ({config.model.family}) needs {what}; data.name={config.data.name} has a "
-            f"{source.target} for each picture"
+            f"{found.role} for each picture"
         )
     if not training:
         return
-    names, seen = tuple(source.classes), getattr(source, "seen", None)
+    names, seen = tuple(source.classes), source.seen
     if len(names) < 2:
         what = f"one class alone, {names[0]}" if names else "no class"
     elif seen is not None and len(seen) < 2:
-        what = f"{len(names)} classes, of which only {names[min(seen)]} occurs in its {source.target}s"
-        if source.ignore_label is not None:
-            what += f" ({source.ignore_label} marks ignored pixels)"
+        what = f"{len(names)} classes, of which only {names[min(seen)]} occurs in its {found.role}s"
+        if found.ignored is not None:
+            what += f" ({found.ignored} marks ignored pixels)"
     else:
         return
     raise UserError(

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 from dynjax.config import BudgetConfig, LossConfig
+from dynjax.data.source import Source, read
 from dynjax.show import report
 from dynjax.tasks.objective import objective
 from dynjax.tasks.task import Batch, Loss, Player, Progress, Scores, Shown
@@ -105,7 +106,7 @@ def scores(confusion: Num[np.ndarray, "C C"]) -> dict[str, Any]:
     }
 
 
-def class_frequencies(source: Any, examples: int = 500) -> Float[np.ndarray, " C"]:
+def class_frequencies(source: Source, examples: int = 500) -> Float[np.ndarray, " C"]:
     """Share of each class among the pixels that count, over at most so many examples, spread evenly over a data source.
 
     ValueError for a label outside the classes and for a source without a pixel that counts.
@@ -113,8 +114,8 @@ def class_frequencies(source: Any, examples: int = 500) -> Float[np.ndarray, " C
     classes = len(source.classes)
     counts = np.zeros(classes, np.int64)
     for i in np.unique(np.linspace(0, len(source) - 1, min(examples, len(source))).astype(int)):
-        labels = np.asarray(source[int(i)]["mask"])
-        labels = labels[(labels != -1) & (labels != source.ignore_label)]
+        labels = read(source, int(i))["mask"]
+        labels = labels[labels != -1]
         if labels.size and not 0 <= labels.min() <= labels.max() < classes:
             raise ValueError(
                 f"mask {i} has labels {labels.min()} to {labels.max()}; the classes are 0 to {classes - 1}"
