@@ -251,7 +251,7 @@ def shown(
     budget: float,
     source: Source,
     calibration: Source,
-    batches: Callable[[Source], Iterable[Arrays]],
+    batches: Callable[[Source], Iterable[dict[str, np.ndarray]]],
     *,
     title: str,
     twin: tuple[float, float] | None,

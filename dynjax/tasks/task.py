@@ -123,4 +123,4 @@ class Shown:
     batches: Callable[[Source], Iterable[dict[str, np.ndarray]]]
     """A pass over a source in batches."""
     examine: Callable[[list[int]], tuple[dict[str, np.ndarray], Output, Float[np.ndarray, "..."]]]
-    """Some examples of the source, what the model gives of them, and of pictures their heat maps (see `Trace.heatmap`)."""
+    """Some examples of the source, what the model gives of them, and of pictures `Trace.heatmap`."""
