@@ -360,23 +360,15 @@ def main(raw: list[str]) -> None:
     if trained and not static:
         twin_score = score(make_runner(twin, task), nnx.state(twin), batches(source), task).scores[task.score]
 
-    workdir = Path(arguments.workdir)
     title = f"{config.row}, {source.name} {arguments.split}, {len(source)} pictures"
-    middle = min(found.states, key=lambda budget: abs(budget - 0.5))
-    star = None if twin_score is None else (found.points[0].static_macs, twin_score)
-    seen = shown(
-        found,
-        middle,
-        source,
-        val,
-        batches,
-        title=f"{title}, budget {middle:g}",
-        twin=star,
-        batch_size=arguments.batch_size,
-    )
     lines = summarise(f"{title}; step {step}; {report.hardware()}", config.row, found, task, twin_score, static)
     record = about(config, source, task, arguments.split, step, raw) | {"classes": list(classes)}
     record |= measured(found, task, twin_score)
+    middle = min(found.states, key=lambda budget: abs(budget - 0.5))
+    twin_point = None if twin_score is None else (found.points[0].static_macs, twin_score)
+    titled = f"{title}, budget {middle:g}"
+    seen = shown(found, middle, source, val, batches, title=titled, twin=twin_point, batch_size=arguments.batch_size)
+    workdir = Path(arguments.workdir)
     try:
         written = draw(workdir, config.row, found, controls, task, twin_score, title)
         said = task.show(workdir, seen)

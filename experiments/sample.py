@@ -14,14 +14,13 @@ the blocks that it took), and calls.csv (per picture: label, calls or refined ti
 budget steers, milliseconds, size as PNG, pixels that differ).
 """
 
-import csv
 import dataclasses
 import time
 from typing import Any, Literal
 
 from dynjax.config import Config, UserError
 from experiments import cli
-from experiments.evaluate import Place, with_path
+from experiments.evaluate import Place, find_twin, with_path
 
 COMMAND = "experiments.sample"
 FILMED, MOMENTS, SHOWN = 6, 10, 8
@@ -158,10 +157,8 @@ def within_budget(model: Any, budget: float | None, seed: int, config: Config, c
     import numpy as np
     from flax import nnx
 
-    from dynjax import models
     from dynjax.core.budget import LOWEST, set_threshold
     from dynjax.core.views import compact
-    from dynjax.run.build import build
     from dynjax.run.evaluate import solve, static_macs, steers
 
     if not steers(model):
@@ -172,7 +169,7 @@ def within_budget(model: Any, budget: float | None, seed: int, config: Config, c
         model = nnx.clone(compact(model))
         set_threshold(model, LOWEST)
         return model
-    static = build(dataclasses.replace(config, model=models.static_twin(config.model)), classes)
+    static, _ = find_twin(dataclasses.replace(config, init_from=""), classes, "")
     twin = static_macs(static, jax.ShapeDtypeStruct((1, *model.shape), np.int32))
     size = CALIBRATION // 4
     label = np.arange(size, dtype=np.int32) % model.classes if model.classes else None
@@ -213,133 +210,190 @@ def spent_on(model: Any, images: Any, batch: int) -> Any:
     return macs, blocks[0].astype(int) if blocks else None
 
 
-def main(raw: list[str]) -> None:
-    arguments = cli.parse(Arguments, raw, command=COMMAND)
-    check(arguments)
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be drawn, by which model, and how."""
+
+    arguments: Arguments
+    model: Any
+    to_pictures: Any
+    """Of what the model draws, pixels or codes."""
+    label: Any
+    given: Any
+
+    @property
+    def batch(self) -> int:
+        return min(self.arguments.batch_size, self.arguments.n)
+
+    @property
+    def refines(self) -> bool:
+        return self.arguments.sampler == "coarse-to-fine"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"window": self.arguments.window} if self.arguments.sampler == "fixed-point" else {}
+
+    def part(self, first: int, size: int) -> tuple:
+        """What a batch is drawn from; the last one is filled up with pictures that are drawn and not kept."""
+        import numpy as np
+
+        from dynjax.ops.sampling import Known
+
+        index = np.minimum(np.arange(first, first + size), self.arguments.n - 1)
+        known = None if self.given is None else Known(self.given[0][index], self.given[1][index])
+        return first, None if self.label is None else self.label[index], known
+
+    def draw(self, model: Any, name: str, **options: Any) -> tuple[Any, Any]:
+        """What a sampler gives of all pictures, and the milliseconds of each."""
+        import jax
+        import numpy as np
+        from tqdm.auto import tqdm
+
+        number, batch = self.arguments.n, self.batch
+        draw, found, took = make_draw(model, name, self.arguments.seed, batch, **options), [], []
+        draw(*self.part(0, batch))  # compiles
+        for first in tqdm(range(0, number, batch), desc=name, unit="batch", disable=None):
+            began = time.perf_counter()
+            found.append(jax.device_get(draw(*self.part(first, batch))))
+            took += [1e3 * (time.perf_counter() - began) / batch] * batch
+        return jax.tree.map(lambda *each: np.concatenate(each)[:number], *found), np.array(took[:number])
+
+    def flips(self, drawn: Any) -> Any:
+        """How many pixels of each picture another way of drawing has otherwise (N,); None where none is asked for."""
+        from dynjax.core import views
+
+        check = self.arguments.check
+        if check in ("none", self.arguments.sampler):
+            return None
+        model = views.masked(self.model) if self.refines else self.model
+        other, _ = self.draw(model, "coarse-to-fine" if self.refines else check)
+        return (drawn.image != other.image).any(-1).sum((1, 2))
+
+    def films(self, drawn: Any, images: Any) -> Any:
+        """How the first pictures come to be, (N, T, H, W, 3)."""
+        import numpy as np
+
+        from dynjax.show import film
+
+        draw = make_draw(self.model, self.arguments.sampler, self.arguments.seed, 1, **self.options)
+        steps = make_steps(self.model, self.arguments.seed) if self.refines else None
+        found = []
+        for index in range(min(FILMED, self.arguments.n)):
+            if steps is not None:
+                frames = [np.asarray(self.to_pictures(each))[0] for each in steps(*self.part(index, 1))]
+            elif self.options:
+                limits = np.linspace(0, drawn.calls[index], MOMENTS).round().astype(int)
+                moments = [draw(*self.part(index, 1), int(limit)).image for limit in limits]
+                frames = [np.asarray(self.to_pictures(each))[0] for each in moments]
+            else:
+                # What is not drawn yet is grey. Pixels, or codes, come in the order of rows.
+                order = np.arange(drawn.visits[0].size).reshape(drawn.visits.shape[1:])
+                there = [order < share * order.size for share in np.linspace(0, 1, MOMENTS)]
+                there = there if self.given is None else [each | self.given[1][index] for each in there]
+                side = images.shape[1] // order.shape[0]
+                there = [each.repeat(side, 0).repeat(side, 1) for each in there]
+                frames = [np.where(each[..., None], images[index], np.uint8(film.PAPER)) for each in there]
+            found.append(np.stack(frames))
+        return np.stack(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One picture's line of calls.csv; empty where nobody looked."""
+
+    picture: int
+    label: int | str
+    calls: int
+    evaluations_per_pixel: str
+    macs: int | str
+    ms: str
+    png_bytes: int
+    flipped: int | str
+    rank_correlation: str
+
+
+def make_job(arguments: Arguments) -> tuple[Job, str]:
+    """The job, and the title of what comes of it. Raises UserError."""
     import jax
-    import numpy as np
-    from tqdm.auto import tqdm
 
     from dynjax import models
-    from dynjax.core import views
     from dynjax.models.likelihoods import to_bytes
-    from dynjax.ops.sampling import Known, Sampled
     from dynjax.run import checkpoint
-    from dynjax.run.evaluate import steers
     from dynjax.run.workdir import read_config
-    from dynjax.show import film
 
-    cli.check_folder(arguments.out, "out")
     config, names = read_config(arguments.workdir)
     if models.task_of(config.model) != "autoregressive":
         raise UserError(
             f"--workdir {arguments.workdir}: row {config.row} draws no pictures; the rows *_pixelcnn, "
             "*_transformer, *_codes and *_nextscale do"
         )
-    own = "coarse-to-fine" if config.model.family == "nextscale" else "fixed-point"
+    scales = config.model.family == "nextscale"
+    own = "coarse-to-fine" if scales else "fixed-point"
     arguments = dataclasses.replace(arguments, sampler=arguments.sampler or own)
     refines = arguments.sampler == "coarse-to-fine"
     if refines and arguments.window is not None:
         raise UserError(f"--window is of fixed-point, and row {config.row} is drawn by coarse-to-fine")
-    if refines != (config.model.family == "nextscale"):
+    if refines != scales:
         way = "coarse-to-fine and by no other sampler" if not refines else "pixel, cached or fixed-point"
         raise UserError(f"--sampler {arguments.sampler}: row {config.row} is drawn by {way}")
     config, whole, step = checkpoint.load(arguments.workdir)
     label, given = labels_of(arguments, config, whole.classes), given_of(arguments, config, whole)
-    out = cli.make_folder(arguments.out, "out")
+    if given is not None and label is not None and arguments.label is None:
+        label = given[2]
     codes = config.model.family == "codes"
     model = whole.prior if codes else whole
     values = model.likelihood.values
     to_pictures = jax.jit(whole.decode if codes else lambda x: to_bytes(x, values))
-    if given is not None and label is not None and arguments.label is None:
-        label = given[2]
     model = within_budget(model, arguments.budget, arguments.seed, config, len(names))
-    number, batch = arguments.n, min(arguments.batch_size, arguments.n)
-    options = {"window": arguments.window} if arguments.sampler == "fixed-point" else {}
+    title = f"{config.row}, step {step}, {arguments.sampler}, seed {arguments.seed}"
+    return Job(arguments, model, to_pictures, label, given), title
 
-    def part(first: int, size: int) -> tuple:
-        # The last batch is filled up with pictures that are drawn and not kept.
-        index = np.minimum(np.arange(first, first + size), number - 1)
-        known = None if given is None else Known(given[0][index], given[1][index])
-        return first, None if label is None else label[index], known
 
-    def all_of(model: Any, name: str, **options: Any) -> tuple[Sampled, np.ndarray]:
-        """What a sampler gives of all pictures, and the milliseconds of each."""
-        draw, found, took = make_draw(model, name, arguments.seed, batch, **options), [], []
-        draw(*part(0, batch))  # compiles
-        for first in tqdm(range(0, number, batch), desc=name, unit="batch", disable=None):
-            began = time.perf_counter()
-            found.append(jax.device_get(draw(*part(first, batch))))
-            took += [1e3 * (time.perf_counter() - began) / batch] * batch
-        return jax.tree.map(lambda *each: np.concatenate(each)[:number], *found), np.array(took[:number])
+def main(raw: list[str]) -> None:
+    arguments = cli.parse(Arguments, raw, command=COMMAND)
+    check(arguments)
+    import numpy as np
 
-    drawn, took = all_of(model, arguments.sampler, **options)
-    flips = None
-    if refines and arguments.check != "none":
-        flips = (drawn.image != all_of(views.masked(model), arguments.sampler)[0].image).any(-1).sum((1, 2))
-    elif arguments.check not in ("none", arguments.sampler):
-        flips = (drawn.image != all_of(model, arguments.check)[0].image).any(-1).sum((1, 2))
+    from dynjax.run.evaluate import steers
+    from dynjax.show import film, report
 
-    def picture(x: Any) -> np.ndarray:
-        return np.asarray(to_pictures(x))
-
-    images = picture(drawn.image)
-    moments = []
-    draw = make_draw(model, arguments.sampler, arguments.seed, 1, **options) if options else None
-    steps = make_steps(model, arguments.seed) if refines else None
-    for index in range(min(FILMED, number)):
-        if steps is not None:
-            frames = [picture(each)[0] for each in steps(*part(index, 1))]
-        elif draw is not None:
-            limits = np.linspace(0, drawn.calls[index], MOMENTS).round().astype(int)
-            frames = [picture(draw(*part(index, 1), int(limit)).image)[0] for limit in limits]
-        else:
-            # What is not drawn yet is grey. Pixels, or codes, come in the order of rows.
-            order = np.arange(drawn.visits[0].size).reshape(drawn.visits.shape[1:])
-            there = [order < share * order.size for share in np.linspace(0, 1, MOMENTS)]
-            there = there if given is None else [each | given[1][index] for each in there]
-            side = images.shape[1] // order.shape[0]
-            there = [each.repeat(side, 0).repeat(side, 1) for each in there]
-            frames = [np.where(each[..., None], images[index], np.uint8(film.PAPER)) for each in there]
-        moments.append(np.stack(frames))
-
-    sizes = np.array([film.png_bytes(image) for image in images])
+    cli.check_folder(arguments.out, "out")
+    job, title = make_job(arguments)
+    out, number = cli.make_folder(arguments.out, "out"), arguments.n
+    drawn, took = job.draw(job.model, job.arguments.sampler, **job.options)
+    flips, images = job.flips(drawn), np.asarray(job.to_pictures(drawn.image))
+    moments = job.films(drawn, images)
+    sizes = [film.png_bytes(image) for image in images]
     visits = drawn.visits.mean((1, 2))
-    macs, blocks = spent_on(model, drawn.image, batch) if steers(model) else (None, None)
-    what = "tiles refined" if refines else "calls"
+    macs, blocks = spent_on(job.model, drawn.image, job.batch) if steers(job.model) else (None, None)
+    what = "tiles refined" if job.refines else "calls"
     shown = (drawn.visits, drawn.calls, what, "evaluations")
     if blocks is not None:
         shown = (blocks, blocks.sum((1, 2)), "blocks", "blocks")
-    correlation = film.rank_correlation(shown[1], sizes)
+    correlation = film.rank_correlation(shown[1], np.array(sizes))
     # The most, the least and what is between: pictures over the whole range of calls.
     order = np.argsort(shown[1], kind="stable")[np.linspace(0, number - 1, min(SHOWN, number)).round().astype(int)]
-    title = f"{config.row}, step {step}, {arguments.sampler}, seed {arguments.seed}"
-    header = (
-        "picture",
-        "label",
-        "calls",
-        "evaluations_per_pixel",
-        "macs",
-        "ms",
-        "png_bytes",
-        "flipped",
-        "rank_correlation",
-    )
+    lines = [
+        Line(
+            index,
+            "" if job.label is None else int(job.label[index]),
+            int(drawn.calls[index]),
+            f"{visits[index]:.3f}",
+            "" if macs is None else round(float(macs[index])),
+            f"{took[index]:.3f}",
+            sizes[index],
+            "" if flips is None else int(flips[index]),
+            f"{correlation:.4f}",
+        )
+        for index in range(number)
+    ]
     try:
         film.save_grid(out / "grid.png", images)
-        film.save_film(out / "film.png", np.stack(moments))
+        film.save_film(out / "film.png", moments)
         film.plot_calls(
             out / "calls.png", images[order], shown[0][order], shown[1][order], shown[2], counted=shown[3], title=title
         )
-        with open(out / "calls.csv", "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(header)
-            for index in range(number):
-                own = "" if label is None else int(label[index])
-                flipped = "" if flips is None else int(flips[index])
-                each = (index, own, int(drawn.calls[index]), f"{visits[index]:.3f}")
-                each += ("" if macs is None else round(float(macs[index])), f"{took[index]:.3f}")
-                writer.writerow((*each, int(sizes[index]), flipped, f"{correlation:.4f}"))
+        report.write_points(out / "calls.csv", lines)
     except OSError as error:
         raise UserError(f"cannot write in {out}: {error.strerror or error}") from None
     calls = f"{drawn.calls.mean():.1f} {what} ({drawn.calls.min()} to {drawn.calls.max()})"
@@ -347,7 +401,7 @@ def main(raw: list[str]) -> None:
     if macs is not None:
         print(f"{macs.mean() / 1e6:.2f} MMAC a picture ({macs.min() / 1e6:.2f} to {macs.max() / 1e6:.2f})")
     if flips is not None:
-        other = "the masked execution" if refines else f"--check {arguments.check}"
+        other = "the masked execution" if job.refines else f"--check {arguments.check}"
         print(f"{int(flips.sum())} of {drawn.visits.size} pixels differ from those of {other}")
     if correlation == correlation:
         print(f"rank correlation of {shown[2]} with the size as PNG: {correlation:.2f}")

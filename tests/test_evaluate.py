@@ -134,7 +134,7 @@ def test_the_scored_model_skips(found):
 def test_examples_are_the_fewest_the_median_and_the_most_macs(found, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(report, "plot_heatmaps", lambda path, examples, **more: drawn.extend(examples))
-    seen = shown(found, 0.6, source(), source(), lambda source: batches()(), title="t", twin=None, batch_size=4)
+    seen = shown(found, 0.6, source(), source(), lambda _: batches()(), title="t", twin=None, batch_size=4)
     assert "heatmaps.png" in TASK.show(tmp_path, seen)
     macs = np.sort(found.scored[0.6].macs)
     assert [example.name for example in drawn] == ["easiest", "median", "hardest"]

@@ -294,3 +294,68 @@ def test_smooth_labels_and_branches_used_alike(batch):
     assert 0 < metrics["load_balance"] < 1
     whole = metrics["task_loss"] + metrics["budget_loss"] + metrics["load_balance"]
     assert float(metrics["loss"]) == pytest.approx(float(whole), rel=1e-5)
+
+
+class Expert(Net):
+    """Pixels are tokens that go to experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.middle = dj.Experts(4, 8, 3, top=1, rngs=nnx.Rngs(1))
+
+    def __call__(self, image):
+        x = self.stem(image.astype(jnp.float32) / 127.5 - 1)
+        return self.head(self.middle(x.reshape(len(x), -1, 4)).reshape(x.shape))
+
+
+class Pondering(Net):
+    """A block applied again and again, trained on the mask after every step."""
+
+    def __init__(self):
+        super().__init__()
+        gate = dj.SampleGate(4, rngs=nnx.Rngs(1))
+        self.middle = dj.Halt(nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(2)), gate, 3, kind="pondernet")
+
+    def predictions(self, image):
+        x = self.stem(image.astype(jnp.float32) / 127.5 - 1)
+        return [self.head(state) for state in self.middle.predictions(x)]
+
+
+class Policied(Net):
+    """A policy, trained by REINFORCE, that decides about two blocks."""
+
+    def __init__(self):
+        super().__init__()
+        blocks = [nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(2)) for _ in range(2)]
+        self.middle = dj.PolicySkip(blocks, dj.ChannelGate(4, 2, bias=0.0, rngs=nnx.Rngs(1)), straight_through=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "terms"), [(Expert, {"load_balance", "router_z"}), (Pondering, {"ponder"}), (Policied, {"reinforce"})]
+)
+def test_what_dynamics_need_in_training_comes_from_their_modules(batch, make, terms):
+    losses = LossConfig(load_balance=0.5, router_z=0.25, dice=1.0)
+    task = SegmentationTask(3, NAMES, losses, None, BudgetConfig(target=0.5))
+
+    @nnx.jit
+    def step(model):
+        return nnx.value_and_grad(lambda model: task.loss(model, batch, jax.random.key(0), 1.0), has_aux=True)(model)
+
+    (loss, metrics), grads = step(make())
+    assert terms <= metrics.keys() and all(np.isfinite(float(metrics[name])) for name in metrics)
+    added = sum(float(metrics[name]) for name in terms | {"load_balance", "budget_loss"} if name in metrics)
+    assert float(loss) == pytest.approx(float(metrics["task_loss"]) + added, rel=1e-5)
+    assert float(metrics["budget_loss"]) == 0 or make is Expert
+    router = grads["middle"]["gate"]
+    assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(router))
+
+
+def test_outputs_that_nobody_weighs_count_alike(batch):
+    class Exiting(Net):
+        def predictions(self, image):
+            return [self(image), 2 * self(image)]
+
+    task, model = SegmentationTask(3, NAMES, LossConfig(dice=1.0)), Exiting()
+    loss, _ = task.loss(model, batch, jax.random.key(0), 0.5)
+    each = [task.task_loss(logits, batch["mask"]) for logits in model.predictions(batch["image"])]
+    assert float(loss) == pytest.approx(float(sum(each)) / 2, rel=1e-5)

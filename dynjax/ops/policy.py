@@ -136,8 +136,8 @@ def blockdrop_reward(
     correct: Bool[Array, " B"] | Float[Array, " B"], kept: Float[Array, " B"], gamma: float
 ) -> Float[Array, " B"]:
     """1 - kept^2 for a correct prediction, where `kept` is the share of the blocks that ran; -gamma for a wrong one
-    (BlockDrop, section 3)."""
-    return jnp.where(correct, 1 - kept**2, -gamma)
+    (BlockDrop, section 3); of one that is right to a share, what to expect."""
+    return correct * (1 - kept**2) - (1 - correct) * gamma
 
 
 def reinforce_loss(

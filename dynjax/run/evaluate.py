@@ -19,7 +19,7 @@ from dynjax.core.budget import LOWEST
 from dynjax.core.deploy import Deployed, Report, Solver
 from dynjax.core.gates import Threshold
 from dynjax.core.trace import traced
-from dynjax.data.source import read, size_of, stack
+from dynjax.data.source import Source, read, size_of, stack
 from dynjax.run.curve import Latency, Point
 from dynjax.tasks.task import Batch, Evaluates, Output, Scores, Shown
 
@@ -249,9 +249,9 @@ def _point(
 def shown(
     found: Evaluation,
     budget: float,
-    source: Any,
-    calibration: Any,
-    batches: Callable[[Any], Iterable[Arrays]],
+    source: Source,
+    calibration: Source,
+    batches: Callable[[Source], Iterable[dict[str, np.ndarray]]],
     *,
     title: str,
     twin: tuple[float, float] | None,
@@ -269,7 +269,8 @@ def shown(
         shape = max(batch_size, len(indices))
         filled = jax.tree.map(lambda each: np.resize(each, (shape, *each.shape[1:])), batch)
         ran = found.runner.examine(found.states[budget], filled)
-        heat = ran["trace"].heatmap(size_of(source))
+        pictured = any(field.pixels for field in source.spec.values())
+        heat = ran["trace"].heatmap(size_of(source)) if pictured else np.zeros((shape, 0))
         first = jax.tree.map(lambda each: np.asarray(each)[: len(indices)], (ran["output"], heat))
         return batch, *first
 

@@ -6,7 +6,6 @@ from typing import Protocol, runtime_checkable
 from dynjax import models
 from dynjax.config import BudgetConfig, Config, UserError
 from dynjax.data.source import Source, input_of, size_of, target_of
-from dynjax.models.rules import OfPictures
 from dynjax.models.vqvae import VQVAEConfig
 from dynjax.tasks.autoregressive import AutoregressiveTask
 from dynjax.tasks.classification import ClassificationTask
@@ -15,6 +14,14 @@ from dynjax.tasks.segmentation import SegmentationTask, class_frequencies, class
 from dynjax.tasks.task import Batch, Player, Shown, Task
 
 __all__ = ["Batch", "Player", "Shown", "Task", "make_task", "refuse_unused", "register"]
+
+
+@runtime_checkable
+class OfShape(Protocol):
+    """The configuration of a model of pictures of one shape (H, W, C)."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
 
 
 @runtime_checkable
@@ -96,7 +103,7 @@ def _spends(config: Config) -> BudgetConfig | None:
 
 def _check_size(config: Config, source: Source) -> None:
     """Raises UserError where pictures have another size than those that the model draws."""
-    assert isinstance(config.model, OfPictures)
+    assert isinstance(config.model, OfShape)
     (height, width), shape = size_of(source), config.model.shape
     if (height, width) != tuple(shape[:2]):
         raise UserError(

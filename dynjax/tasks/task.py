@@ -1,7 +1,7 @@
 """What a task is: players that learn, and an evaluation. Letters: B examples, N pictures of a split."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from dynjax.config import BudgetConfig, OptimizerConfig
+from dynjax.data.source import Source
 
 M = TypeVar("M", contravariant=True)
 """The models that a task takes, such as nnx.Module."""
@@ -109,9 +110,9 @@ class Shown:
     """An evaluated model, as `Task.show` draws it: at one of its budgets."""
 
     title: str
-    source: Any
+    source: Source
     """The split that was evaluated."""
-    calibration: Any
+    calibration: Source
     """The split on which thresholds were solved."""
     model: nnx.Module
     macs: Float[np.ndarray, " N"]
@@ -119,7 +120,7 @@ class Shown:
     scores: Scores
     twin: tuple[float, float] | None
     """MACs and score of the static twin; None where it is not trained."""
-    batches: Callable[[Any], Any]
+    batches: Callable[[Source], Iterable[dict[str, np.ndarray]]]
     """A pass over a source in batches."""
     examine: Callable[[list[int]], tuple[dict[str, np.ndarray], Output, Float[np.ndarray, "..."]]]
-    """Some examples of the source, what the model gives of them, and their heat maps (see `Trace.heatmap`)."""
+    """Some examples of the source, what the model gives of them, and of pictures `Trace.heatmap`."""
