@@ -36,8 +36,6 @@ FIGURES = ("curve", "heatmaps", "compute_histogram", "compute_by_class", "extrem
 """Pictures that experiments.evaluate makes, of one task or the other."""
 FEW = ("curve", "heatmaps", "extremes")
 """Those of rows of small data."""
-OWN = ("seed",)
-"""Fields in which runs of one protocol may differ."""
 
 
 # Lines of evaluated workdirs
@@ -210,7 +208,7 @@ def changes(workdir: str) -> str:
     if config.row not in ROWS:
         return ""
     row, run = (flat(config_to_dict(each)) for each in (ROWS[config.row](), config))
-    free = (*FREE_TO_CHANGE, *OWN)
+    free = (*FREE_TO_CHANGE, "seed")  # in which runs of one protocol may differ
     told = [name for name, value in run.items() if row.get(name) != value and name not in free]
     options = " ".join(f"--{name.replace('_', '-')} {run[name]}" for name in told)
     step = _read_evaluation(workdir).step

@@ -13,7 +13,7 @@ from flax import nnx
 
 import dynjax as dj
 from dynjax import execute
-from dynjax.core.receptive import probe, receptive_radius, window_macs
+from dynjax.core.receptive import _probed, receptive_radius, window_macs
 
 
 def grid(shape, size):
@@ -140,7 +140,7 @@ def test_the_radius_is_read_and_probed_alike(kind):
     block = make(kind)
     assert receptive_radius(block, image(1, 6, 6, CHANNELS)) == RADIUS[kind]
     if kind in (blocks.Residual, blocks.Grouped, blocks.Pooled, blocks.Parts, blocks.Pointwise):
-        assert probe(block, CHANNELS) == RADIUS[kind]
+        assert _probed(still(block), CHANNELS, jnp.dtype("float32")) == RADIUS[kind]
 
 
 def test_the_radius_is_found_while_jit_traces_and_in_half_precision():
@@ -160,11 +160,11 @@ def test_a_large_radius_is_probed_on_a_larger_map():
     def block(x):
         return nnx.max_pool(x, (41, 3), padding="SAME")
 
-    assert probe(block, 1) == 20
+    assert _probed(still(block), 1, jnp.dtype("float32")) == 20
 
 
 def test_a_constant_reaches_nowhere():
-    assert probe(lambda x: jnp.ones_like(x), 1) == 0
+    assert _probed(lambda x: jnp.ones_like(x), 1, jnp.dtype("float32")) == 0
 
 
 def test_macs_of_a_window():

@@ -54,13 +54,6 @@ def receptive_radius(block: Callable, x: jax.Array | jax.ShapeDtypeStruct) -> in
         return _remembered(_found, block, x.shape[-1], jnp.dtype(x.dtype))
 
 
-def probe(block: Callable, channels: int, dtype=jnp.float32) -> int:
-    """The receptive radius as changed pixels and windows show it; see `receptive_radius`."""
-    block = views.still(block)
-    with _errors_named(block):
-        return _remembered(_probed, block, channels, jnp.dtype(dtype))
-
-
 def _remembered(ask: Callable, block: Callable, channels: int, dtype: np.dtype) -> int:
     """`ask` of the arguments, once for blocks that differ in nothing but their parameters' values.
 
