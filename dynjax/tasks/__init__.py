@@ -12,7 +12,7 @@ from dynjax.tasks.reconstruction import ReconstructionTask
 from dynjax.tasks.segmentation import SegmentationTask, class_frequencies, class_weights
 from dynjax.tasks.task import Batch, Player, Shown, Task
 
-__all__ = ["TASKS", "Batch", "Player", "Shown", "Task", "make_task", "refuse_unused"]
+__all__ = ["TASKS", "USES", "Batch", "Player", "Shown", "Task", "make_task", "refuse_unused"]
 
 
 def _task_of(config: Config) -> str:
@@ -24,18 +24,23 @@ def _task_of(config: Config) -> str:
     return "segmentation" if models.segments(config.model) else "classification"
 
 
-def _uses(config: Config) -> set[str]:
+USES = {
+    "autoregressive": frozenset[str](),
+    "classification": frozenset({"loss.cross_entropy", "loss.label_smoothing"}),
+    "reconstruction": frozenset[str](),
+    "segmentation": frozenset({"loss.cross_entropy", "loss.dice", "loss.class_weights", "loss.label_smoothing"}),
+}
+"""Options of the loss that a task looks at whatever the model, by its name. May be added to."""
+
+
+def _uses(config: Config) -> frozenset[str]:
     """Options of the loss and the budget that training and its evaluation look at, such as loss.dice."""
     model, task = config.model, _task_of(config)
-    spends = {"budget.target", "budget.sampled", "budget.weight"}
-    if task in ("reconstruction", "autoregressive"):
-        return set()
-    used = {"loss.cross_entropy", "loss.label_smoothing"}
-    if task == "segmentation":
-        used |= {"loss.dice", "loss.class_weights"}
-    if model.dynamics == "static" or model.family == "dynamicconvnet":  # mixed kernels skip nothing
-        return used
-    used |= spends
+    used = set(USES.get(task, ()))
+    # Mixed kernels skip nothing.
+    if task in ("reconstruction", "autoregressive") or model.dynamics == "static" or model.family == "dynamicconvnet":
+        return frozenset(used)
+    used |= {"budget.target", "budget.sampled", "budget.weight"}
     if model.dynamics == "pondernet" and model.gate == "learned":
         used |= {"loss.ponder"}
     if model.dynamics == "reinforce":
@@ -46,7 +51,7 @@ def _uses(config: Config) -> set[str]:
         used |= {"loss.router_z"}
     # Exits and PonderNet are trained on every output whatever they cost; of REINFORCE the reward says what blocks cost.
     by_budget = model.dynamics not in ("exits", "reinforce") and "loss.ponder" not in used
-    return used if by_budget else used - {"budget.weight"}
+    return frozenset(used if by_budget else used - {"budget.weight"})
 
 
 def refuse_unused(config: Config) -> None:
