@@ -119,7 +119,7 @@ def _times(pairs: list[tuple[float, float] | None], digits: int, prefix: str = "
 def _read_points(workdir: Path, record: Record) -> dict[float, Measured]:
     """By budget, what was measured: of curve.csv and latency.csv, or, of a row that draws pictures and has none, of
     evaluation.json. Raises UserError."""
-    from dynjax.run.evaluate import read_curve
+    from dynjax.run.curve import read_curve
 
     if "score" in next(iter(record.scores.values())):
         try:
