@@ -57,7 +57,7 @@ def main() -> None:
     found = []
     for name in arguments.rows:
         config = rows.get_row(name)
-        twin = dataclasses.replace(config, model=dataclasses.replace(config.model, dynamics="static"))
+        twin = dataclasses.replace(config, model=models.static_twin(config.model))
         static, masked = median_ms([stepper(twin), stepper(config)], arguments.repeats)
         found.append(
             dict(row=name, static_ms=round(static, 1), masked_ms=round(masked, 1), ratio=round(masked / static, 3))

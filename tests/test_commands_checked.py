@@ -17,6 +17,7 @@ from PIL import Image
 from test_commands import evaluated, pictures, run_evaluate, static, workdir  # noqa: F401
 
 from dynjax.config import DataConfig, UserError
+from dynjax.models.dynamics.tiles import TilesConfig
 from dynjax.run import train
 from dynjax.run.workdir import other_classes, read_config, write_config
 from dynjax.show import report
@@ -84,7 +85,7 @@ def test_a_twin_of_other_classes(tmp_path, static):  # noqa: F811
     (tmp_path / "twin" / "config.json").write_text(json.dumps(told | {"classes": told["classes"][::-1]}))
     config = read_config(static)[0]
     config = dataclasses.replace(config, row="digits_unet_tiles", init_from=str(tmp_path / "twin"))
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dynamics="tiles"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dynamics=TilesConfig(tiles=(4,))))
     with pytest.raises(UserError, match=r"trained for other classes: background, .* there and 0, 1, .* here"):
         train.train(config, tmp_path / "w", quiet=True)
     assert not (tmp_path / "w").exists()

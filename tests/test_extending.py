@@ -41,6 +41,17 @@ def train_and_evaluate(folder, row, data, model, **changes):
     return json.loads((folder / "evaluation.json").read_text())
 
 
+@pytest.fixture(autouse=True)
+def registered():
+    """What a test registers is gone after it."""
+    tables = (*models.registry.OPEN.values(), data._MAKES, tasks._TASKS)
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
 # A gated op with a rule of its own: two neighbours of K blocks run, one after the other
 
 NEIGHBOURS = Rule("neighbours", most=2)

@@ -17,6 +17,7 @@ from dynjax.models.dynamics.skip import SkipConfig
 from dynjax.models.registry import Family, built_by, kind_of
 from dynjax.models.rules import Range
 from dynjax.run import checkpoint, train
+from dynjax.run.workdir import read_config, write_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +92,8 @@ def test_a_backbone_and_a_head_with_dynamics_of_the_house(tmp_path):
     model = DenseConfig(OneMapConfig(), LinearConfig(), SkipConfig())
     assert kind_of(Config("mine", model)).__args__[0].__args__ == (OneMapConfig, LinearConfig, SkipConfig)
     config = Config("mine", model)
-    checkpoint.write_config(tmp_path, config, ("a", "b"))
-    assert checkpoint.read_config(tmp_path)[0] == config
+    write_config(tmp_path, config, ("a", "b"))
+    assert read_config(tmp_path)[0] == config
     assert models.static_twin(model) == dataclasses.replace(model, dynamics=StaticConfig())
     assert models.difference(models.static_twin(model), model) == ""
     wider = dataclasses.replace(model, backbone=OneMapConfig(widths=(6,)))
