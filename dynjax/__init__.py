@@ -3,7 +3,7 @@
 A gate decides, an executor carries the decision out, a trace accounts for it, and a budget steers it.
 """
 
-from dynjax.core import budget, cost, execute
+from dynjax.core import budget, cost, execute, gates
 from dynjax.core.budget import budget_loss
 from dynjax.core.controls import FixedGate, GridGate, RandomGate, SampledPaths
 from dynjax.core.decision import Decision
