@@ -21,6 +21,7 @@ from dynjax.models.dynamics.tiles import TilesConfig
 from dynjax.run import train
 from dynjax.run.workdir import other_classes, read_config, write_config
 from dynjax.show import report
+from dynjax.tasks.autoregressive import AutoregressiveTask
 from experiments import cli, evaluate, predict, results, rows
 from experiments import train as command
 
@@ -138,7 +139,7 @@ def test_a_split_need_not_have_the_last_class(tmp_path, static):  # noqa: F811
 
 def test_devices_that_cannot_share_a_batch_of_validation():
     with pytest.raises(UserError, match=f"--batch-size 12 is not a multiple of {jax.device_count()}"):
-        train.validator(None, standin.pictures(), standin.config(batch_size=12))
+        train.validator(AutoregressiveTask(), standin.pictures(), standin.config(batch_size=12))
 
 
 def test_no_home(tmp_path, monkeypatch):

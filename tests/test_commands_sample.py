@@ -146,7 +146,7 @@ def test_pixels_leave_early_within_a_budget(tmp_path):
 
 
 def test_codes_without_their_vqvae(tmp_path):
-    with pytest.raises(UserError, match="--init-from, the workdir of a trained VQ-VAE"):
+    with pytest.raises(UserError, match="--init-from, the workdir of a trained vqvae"):
         test_commands.make(tmp_path / "w", "digits_codes")
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from dynjax import budget, cost, models, traced
 from dynjax.config import UserError
-from dynjax.core import deploy
+from dynjax.core.deploy import deploy
 from dynjax.models.pixelcnn import PixelCNNConfig
 from dynjax.models.pixeltransformer import PixelTransformerConfig
 

@@ -10,7 +10,7 @@ from flax import nnx
 from dynjax import models
 from dynjax.config import UserError
 from dynjax.models import vqvae
-from dynjax.models.blocks import gather_pixels
+from dynjax.models.blocks import gather_pixels, spread_pixels
 from dynjax.models.codes import CodesConfig
 from dynjax.models.pixelcnn import PixelCNNConfig
 from dynjax.models.pixeltransformer import PixelTransformerConfig
@@ -42,7 +42,7 @@ def test_the_nearest_vector_and_the_first_of_equals():
 
 def test_scatter_is_the_inverse_of_gather():
     x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
-    np.testing.assert_array_equal(vqvae.scatter_pixels(gather_pixels(x)), x)
+    np.testing.assert_array_equal(spread_pixels(gather_pixels(x), 2), x)
 
 
 def test_the_losses_are_those_of_the_paper(coder):

@@ -6,10 +6,11 @@ import subprocess
 import pytest
 
 from dynjax.config import BudgetConfig, Config, DataConfig, UserError
+from dynjax.models.resnet import ResNetConfig
 from dynjax.run import lock
 from dynjax.run.workdir import check_workdir, read_config, write_config
 
-ROW = Config(row="a", data=DataConfig(size=(4, 6)), budget=BudgetConfig(target=0.25))
+ROW = Config(row="a", model=ResNetConfig(), data=DataConfig(size=(4, 6)), budget=BudgetConfig(target=0.25))
 
 
 def test_configuration_comes_back(tmp_path):
