@@ -5,9 +5,7 @@ from typing import Literal
 
 from flax import nnx
 
-from dynjax.core.controls import RandomGate
-from dynjax.core.gates import BranchGate
-from dynjax.models.blocks import PlainBlock
+from dynjax.models.blocks import PlainBlock, make_gate
 from dynjax.models.dense import Dense, DynamicsConfig
 from dynjax.models.dynamics.tiles import tiled
 from dynjax.models.registry import BUDGET, Family, register
@@ -26,19 +24,14 @@ class SelectConfig:
 
 def build(config: SelectConfig, model: Dense, *, rngs: nnx.Rngs) -> Dense:
     def wrapper(block: nnx.Module, channels: int, level: int) -> Select:
-        size = config.tiles[level]
         # Starts with the residual block: bias 0 for the plain one, so the gate is as open as the others.
-        gate = (
-            RandomGate(0.5, branches=2, size=size, rngs=rngs)
-            if config.gate == "random"
-            else BranchGate(channels, 2, size=size, rngs=rngs)
-        )
+        gate = make_gate(config.gate, channels, size=config.tiles[level], branches=2, rngs=rngs)
         return Select([PlainBlock(channels, rngs=rngs), block], gate)
 
     return model.wrap(wrapper, len(config.tiles))
 
 
 FAMILY = register(
-    Family(SelectConfig, build, tiny=dict(tiles=(4,)), rules=tiled, uses=lambda _: BUDGET | {"loss.load_balance"}),
+    Family(SelectConfig, build, tiny=dict(tiles=(4,)), rules=tiled, uses=BUDGET | {"loss.load_balance"}),
     DynamicsConfig,
 )

@@ -6,8 +6,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from flax import nnx
 
-from dynjax.core.controls import RandomGate
-from dynjax.core.gates import TileGate
+from dynjax.models.blocks import make_gate
 from dynjax.models.dense import BackboneConfig, Dense, DynamicsConfig
 from dynjax.models.registry import BUDGET, Family, register
 from dynjax.models.rules import Rule, Sides
@@ -26,10 +25,7 @@ class TilesConfig:
 
 def build(config: TilesConfig, model: Dense, *, rngs: nnx.Rngs) -> Dense:
     def wrapper(block: nnx.Module, channels: int, level: int) -> Tiles:
-        size = config.tiles[level]
-        if config.gate == "random":
-            return Tiles(block, RandomGate(0.5, size=size, rngs=rngs))
-        return Tiles(block, TileGate(channels, size=size, rngs=rngs))
+        return Tiles(block, make_gate(config.gate, channels, size=config.tiles[level], rngs=rngs))
 
     return model.wrap(wrapper, len(config.tiles))
 
@@ -49,4 +45,4 @@ def tiled(config: InTiles, backbone: BackboneConfig) -> Iterator[Rule]:
     yield Rule("tiles", sides, has_blocks, f"of levels with blocks, and --model.backbone.blocks is {backbone.blocks}")
 
 
-FAMILY = register(Family(TilesConfig, build, tiny=dict(tiles=(4,)), rules=tiled, uses=lambda _: BUDGET), DynamicsConfig)
+FAMILY = register(Family(TilesConfig, build, tiny=dict(tiles=(4,)), rules=tiled, uses=BUDGET), DynamicsConfig)
