@@ -24,8 +24,8 @@ SOLVED = BUDGET - {"budget.weight"}
 
 def without_dynamics(config: C) -> C:
     """Of configurations that have fields `dynamics` and `gate` where there are any."""
-    fields = {name: value for name, value in (("dynamics", "static"), ("gate", "learned")) if name in vars(config)}
-    return dataclasses.replace(config, **fields)
+    fields = {"dynamics": "static", "gate": "learned"}
+    return dataclasses.replace(config, **{name: fields[name] for name in fields.keys() & vars(config)})
 
 
 @dataclasses.dataclass(frozen=True)

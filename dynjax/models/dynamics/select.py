@@ -7,19 +7,16 @@ from flax import nnx
 
 from dynjax.models.blocks import PlainBlock, make_gate
 from dynjax.models.dense import Dense, DynamicsConfig
-from dynjax.models.dynamics.tiles import tiled
+from dynjax.models.dynamics.tiles import TiledConfig, tiled
 from dynjax.models.registry import BUDGET, Family, register
 from dynjax.ops import Select
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectConfig:
+class SelectConfig(TiledConfig):
     """The block itself or a plain 1x1 one, per tile."""
 
     family: Literal["select"] = "select"
-    tiles: tuple[int, ...] = (16, 8, 8)
-    """Side of a tile at each level, in pixels of that level's map; levels beyond stay static."""
-    gate: Literal["learned", "random"] = "learned"
 
 
 def build(config: SelectConfig, model: Dense, *, rngs: nnx.Rngs) -> Dense:

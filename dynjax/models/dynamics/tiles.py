@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 from flax import nnx
 
@@ -14,13 +14,19 @@ from dynjax.ops import Tiles
 
 
 @dataclasses.dataclass(frozen=True)
-class TilesConfig:
-    """Blocks run only on the tiles that their gate keeps."""
+class TiledConfig:
+    """Of dynamics of tiles: an abstract base."""
 
-    family: Literal["tiles"] = "tiles"
     tiles: Sides = (16, 8, 8)
     """Side of a tile at each level, in pixels of that level's map; levels beyond stay static."""
     gate: Literal["learned", "random"] = "learned"
+
+
+@dataclasses.dataclass(frozen=True)
+class TilesConfig(TiledConfig):
+    """Blocks run only on the tiles that their gate keeps."""
+
+    family: Literal["tiles"] = "tiles"
 
 
 def build(config: TilesConfig, model: Dense, *, rngs: nnx.Rngs) -> Dense:
@@ -30,15 +36,7 @@ def build(config: TilesConfig, model: Dense, *, rngs: nnx.Rngs) -> Dense:
     return model.wrap(wrapper, len(config.tiles))
 
 
-@runtime_checkable
-class InTiles(Protocol):
-    """Dynamics of tiles, whose sides are given by level."""
-
-    @property
-    def tiles(self) -> tuple[int, ...]: ...
-
-
-def tiled(config: InTiles, backbone: BackboneConfig) -> Iterator[Rule]:
+def tiled(config: TiledConfig, backbone: BackboneConfig) -> Iterator[Rule]:
     sides, levels = config.tiles, len(backbone.widths)
     yield Rule("tiles", sides, 1 <= len(sides) <= levels, f"one side for each of the first 1 to {levels} levels")
     has_blocks = all(backbone.blocks[: len(sides)])
