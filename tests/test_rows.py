@@ -90,7 +90,7 @@ def test_rows_of_a_family_differ_in_what_they_are_for():
     static = small["camvid_small_static"]
     for name, config in small.items():
         assert (config.data, config.loss, config.batch_size) == (static.data, static.loss, static.batch_size), name
-    assert small["camvid_small_random"].model.gate == "random"
+    assert small["camvid_small_random"].model.dynamics.gate == "random"
     assert rows.get_row("camvid_unet_static").data.size == (360, 480)
     assert static.data.size == (180, 240)
 
