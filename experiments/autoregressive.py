@@ -69,35 +69,31 @@ def row(data: str, name: str, what: str, model: ModelConfig, **changes: object) 
     return make_row(made, f"{what}, {WHAT[data]}.", protocol)
 
 
+TRANSFORMER = "Causal transformer over pixels"
+SMALL = PixelTransformerConfig(features=32, layers=2, heads=2)
+LONG = dict(checkpoint_every=2000, evaluate_every=5000)
+
 ROWS = (
     *(row(data, "pixelcnn", "Gated PixelCNN", PixelCNNConfig(layers=7)) for data in SHAPES),
-    row("digits", "transformer", "Causal transformer over pixels", PixelTransformerConfig(), steps=800),
+    row("digits", "transformer", TRANSFORMER, PixelTransformerConfig(), steps=800),
     row(
         "digits",
         "transformer_exits",
-        "Causal transformer over pixels that leaves early",
+        f"{TRANSFORMER} that leaves early",
         PixelTransformerConfig(dynamics="exits"),
         steps=800,
     ),
     *(
-        row(
-            data,
-            "transformer",
-            "Causal transformer over pixels",
-            PixelTransformerConfig(features=32, layers=2, heads=2),
-            steps=800,
-            batch_size=16,
-        )
+        row(data, "transformer", TRANSFORMER, SMALL, steps=800, batch_size=16)
         for data in ("mnist", "fashion", "cifar10")
     ),
     row(
         "mnist",
         "transformer_full",
-        "Causal transformer over pixels that leaves early (GPU)",
+        f"{TRANSFORMER} that leaves early (GPU)",
         PixelTransformerConfig(features=256, layers=8, heads=8, dynamics="exits"),
         steps=50_000,
-        checkpoint_every=2000,
-        evaluate_every=5000,
+        **LONG,
     ),
     row("digits", "pixelcnn_labels", "Gated PixelCNN asked by label", PixelCNNConfig(layers=7, conditional=True)),
     row("mnist", "pixelcnn_labels", "Gated PixelCNN asked by label", PixelCNNConfig(layers=7, conditional=True)),
@@ -107,7 +103,6 @@ ROWS = (
         "Gated PixelCNN at about the paper's size (GPU)",
         PixelCNNConfig(features=128, layers=15, components=10),
         steps=100_000,
-        checkpoint_every=2000,
-        evaluate_every=5000,
+        **LONG,
     ),
 )

@@ -17,10 +17,10 @@ DATA = {
 }
 SHOWN = {"digits": "8x8 digits shown at 16x16", "mnist": "MNIST at 32x32", "cifar10": "CIFAR-10 32x32"}
 STEPS = {"digits": 400, "mnist": 500, "cifar10": 1500}
-PROTOCOL = {
-    "digits": "400 steps of 64; shifted by up to a pixel",
-    "mnist": "500 steps of 64; shifted by up to 2 pixels",
-    "cifar10": "1500 steps of 64; flip, shifted by up to 4 pixels",
+AUGMENTED = {
+    "digits": "shifted by up to a pixel",
+    "mnist": "shifted by up to 2 pixels",
+    "cifar10": "flip, shifted by up to 4 pixels",
 }
 
 
@@ -39,17 +39,6 @@ def config(row: str, model: ModelConfig, **changes: object) -> Config:
         evaluate_every=500,
     )
     return Config(**fields | changes)
-
-
-def adaptive(row: Config, name: str, target: float = 0.4, length: float = 2 / 3, **model: object) -> Config:
-    """`row` with dynamics, meant to start from its trained twin: `length` times its steps, budgets down to `target`."""
-    return dataclasses.replace(
-        row,
-        row=name,
-        model=dataclasses.replace(row.model, **model),
-        budget=BudgetConfig(target=target),
-        steps=int(row.steps * length),
-    )
 
 
 def make_row(config: Config, about: str, protocol: str) -> Row:
@@ -75,6 +64,7 @@ def variants(
     target: float = 0.4,
     length: float = 2 / 3,
     loss: dict[str, object] | None = None,
+    **changes: object,
 ) -> tuple[Row, ...]:
     """Rows SET_FAMILY_static, SET_FAMILY_KIND for each of `kinds`, and the control SET_FAMILY_random of the first.
 
@@ -82,32 +72,35 @@ def variants(
         what: the network, in a few words.
         kinds: the row's last word to the model's `dynamics`.
         sets: data sets; `small` has the model's fields where they differ on digits.
-        from_twin: whether dynamic rows start from the trained twin (--init-from).
+        from_twin: whether dynamic rows start from the trained twin (--init-from); then `length` is their steps as a
+            share of the twin's.
         target: lowest budget that is trained for.
-        length: steps of such rows, as a share of the twin's.
         loss: fields of the loss that differ in dynamic rows.
+        changes: fields of all rows that differ from `config`.
     """
     rows = []
     for data in sets:
         shape = dataclasses.replace(model, **(small or {})) if data == "digits" else model
-        static = config(f"{data}_{family}_static", dataclasses.replace(shape, dynamics="static"))
-        where = f"{what}, {SHOWN[data]}"
-        rows.append(make_row(static, f"Static twin: {where}.", f"{PROTOCOL[data]}. Choose on val, report test."))
-        first = next(iter(kinds))
+        static = config(f"{data}_{family}_static", dataclasses.replace(shape, dynamics="static"), **changes)
+        where, first = f"{what}, {SHOWN[data]}", next(iter(kinds))
+        told = f"{static.steps} steps of {static.batch_size}; {AUGMENTED[data]}. Choose on val, report test."
+        rows.append(make_row(static, f"Static twin of {where}.", told))
+        steps, told = static.steps, f"as {static.row}, from nothing."
+        if from_twin:
+            steps = int(static.steps * length)
+            told = f"{steps} steps from the weights of {static.row} (--init-from), budgets from {target}."
         for kind, dynamics in {**kinds, "random": kinds[first]}.items():
-            name, gate = f"{data}_{family}_{kind}", "random" if kind == "random" else "learned"
-            changes = dict(dynamics=dynamics, gate=gate)
-            if from_twin:
-                row = adaptive(static, name, target, length, **changes)
-                protocol = f"{row.steps} steps from the weights of {static.row} (--init-from), budgets from {target}."
-            else:
-                row = dataclasses.replace(
-                    static, row=name, model=dataclasses.replace(shape, **changes), budget=BudgetConfig(target=target)
-                )
-                protocol = f"as {static.row}, from nothing."
+            gate = "random" if kind == "random" else "learned"
             # Chance has no logits that could grow.
             more = {each: weight for each, weight in (loss or {}).items() if gate == "learned" or each != "router_z"}
-            row = dataclasses.replace(row, loss=dataclasses.replace(row.loss, **more))
+            row = dataclasses.replace(
+                static,
+                row=f"{data}_{family}_{kind}",
+                model=dataclasses.replace(shape, dynamics=dynamics, gate=gate),
+                budget=BudgetConfig(target=target),
+                loss=dataclasses.replace(static.loss, **more),
+                steps=steps,
+            )
             control = f"Control: {data}_{family}_{first} that chooses at random."
-            rows.append(make_row(row, control if kind == "random" else f"{kind}: {where}.", protocol))
+            rows.append(make_row(row, control if kind == "random" else f"{kind}: {where}.", told))
     return tuple(rows)

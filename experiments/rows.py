@@ -23,23 +23,9 @@ from experiments import (
     width,
 )
 
-FILES = (
-    digits_unet,
-    camvid_unet,
-    resnet,
-    policy,
-    width,
-    msdnet,
-    ranet,
-    halt,
-    routed,
-    moe,
-    dynamicconvnet,
-    autoregressive,
-    nextscale,
-    vqvae,
-)
-ROWS: dict[str, Callable[[], Config]] = {row.__name__: row for file in FILES for row in file.ROWS}
+PREDICT = (digits_unet, camvid_unet, resnet, policy, width, msdnet, ranet, halt, routed, moe, dynamicconvnet)
+DRAW = (autoregressive, nextscale, vqvae)
+ROWS: dict[str, Callable[[], Config]] = {row.__name__: row for file in (*PREDICT, *DRAW) for row in file.ROWS}
 
 
 def get_row(name: str) -> Config:

@@ -47,9 +47,7 @@ def _rows(data: str) -> tuple[Row, ...]:
             f"{vqvae.steps} steps of {vqvae.batch_size}. Choose on val, report test, in dB of PSNR.",
         ),
         make_row(
-            codes,
-            f"Gated PixelCNN of the codes of {data}_vqvae (--init-from).",
-            f"{protocol}, in bits per code.",
+            codes, f"Gated PixelCNN of the codes of {data}_vqvae (--init-from).", f"{protocol}, in bits per code."
         ),
         make_row(
             exits,

@@ -12,6 +12,7 @@ import dynjax as dj
 from dynjax import budget, cost, models
 from dynjax.config import UserError
 from dynjax.models import moe
+from dynjax.models.blocks import gather_pixels
 from dynjax.models.moe import MoEConfig
 
 TINY = dict(patch=2, width=8, depth=2, heads=2, hidden=6, experts=4, top=2, least=1)
@@ -87,7 +88,7 @@ def test_patches_and_positions_by_hand():
     x = jnp.arange(12.0).reshape(1, 3, 4, 1)
     first = [[0, 1, 4, 5], [2, 3, 6, 7]]
     last = [[8, 9, 8, 9], [10, 11, 10, 11]]  # the last row repeated
-    np.testing.assert_array_equal(moe.patches_of(x, 2), [[first, last]])
+    np.testing.assert_array_equal(gather_pixels(x, 2), [[first, last]])
     place = np.asarray(moe.positions(2, 3, 8))
     for row, column in [(0, 0), (1, 2)]:
         rates = np.asarray([1, 1e-4])

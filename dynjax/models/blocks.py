@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from dynjax.core.controls import RandomGate
+from dynjax.core.gates import BranchGate, ChannelGate, SampleGate, TileGate
+
 
 def pixels(image: UInt8[Array, "B H W 3"] | Float[Array, "B H W 3"], dtype: Any) -> Float[Array, "B H W 3"]:
     """Bytes as numbers from -1 to 1, in the type of the model's parameters."""
@@ -20,6 +23,27 @@ def pixels(image: UInt8[Array, "B H W 3"] | Float[Array, "B H W 3"], dtype: Any)
 def batch_norm(channels: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
     """With statistics that follow soon enough for short trainings."""
     return nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
+
+
+def make_gate(
+    kind: str,
+    channels: int,
+    *,
+    size: int | None = None,
+    groups: int | None = None,
+    branches: int | None = None,
+    rate: float = 0.5,
+    rngs: nnx.Rngs,
+) -> RandomGate | SampleGate | TileGate | ChannelGate | BranchGate:
+    """What decides per picture, or per tile of `size`: yes or no, each of `groups`, or one of `branches`. Of the kind
+    "random" it is chance alone, at first at this `rate`."""
+    if kind == "random":
+        return RandomGate(rate, size=size, units=groups, branches=branches, rngs=rngs)
+    if branches is not None:
+        return BranchGate(channels, branches, size=size, rngs=rngs)
+    if groups is not None:
+        return ChannelGate(channels, groups, rngs=rngs)
+    return SampleGate(channels, rngs=rngs) if size is None else TileGate(channels, size=size, rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -41,7 +65,7 @@ class PlainBlock(nnx.Module):
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.linear = nnx.Linear(channels, channels, use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
+        self.norm = batch_norm(channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         return nnx.relu(x + self.norm(self.linear(x)))
@@ -58,12 +82,22 @@ class Mix(nnx.Module):
         return nnx.relu(self.norm(self.linear(x)))
 
 
+class Down(nnx.Module):
+    """Half the resolution, odd sizes rounded up: every 2x2 pixels through one linear layer."""
+
+    def __init__(self, before: int, after: int, norm: Callable[..., nnx.Module] = batch_norm, *, rngs: nnx.Rngs):
+        self.mix = Mix(4 * before, after, norm, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        return self.mix(gather_pixels(x))
+
+
 class ConvNorm(nnx.Module):
     """Convolution, batch normalisation, ReLU."""
 
     def __init__(self, before: int, after: int, side: int, stride: int = 1, *, rngs: nnx.Rngs):
         self.conv = nnx.Conv(before, after, (side, side), stride, padding=side // 2, use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(after, momentum=0.95, rngs=rngs)
+        self.norm = batch_norm(after, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         return nnx.relu(self.norm(self.conv(x)))
@@ -91,15 +125,16 @@ class Pyramid(nnx.Module):
         return maps
 
 
-def gather_pixels(x: Float[Array, "B H W C"]) -> Float[Array, "B h w 4*C"]:
-    """Every 2x2 pixels as one with four times the channels; an odd last row or column is doubled.
+def gather_pixels(x: Float[Array, "B H W C"], side: int = 2) -> Float[Array, "B h w D"]:
+    """Every side x side pixels as one with the channels of all; the last row and column repeated where there are no
+    more.
 
     A stride without a strided convolution, whose weight gradient is slow on CPUs.
     """
-    x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), "edge")
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % side), (0, -x.shape[2] % side), (0, 0)), "edge")
     batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).swapaxes(2, 3)
-    return x.reshape(batch, height // 2, width // 2, 4 * channels)
+    x = x.reshape(batch, height // side, side, width // side, side, channels).swapaxes(2, 3)
+    return x.reshape(batch, height // side, width // side, side**2 * channels)
 
 
 def repeat_pixels(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:

@@ -9,7 +9,7 @@ Letters: B examples, H W pixels, C channels, K classes.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from flax import nnx
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, UInt8
 
 from dynjax.config import UserError
 from dynjax.models import rules
-from dynjax.models.blocks import pixels
+from dynjax.models.blocks import batch_norm, pixels
 from dynjax.models.registry import Family, filled, register
 from dynjax.models.resnet import Down, Head, Stem
 from dynjax.models.rules import Counts, Depth, Rule, Widths
@@ -52,8 +52,7 @@ class KernelBlock(nnx.Module):
 
     def __init__(self, channels: int, convolution: Convolution, *, rngs: nnx.Rngs):
         self.conv1, self.conv2 = convolution(channels, rngs), convolution(channels, rngs)
-        self.norm1 = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
-        self.norm2 = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
+        self.norm1, self.norm2 = batch_norm(channels, rngs=rngs), batch_norm(channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         y = nnx.relu(self.norm1(self.conv1(x)))
@@ -61,32 +60,15 @@ class KernelBlock(nnx.Module):
 
 
 class DynamicConvNet(nnx.Module):
-    """Logits for every picture: (B, H, W, 3) bytes to (B, K) float32.
+    """Logits for every picture: (B, H, W, 3) bytes to (B, K) float32; `convolution` makes those of its blocks."""
 
-    Args:
-        widths: channels of each stage; the first works at 1/`stem_stride` of the picture's resolution, each further one
-            at half of the one before.
-        blocks: residual blocks of each stage.
-        convolution: makes the convolutions of the blocks, `(channels, rngs) -> module`.
-    """
-
-    def __init__(
-        self,
-        classes: int,
-        widths: Sequence[int],
-        blocks: Sequence[int],
-        stem_stride: int,
-        convolution: Convolution,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        self.stem = Stem(widths[0], stem_stride, rngs=rngs)
+    def __init__(self, config: DynamicConvNetConfig, classes: int, convolution: Convolution, *, rngs: nnx.Rngs):
+        widths = config.widths
+        self.stem = Stem(widths[0], config.stem_stride, rngs=rngs)
         self.down = nnx.List([Down(before, after, rngs=rngs) for before, after in itertools.pairwise(widths)])
         self.stages = nnx.List(
-            [
-                nnx.List([KernelBlock(w, convolution, rngs=rngs) for _ in range(n)])
-                for w, n in zip(widths, blocks, strict=True)
-            ]
+            nnx.List([KernelBlock(width, convolution, rngs=rngs) for _ in range(count)])
+            for width, count in zip(widths, config.blocks, strict=True)
         )
         self.head = Head(widths[-1], classes, rngs=rngs)
 
@@ -115,9 +97,7 @@ def build(
         )
     from_static = twin_params is not None and config.dynamics != "static"
     kind = "static" if from_static else config.dynamics
-    convolution = _convolution(kind, config)
-    model = DynamicConvNet(num_classes, config.widths, config.blocks, config.stem_stride, convolution, rngs=rngs)
-    filled(model, twin_params)
+    model = filled(DynamicConvNet(config, num_classes, _convolution(kind, config), rngs=rngs), twin_params)
     if not from_static:
         return model
     return with_kernels(

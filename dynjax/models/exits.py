@@ -1,6 +1,6 @@
 """Classifiers that stop early: what the families with exits share. Letters: B examples, H W pixels, K classes."""
 
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,8 @@ from jaxtyping import Array, Float, UInt8
 
 from dynjax.core.execute import Tree
 from dynjax.models.blocks import ConvNorm, pixels
+from dynjax.models.registry import filled
 from dynjax.ops import Exits
-
-CONFIDENCE: dict[str, Literal["max_prob", "random"]] = {"learned": "max_prob", "random": "random"}
-"""What a configuration's `gate` means for exits."""
-
 
 INNER = 128
 """Channels inside an exit's head."""
@@ -58,3 +55,25 @@ class ExitNet(nnx.Module):
     def predictions(self, image: UInt8[Array, "B H W 3"]) -> list[Float[Array, "B K"]]:
         """The logits of every exit, the first first."""
         return self.exits.predictions(self._pixels(image))
+
+
+def with_exits(stages: Sequence[nnx.Module], heads: Sequence[Callable], gate: str) -> ExitNet:
+    """Stages and the head behind each; pictures leave where they are sure, or with the gate "random" by chance."""
+    return ExitNet(Exits(stages, heads, confidence="random" if gate == "random" else "max_prob"))
+
+
+def build_exits(
+    parts: Iterable[tuple[nnx.Module, int]],
+    classes: int,
+    gate: str | None,
+    *,
+    rngs: nnx.Rngs,
+    twin_params: nnx.State | None,
+) -> StaticExitNet | ExitNet:
+    """The classifier of stages, each with the channels that an exit behind it reads; without a gate the static twin."""
+    stages, widths = zip(*parts, strict=True)
+    static = filled(StaticExitNet(list(stages), Head(widths[-1], classes, rngs=rngs)), twin_params)
+    if gate is None:
+        return static
+    heads = [Head(width, classes, rngs=rngs) for width in widths[:-1]]
+    return with_exits(static.stages, [*heads, static.head], gate)

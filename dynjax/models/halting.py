@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from dynjax.core.controls import RandomGate
-from dynjax.core.gates import SampleGate, TileGate
-from dynjax.models.blocks import Mix, gather_pixels, pixels
-from dynjax.models.registry import SOLVED, Family, budgeted, filled, register
+from dynjax.models.blocks import make_gate, pixels
+from dynjax.models.registry import BUDGET, SOLVED, Family, filled, register
+from dynjax.models.resnet import Stem
 from dynjax.models.rules import Depth, Halvings, Side, Width
 from dynjax.ops.halting import Halt
 
@@ -36,25 +35,6 @@ class HaltConfig:
     gate: Literal["learned", "random"] = "learned"
 
 
-GO_ON = 0.75
-"""Chance of going on after a step, of the random control."""
-
-
-class Stem(nnx.Module):
-    """A 3x3 convolution at the picture's resolution, then half the resolution, `halvings` times."""
-
-    def __init__(self, channels: int, halvings: int, *, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(3, channels, (3, 3), use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
-        self.down = nnx.List([Mix(4 * channels, channels, rngs=rngs) for _ in range(halvings)])
-
-    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        x = nnx.relu(self.norm(self.conv(x)))
-        for mix in self.down:
-            x = mix(gather_pixels(x))
-        return x
-
-
 class Step(nnx.Module):
     """Two 3x3 convolutions around a shortcut, normalised per pixel. Receptive radius 2.
 
@@ -68,6 +48,22 @@ class Step(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         return x + self.conv2(nnx.relu(self.conv1(nnx.relu(self.norm(x)))))
+
+
+def make_halt(
+    step: nnx.Module,
+    gate: str,
+    channels: int,
+    steps: int,
+    *,
+    size: int | None = None,
+    kind: Literal["act", "pondernet"] = "act",
+    rngs: nnx.Rngs,
+) -> Halt:
+    """`step` again and again, per picture or per tile of `size`. By chance, at first of 0.75 to go on: whatever the
+    kind, it then gives the state in which it stops."""
+    decides = make_gate(gate, channels, size=size, rate=0.75, rngs=rngs)
+    return Halt(step, decides, steps, kind="hard" if gate == "random" else kind)
 
 
 class Head(nnx.Module):
@@ -120,26 +116,21 @@ class PonderNet(nnx.Module):
 
 def build(config: HaltConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
     """The network of `config`, which halts if it says so."""
-    stem, step = Stem(config.channels, config.halvings, rngs=rngs), Step(config.channels, rngs=rngs)
-    head = Head(config.channels, num_classes, rngs=rngs)
-    static = filled(HaltNet(stem, Repeat(step, config.steps), head), twin_params)
+    channels = config.channels
+    stem, step = Stem(channels, 1, config.halvings, rngs=rngs), Step(channels, rngs=rngs)
+    static = filled(HaltNet(stem, Repeat(step, config.steps), Head(channels, num_classes, rngs=rngs)), twin_params)
     if config.dynamics == "static":
         return static
     size = config.tile if config.dynamics == "sact" else None
-    if config.gate == "random":
-        # Whatever the kind: it stops by chance, and gives the state that it then has.
-        body = Halt(static.body.step, RandomGate(GO_ON, size=size, rngs=rngs), config.steps, kind="hard")
-        return HaltNet(static.stem, body, static.head)
-    gate = SampleGate(config.channels, rngs=rngs) if size is None else TileGate(config.channels, size=size, rngs=rngs)
-    if config.dynamics == "pondernet":
-        return PonderNet(static.stem, Halt(static.body.step, gate, config.steps, kind="pondernet"), static.head)
-    return HaltNet(static.stem, Halt(static.body.step, gate, config.steps, kind="act"), static.head)
+    kind: Literal["act", "pondernet"] = "pondernet" if config.dynamics == "pondernet" else "act"
+    body = make_halt(step, config.gate, channels, config.steps, size=size, kind=kind, rngs=rngs)
+    return (PonderNet if body.kind == "pondernet" else HaltNet)(static.stem, body, static.head)
 
 
 def _uses(config: HaltConfig) -> frozenset[str]:
     # PonderNet is trained on every output whatever it costs.
     pondernet = config.dynamics == "pondernet" and config.gate == "learned"
-    return SOLVED | {"loss.ponder"} if pondernet else budgeted(config)
+    return SOLVED | {"loss.ponder"} if pondernet else BUDGET
 
 
 FAMILY = register(Family(HaltConfig, build, tiny=dict(channels=4, halvings=0, steps=2), uses=_uses, apart=("tile",)))

@@ -4,7 +4,7 @@ Letters: B examples, H W pixels, C channels, V values of a channel, M components
 """
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,27 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dynjax.core.gates import log_entropy
+from dynjax.models.rules import Depth, Values
 from dynjax.ops.sampling import Autoregressive
 
 Noise = dict[str, Array]
 """Arrays whose first axes are those of the pixels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnConfig:
+    """What families that draw pictures have in common: the abstract base of their configurations."""
+
+    shape: tuple[int, int, int] = (28, 28, 1)
+    """Height, width and channels (1: grey, 3: colours) of the pictures."""
+    values: Values = 2
+    """Values of a channel: 2 is black and white, 256 are all bytes."""
+    likelihood: Literal["categorical", "logistic"] = "categorical"
+    """categorical: a softmax over all values, of one channel; logistic: a mixture of rounded logistic distributions."""
+    components: Depth = 5
+    """Of the mixture of logistics."""
+    conditional: bool = False
+    """Pictures can be asked for by their label."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from dynjax.models import rules
-from dynjax.models.blocks import pixels
-from dynjax.models.registry import BUDGET, Family, register
+from dynjax.models.blocks import gather_pixels, pixels
+from dynjax.models.registry import BUDGET, Family, filled, register
 from dynjax.models.rules import Depth, Range, Rule, Width
 from dynjax.ops import Experts, RandomRouter, Router
 
@@ -75,7 +75,7 @@ class PatchClassifier(nnx.Module):
         self.head = nnx.Linear(config.width, classes, rngs=rngs)
 
     def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B K"]:
-        patches = patches_of(pixels(image, self.embed.kernel.dtype), self.patch)
+        patches = gather_pixels(pixels(image, self.embed.kernel.dtype), self.patch)
         x = self.embed(patches)
         x = x + positions(*x.shape[1:]).astype(x.dtype)[None]
         x = x.reshape(x.shape[0], -1, x.shape[-1])
@@ -103,14 +103,6 @@ def make_router(
     return Router(features, experts, top=top, least=least, rngs=rngs)
 
 
-def patches_of(x: Float[Array, "B H W D"], side: int) -> Float[Array, "B h w E"]:
-    """Every patch of side x side pixels as one vector; the edge of the picture repeated where it has no more pixels."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % side), (0, -x.shape[2] % side), (0, 0)), "edge")
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // side, side, width // side, side, channels).swapaxes(2, 3)
-    return x.reshape(batch, height // side, width // side, side**2 * channels)
-
-
 def positions(height: int, width: int, features: int) -> Float[Array, "h w C"]:
     """Sines and cosines of the row and of the column, a quarter of the features each.
 
@@ -133,11 +125,8 @@ def build(config: MoEConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: n
     (arXiv:2212.05055), where every expert is the whole MLP.
     """
     model = PatchClassifier(num_classes, config, rngs=rngs)
-    if twin_params is None:
-        return model
-    if config.dynamics == "static":
-        nnx.update(model, twin_params)
-        return model
+    if twin_params is None or config.dynamics == "static":
+        return filled(model, twin_params)
     shared, mlps = nnx.split_state(twin_params, lambda path, _: "mlp" not in path, ...)
     nnx.update(model, shared)
     for number, block in enumerate(model.blocks):
@@ -172,7 +161,7 @@ FAMILY = register(
         build,
         tiny=dict(width=8, depth=1, heads=2, hidden=8, experts=2),
         rules=_rules,
-        uses=lambda config: frozenset() if config.dynamics == "static" else router_uses(config.gate),
+        uses=lambda config: router_uses(config.gate),
         apart=("experts", "least"),
     )
 )

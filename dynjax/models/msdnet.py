@@ -18,10 +18,9 @@ from flax import nnx
 
 from dynjax.models import rules
 from dynjax.models.blocks import ConvNorm, Pyramid, conv3
-from dynjax.models.exits import CONFIDENCE, ExitNet, Head, StaticExitNet
-from dynjax.models.registry import SOLVED, Family, filled, register
+from dynjax.models.exits import build_exits
+from dynjax.models.registry import SOLVED, Family, register
 from dynjax.models.rules import Depth, Rule, Scales, Width
-from dynjax.ops import Exits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Transition(nnx.Module):
 
 
 def _stages(config: MSDNetConfig, rngs: nnx.Rngs) -> Iterator[tuple[nnx.Sequential, int]]:
-    """Each block of layers, and how many channels the finest scale has, or would have, behind it."""
+    """Each block of layers, and how many channels the coarsest scale has behind it."""
     total = config.base + config.step * (config.blocks - 1)
     interval = math.ceil(total / config.scales)
     channels, number = config.channels, 0
@@ -101,20 +100,15 @@ def _stages(config: MSDNetConfig, rngs: nnx.Rngs) -> Iterator[tuple[nnx.Sequenti
             if first > before:
                 layers.append(Transition(channels, channels // 2, first, config.scales, rngs=rngs))
                 channels //= 2
-        yield nnx.Sequential(*layers), channels
+        yield nnx.Sequential(*layers), channels * 2 ** (config.scales - 1)
 
 
 def build(
     config: MSDNetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None
 ) -> nnx.Module:
     """The MSDNet of `config`."""
-    stages, channels = zip(*_stages(config, rngs), strict=True)
-    coarse = 2 ** (config.scales - 1)
-    static = filled(StaticExitNet(list(stages), Head(channels[-1] * coarse, num_classes, rngs=rngs)), twin_params)
-    if config.dynamics == "static":
-        return static
-    heads = [Head(c * coarse, num_classes, rngs=rngs) for c in channels[:-1]]
-    return ExitNet(Exits(static.stages, [*heads, static.head], confidence=CONFIDENCE[config.gate]))
+    gate = None if config.dynamics == "static" else config.gate
+    return build_exits(_stages(config, rngs), num_classes, gate, rngs=rngs, twin_params=twin_params)
 
 
 def _rules(config: MSDNetConfig) -> Iterator[Rule]:
@@ -129,6 +123,6 @@ FAMILY = register(
         build,
         tiny=dict(scales=2, channels=4, growth=2, blocks=2, base=1, step=1),
         rules=_rules,
-        uses=lambda config: frozenset() if config.dynamics == "static" else SOLVED,
+        uses=SOLVED,
     )
 )

@@ -25,27 +25,19 @@ from jaxtyping import Array, Float, Int
 from dynjax.core.controls import GridGate, RandomGate
 from dynjax.core.gates import EntropyGate
 from dynjax.models import rules
-from dynjax.models.likelihoods import make_likelihood
+from dynjax.models.likelihoods import DrawnConfig, make_likelihood
 from dynjax.models.pixelcnn import PixelCNN, PixelCNNConfig
 from dynjax.models.registry import Family, built_by, register
-from dynjax.models.rules import HALVINGS, Count, Depth, Range, Rule, Side, Values, Width
+from dynjax.models.rules import HALVINGS, Count, Depth, Range, Rule, Side, Width
 from dynjax.ops import sampling
 from dynjax.ops.doubt import Refine
 
 
 @dataclasses.dataclass(frozen=True)
-class NextScaleConfig:
+class NextScaleConfig(DrawnConfig):
     """A picture from coarse to fine: the coarsest pixel by pixel, a finer one in three steps, rich or plain by tile."""
 
     family: Literal["nextscale"] = "nextscale"
-    shape: tuple[int, int, int] = (28, 28, 1)
-    """Height, width and channels (1: grey, 3: colours) of the pictures."""
-    values: Values = 2
-    """Values of a channel: 2 is black and white, 256 are all bytes."""
-    likelihood: Literal["categorical", "logistic"] = "categorical"
-    """categorical: a softmax over all values, of one channel; logistic: a mixture of rounded logistic distributions."""
-    components: Depth = 5
-    """Of the mixture of logistics."""
     scales: Annotated[int, Range(2, HALVINGS + 1)] = 3
     """Resolutions; each coarser one has every other row and column of the next finer one."""
     coarse_features: Width = 24
@@ -59,8 +51,6 @@ class NextScaleConfig:
     """Residual blocks of the rich network."""
     plain: Width = 16
     """Hidden features of the plain network."""
-    conditional: bool = False
-    """Pictures can be asked for by their label."""
     dynamics: Literal["static", "tiles"] = "tiles"
     """static: the rich network everywhere, and no plain one; tiles: the gate decides for each tile."""
     gate: Literal["learned", "random", "grid"] = "learned"
@@ -212,17 +202,8 @@ class NextScale(nnx.Module):
         self, x: Int[Array, "B H W C"], label: Int[Array, " B"] | None = None
     ) -> list[Float[Array, "B H W P"]]:
         """What the plain networks give of every pixel, and what the rich ones give: both are trained, on all pixels."""
-
-        def rich(refine: Refine, seen: Array) -> Array:
-            return refine.rich(seen)
-
-        def plain(refine: Refine, seen: Array) -> Array:
-            assert refine.plain is not None
-            return refine.plain(seen)
-
-        if self.finer[0][0].plain is None:
-            return self._predict(x, label, [rich])
-        return self._predict(x, label, [plain, rich])
+        ways = [lambda refine, seen: refine.plain(seen), lambda refine, seen: refine.rich(seen)]
+        return self._predict(x, label, ways[self.finer[0][0].plain is None :])
 
     def draw(
         self, noise: Any, label: Int[Array, " B"] | None = None, known: sampling.Known | None = None

@@ -22,32 +22,22 @@ from jaxtyping import Array, Float, Int
 
 from dynjax.core.decision import Decision
 from dynjax.models import rules
-from dynjax.models.likelihoods import make_likelihood
+from dynjax.models.likelihoods import DrawnConfig, make_likelihood
 from dynjax.models.registry import Family, built_by, register
-from dynjax.models.rules import Depth, Rule, Values, Width
+from dynjax.models.rules import Depth, Rule, Width
 from dynjax.ops.doubt import PixelExits
 
 
 @dataclasses.dataclass(frozen=True)
-class PixelTransformerConfig:
+class PixelTransformerConfig(DrawnConfig):
     """A causal transformer over pixels, which draws a picture pixel after pixel."""
 
     family: Literal["pixeltransformer"] = "pixeltransformer"
-    shape: tuple[int, int, int] = (28, 28, 1)
-    """Height, width and channels (1: grey, 3: colours) of the pictures."""
-    values: Values = 2
-    """Values of a channel: 2 is black and white, 256 are all bytes."""
-    likelihood: Literal["categorical", "logistic"] = "categorical"
-    """categorical: a softmax over all values, of one channel; logistic: a mixture of rounded logistic distributions."""
-    components: Depth = 5
-    """Of the mixture of logistics."""
     features: Width = 64
     layers: Depth = 4
     heads: Depth = 4
     embed: bool = False
     """Values are names (codes), not brightness."""
-    conditional: bool = False
-    """Pictures can be asked for by their label."""
     dynamics: Literal["static", "exits"] = "static"
     """static: dynamics are in how it is sampled; exits: a pixel takes no further block once its prediction is sure."""
     gate: Literal["learned", "random"] = "learned"

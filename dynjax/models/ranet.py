@@ -21,10 +21,9 @@ from jaxtyping import Array, Float
 
 from dynjax.models import rules
 from dynjax.models.blocks import ConvNorm, Pyramid, conv3
-from dynjax.models.exits import CONFIDENCE, ExitNet, Head, StaticExitNet
-from dynjax.models.registry import SOLVED, Family, filled, register
+from dynjax.models.exits import build_exits
+from dynjax.models.registry import SOLVED, Family, register
 from dynjax.models.rules import WIDEST, Depth, Range, Rule, Scales, Width
-from dynjax.ops import Exits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +175,8 @@ def stages(config: RANetConfig, rngs: nnx.Rngs) -> list[tuple[nnx.Module, int]]:
 
 def build(config: RANetConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: nnx.State | None = None) -> nnx.Module:
     """The RANet of `config`."""
-    parts, widths = zip(*stages(config, rngs), strict=True)
-    static = filled(StaticExitNet(list(parts), Head(widths[-1], num_classes, rngs=rngs)), twin_params)
-    if config.dynamics == "static":
-        return static
-    heads = [Head(width, num_classes, rngs=rngs) for width in widths[:-1]]
-    return ExitNet(Exits(static.stages, [*heads, static.head], confidence=CONFIDENCE[config.gate]))
+    gate = None if config.dynamics == "static" else config.gate
+    return build_exits(stages(config, rngs), num_classes, gate, rngs=rngs, twin_params=twin_params)
 
 
 def _rules(config: RANetConfig) -> Iterator[Rule]:
@@ -194,6 +189,6 @@ FAMILY = register(
         build,
         tiny=dict(scales=2, channels=4, growth=4, blocks=1, step=1, layers=1),
         rules=_rules,
-        uses=lambda config: frozenset() if config.dynamics == "static" else SOLVED,
+        uses=SOLVED,
     )
 )

@@ -24,13 +24,8 @@ SOLVED = BUDGET - {"budget.weight"}
 
 def without_dynamics(config: C) -> C:
     """Of configurations that have fields `dynamics` and `gate` where there are any."""
-    fields = {name: value for name, value in (("dynamics", "static"), ("gate", "learned")) if name in vars(config)}
-    return dataclasses.replace(config, **fields)
-
-
-def budgeted(config: ModelConfig) -> frozenset[str]:
-    """`Family.uses` of a model that is trained under a budget unless it is static."""
-    return frozenset() if is_static(config) else BUDGET
+    fields = {"dynamics": "static", "gate": "learned"}
+    return dataclasses.replace(config, **{name: fields[name] for name in fields.keys() & vars(config)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +42,8 @@ class Family(Generic[C]):
     """Fields of its smallest form, which trains in seconds."""
     rules: Callable[..., Iterator[Rule]] = lambda *_: iter(())
     """`(config)`: which values make sense."""
-    uses: Callable[[C], frozenset[str]] = lambda config: frozenset()
-    """Options that its training looks at beside those of its task, such as "budget.target" or "loss.ponder"."""
+    uses: frozenset[str] | Callable[[C], frozenset[str]] = frozenset()
+    """Options that its training looks at, unless it is static, beside those of its task: "budget.target"."""
     dynamics: Callable[[C], str] = lambda config: vars(config).get("dynamics", "static")
     """What is dynamic in it, in a word; "static": nothing."""
     twin: Callable[[C], C] = without_dynamics
@@ -116,7 +111,8 @@ def task_of(config: ModelConfig) -> str:
 
 def uses(config: ModelConfig) -> frozenset[str]:
     """Options "loss.x" and "budget.x" that the model's training looks at, beside those of its task."""
-    return family_of(config).uses(config)
+    found = family_of(config).uses
+    return frozenset() if vars(config).get("dynamics") == "static" else found(config) if callable(found) else found
 
 
 def dynamics_of(config: ModelConfig) -> str:

@@ -16,13 +16,13 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from dynjax.core.controls import RandomGate
-from dynjax.core.gates import BranchGate, ChannelGate, SampleGate
+from dynjax.core.gates import ChannelGate
 from dynjax.models import rules
-from dynjax.models.blocks import Block, Mix, gather_pixels, pixels
-from dynjax.models.exits import CONFIDENCE, ExitNet
+from dynjax.models.blocks import Block, Down, batch_norm, gather_pixels, make_gate, pixels
+from dynjax.models.exits import with_exits
 from dynjax.models.registry import BUDGET, SOLVED, Family, filled, register
 from dynjax.models.rules import Counts, Rule, Widths
-from dynjax.ops import Channels, Exits, Skip, Slimmable, dynamize
+from dynjax.ops import Channels, Skip, Slimmable, dynamize
 from dynjax.ops.policy import PolicySkip
 
 
@@ -47,25 +47,20 @@ class ResNetConfig:
 
 
 class Stem(nnx.Module):
-    """A 3x3 convolution, batch normalisation and ReLU; with a stride of 2 on every 2x2 pixels as one."""
+    """A 3x3 convolution, batch normalisation and ReLU; with a stride of 2 on every 2x2 pixels as one. Then half the
+    resolution, `halvings` times."""
 
-    def __init__(self, channels: int, stride: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, stride: int, halvings: int = 0, *, rngs: nnx.Rngs):
         self.stride = stride
         self.conv = nnx.Conv(3 * stride**2, channels, (3, 3), use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
+        self.norm = batch_norm(channels, rngs=rngs)
+        self.down = nnx.List([Down(channels, channels, rngs=rngs) for _ in range(halvings)])
 
     def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        return nnx.relu(self.norm(self.conv(gather_pixels(x) if self.stride == 2 else x)))
-
-
-class Down(nnx.Module):
-    """Half the resolution: every 2x2 pixels through one linear layer."""
-
-    def __init__(self, before: int, after: int, *, rngs: nnx.Rngs):
-        self.mix = Mix(4 * before, after, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        return self.mix(gather_pixels(x))
+        x = nnx.relu(self.norm(self.conv(gather_pixels(x) if self.stride == 2 else x)))
+        for down in self.down:
+            x = down(x)
+        return x
 
 
 class Stage(nnx.Module):
@@ -106,9 +101,8 @@ class ResNet(nnx.Module):
     ):
         entries: list[Stem | Down] = [Stem(widths[0], stem_stride, rngs=rngs)]
         entries += [Down(before, after, rngs=rngs) for before, after in itertools.pairwise(widths)]
-        self.stages = nnx.List(
-            [Stage(entry, w, n, rngs=rngs) for entry, w, n in zip(entries, widths, blocks, strict=True)]
-        )
+        levels = zip(entries, widths, blocks, strict=True)
+        self.stages = nnx.List([Stage(entry, w, n, rngs=rngs) for entry, w, n in levels])
         self.head = Head(widths[-1], classes, rngs=rngs)
 
     def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B K"]:
@@ -132,7 +126,7 @@ class PolicyNet(nnx.Module):
     """A ResNet whose residual blocks one small network decides about, from the picture (BlockDrop)."""
 
     def __init__(self, model: ResNet, random: bool, *, straight_through: bool, rngs: nnx.Rngs):
-        chain: list[Stem | Down | Block] = [module for stage in model.stages for module in (stage.entry, *stage.blocks)]
+        chain: list[nnx.Module] = [module for stage in model.stages for module in (stage.entry, *stage.blocks)]
         skip = [number for number, module in enumerate(chain) if isinstance(module, Block)]
         if random:
             gate: RandomGate | nnx.Sequential = RandomGate(0.5, units=len(skip), rngs=rngs)
@@ -154,36 +148,27 @@ def build(
 ) -> nnx.Module:
     """The ResNet of `config`, with the dynamics that it says."""
     model = filled(ResNet(num_classes, config.widths, config.blocks, config.stem_stride, rngs=rngs), twin_params)
-    return model if config.dynamics == "static" else adaptive(model, config, num_classes, rngs=rngs)
-
-
-def adaptive(model: ResNet, config: ResNetConfig, num_classes: int, *, rngs: nnx.Rngs) -> nnx.Module:
-    """A copy of `model` with dynamics around its residual blocks, or with a head after each stage."""
+    if config.dynamics == "static":
+        return model
     if config.dynamics == "exits":
         heads = [Head(width, num_classes, rngs=rngs) for width in config.widths[:-1]]
-        return ExitNet(Exits(model.stages, [*heads, model.head], confidence=CONFIDENCE[config.gate]))
-
-    random = config.gate == "random"
+        return with_exits(model.stages, [*heads, model.head], config.gate)
     if config.dynamics in ("policy", "reinforce"):
-        return PolicyNet(model, random, straight_through=config.dynamics == "policy", rngs=rngs)
+        return PolicyNet(model, config.gate == "random", straight_through=config.dynamics == "policy", rngs=rngs)
 
-    def skip(block, channels, rngs):
-        return Skip(block, RandomGate(0.5, rngs=rngs) if random else SampleGate(channels, rngs=rngs))
+    def skip(block: Block, channels: int, rngs: nnx.Rngs) -> Skip:
+        return Skip(block, make_gate(config.gate, channels, rngs=rngs))
 
-    def channels(block, channels, rngs):
-        groups = config.groups
-        gate = RandomGate(0.5, units=groups, rngs=rngs) if random else ChannelGate(channels, groups, rngs=rngs)
+    def channels(block: Block, channels: int, rngs: nnx.Rngs) -> Shortcut:
+        gate = make_gate(config.gate, channels, groups=config.groups, rngs=rngs)
         return Shortcut(Channels([block.conv1, block.norm1, nnx.relu], [block.conv2, block.norm2], gate))
 
-    def slices(block, channels, rngs):
+    def slices(block: Block, channels: int, rngs: nnx.Rngs) -> Shortcut:
         widths = tuple((k + 1) / config.groups for k in range(config.groups))
-        gate = (
-            RandomGate(0.5, branches=config.groups, rngs=rngs)
-            if random
-            else BranchGate(channels, config.groups, rngs=rngs)
+        gate = make_gate(config.gate, channels, branches=config.groups, rngs=rngs)
+        return Shortcut(
+            Slimmable([block.conv1, block.norm1, nnx.relu], [block.conv2, block.norm2], gate, widths=widths)
         )
-        pair = [block.conv1, block.norm1, nnx.relu], [block.conv2, block.norm2]
-        return Shortcut(Slimmable(*pair, gate, widths=widths))
 
     wrap = {"skip": skip, "channels": channels, "slices": slices}[config.dynamics]
     return dynamize(model, {r"stages/\d+/blocks/\d+": wrap}, rngs=rngs)
@@ -206,7 +191,6 @@ def _rules(config: ResNetConfig) -> Iterator[Rule]:
 
 def _uses(config: ResNetConfig) -> frozenset[str]:
     special = {
-        "static": frozenset(),
         "exits": SOLVED,
         # Of REINFORCE the reward says what blocks cost.
         "reinforce": SOLVED | {"loss.reinforce", "loss.wrong"},

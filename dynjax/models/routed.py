@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, UInt8
 from dynjax.core.controls import SampledPaths
 from dynjax.core.gates import PathGate
 from dynjax.models import rules
-from dynjax.models.blocks import Block, Mix, gather_pixels, pixels, repeat_pixels, spread_pixels
-from dynjax.models.registry import Family, budgeted, built_by, register
+from dynjax.models.blocks import Block, Down, Mix, pixels, repeat_pixels, spread_pixels
+from dynjax.models.registry import BUDGET, Family, built_by, register
 from dynjax.models.rules import DEEPEST, Rule, Scales, Width
 from dynjax.ops import Cell, Supernet
 
@@ -81,16 +81,6 @@ class Up(nnx.Module):
         return repeat_pixels(self.mix(x))
 
 
-class Down(nnx.Module):
-    """Twice the channels at half the resolution, odd sizes rounded up."""
-
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.mix = Mix(4 * channels, 2 * channels, _norm, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        return self.mix(gather_pixels(x))
-
-
 class LabelHead(nnx.Module):
     """Logits from the normalised means over the maps of all scales."""
 
@@ -144,7 +134,7 @@ def _layer(number: int, config: RoutedConfig, channels: Sequence[int], rngs: nnx
     cells = []
     for scale, width in enumerate(channels[: number + 1]):
         up = Up(width, rngs=rngs) if scale and not last else None
-        down = Down(width, rngs=rngs) if scale + 1 < config.scales and not last else None
+        down = Down(width, 2 * width, _norm, rngs=rngs) if scale + 1 < config.scales and not last else None
         gate = _gate(config, width, 1 + (up is not None) + (down is not None), rngs)
         operation = Block(width, _norm, rngs=rngs) if config.operation == "residual" else Separable(width, rngs=rngs)
         cells.append(Cell(operation, gate, up=up, down=down))
@@ -176,6 +166,6 @@ FAMILY = register(
         task=lambda config: config.task,
         tiny=dict(channels=4, scales=2, layers=2),
         rules=_rules,
-        uses=budgeted,
+        uses=BUDGET,
     )
 )

@@ -17,14 +17,8 @@ from dynjax.config import BudgetConfig, LossConfig
 from dynjax.core import budget, training, views
 from dynjax.core.trace import Trace, traced
 from dynjax.core.training import Call, Weighs
+from dynjax.models.likelihoods import Predicts
 from dynjax.tasks.task import Batch, Loss, Output, Progress
-
-
-@runtime_checkable
-class Predicts(Protocol):
-    """A model with several outputs, all of which are trained: exits, or the states of a block applied again."""
-
-    def predictions(self, x: jax.Array, /) -> list[jax.Array]: ...
 
 
 @runtime_checkable

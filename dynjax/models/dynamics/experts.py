@@ -56,9 +56,7 @@ def _rules(config: ExpertsConfig, backbone: BackboneConfig) -> Iterator[Rule]:
     return rules.routed(config.experts, config.top, config.least)
 
 
-def _uses(config: ExpertsConfig) -> frozenset[str]:
-    return router_uses(config.gate)
-
-
 SMALL = dict(layers=1, hidden=8, experts=2)
-FAMILY = register(Family(ExpertsConfig, build, tiny=SMALL, rules=_rules, uses=_uses), DynamicsConfig)
+FAMILY = register(
+    Family(ExpertsConfig, build, tiny=SMALL, rules=_rules, uses=lambda config: router_uses(config.gate)), DynamicsConfig
+)

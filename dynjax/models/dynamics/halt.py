@@ -5,13 +5,10 @@ from typing import Literal
 
 from flax import nnx
 
-from dynjax.core.controls import RandomGate
-from dynjax.core.gates import SampleGate
 from dynjax.models.dense import Dense, DynamicsConfig
-from dynjax.models.halting import GO_ON, Step
+from dynjax.models.halting import Step, make_halt
 from dynjax.models.registry import BUDGET, Family, register
 from dynjax.models.rules import Depth
-from dynjax.ops.halting import Halt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +23,7 @@ class HaltStepConfig:
 
 def build(config: HaltStepConfig, model: Dense, *, rngs: nnx.Rngs) -> Dense:
     width = model.backbone.widths[-1]
-    step = Step(width, rngs=rngs)
-    if config.gate == "random":
-        return model.coarsest([Halt(step, RandomGate(GO_ON, rngs=rngs), config.steps, kind="hard")])
-    return model.coarsest([Halt(step, SampleGate(width, rngs=rngs), config.steps, kind="act")])
+    return model.coarsest([make_halt(Step(width, rngs=rngs), config.gate, width, config.steps, rngs=rngs)])
 
 
-FAMILY = register(Family(HaltStepConfig, build, tiny=dict(steps=2), uses=lambda _: BUDGET), DynamicsConfig)
+FAMILY = register(Family(HaltStepConfig, build, tiny=dict(steps=2), uses=BUDGET), DynamicsConfig)

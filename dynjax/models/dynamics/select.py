@@ -5,40 +5,30 @@ from typing import Literal
 
 from flax import nnx
 
-from dynjax.core.controls import RandomGate
-from dynjax.core.gates import BranchGate
-from dynjax.models.blocks import PlainBlock
+from dynjax.models.blocks import PlainBlock, make_gate
 from dynjax.models.dense import Dense, DynamicsConfig
-from dynjax.models.dynamics.tiles import tiled
+from dynjax.models.dynamics.tiles import TiledConfig, tiled
 from dynjax.models.registry import BUDGET, Family, register
 from dynjax.ops import Select
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectConfig:
+class SelectConfig(TiledConfig):
     """The block itself or a plain 1x1 one, per tile."""
 
     family: Literal["select"] = "select"
-    tiles: tuple[int, ...] = (16, 8, 8)
-    """Side of a tile at each level, in pixels of that level's map; levels beyond stay static."""
-    gate: Literal["learned", "random"] = "learned"
 
 
 def build(config: SelectConfig, model: Dense, *, rngs: nnx.Rngs) -> Dense:
     def wrapper(block: nnx.Module, channels: int, level: int) -> Select:
-        size = config.tiles[level]
         # Starts with the residual block: bias 0 for the plain one, so the gate is as open as the others.
-        gate = (
-            RandomGate(0.5, branches=2, size=size, rngs=rngs)
-            if config.gate == "random"
-            else BranchGate(channels, 2, size=size, rngs=rngs)
-        )
+        gate = make_gate(config.gate, channels, size=config.tiles[level], branches=2, rngs=rngs)
         return Select([PlainBlock(channels, rngs=rngs), block], gate)
 
     return model.wrap(wrapper, len(config.tiles))
 
 
 FAMILY = register(
-    Family(SelectConfig, build, tiny=dict(tiles=(4,)), rules=tiled, uses=lambda _: BUDGET | {"loss.load_balance"}),
+    Family(SelectConfig, build, tiny=dict(tiles=(4,)), rules=tiled, uses=BUDGET | {"loss.load_balance"}),
     DynamicsConfig,
 )

@@ -6,8 +6,7 @@ from typing import Literal
 
 from flax import nnx
 
-from dynjax.core.controls import RandomGate
-from dynjax.core.gates import SampleGate
+from dynjax.models.blocks import make_gate
 from dynjax.models.dense import BackboneConfig, Dense, DynamicsConfig
 from dynjax.models.registry import BUDGET, Family, register
 from dynjax.models.rules import Rule
@@ -24,8 +23,7 @@ class SkipConfig:
 
 def build(config: SkipConfig, model: Dense, *, rngs: nnx.Rngs) -> Dense:
     def wrapper(block: nnx.Module, channels: int, level: int) -> Skip:
-        random = config.gate == "random"
-        return Skip(block, RandomGate(0.5, rngs=rngs) if random else SampleGate(channels, rngs=rngs))
+        return Skip(block, make_gate(config.gate, channels, rngs=rngs))
 
     return model.wrap(wrapper)
 
@@ -35,4 +33,4 @@ def _rules(config: SkipConfig, backbone: BackboneConfig) -> Iterator[Rule]:
     yield Rule("family", config.family, any(backbone.blocks), wanted)
 
 
-FAMILY = register(Family(SkipConfig, build, rules=_rules, uses=lambda _: BUDGET), DynamicsConfig)
+FAMILY = register(Family(SkipConfig, build, rules=_rules, uses=BUDGET), DynamicsConfig)

@@ -2,12 +2,11 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 from flax import nnx
 
-from dynjax.core.controls import RandomGate
-from dynjax.core.gates import TileGate
+from dynjax.models.blocks import make_gate
 from dynjax.models.dense import BackboneConfig, Dense, DynamicsConfig
 from dynjax.models.registry import BUDGET, Family, register
 from dynjax.models.rules import Rule, Sides
@@ -15,38 +14,33 @@ from dynjax.ops import Tiles
 
 
 @dataclasses.dataclass(frozen=True)
-class TilesConfig:
-    """Blocks run only on the tiles that their gate keeps."""
+class TiledConfig:
+    """Of dynamics of tiles: an abstract base."""
 
-    family: Literal["tiles"] = "tiles"
     tiles: Sides = (16, 8, 8)
     """Side of a tile at each level, in pixels of that level's map; levels beyond stay static."""
     gate: Literal["learned", "random"] = "learned"
 
 
+@dataclasses.dataclass(frozen=True)
+class TilesConfig(TiledConfig):
+    """Blocks run only on the tiles that their gate keeps."""
+
+    family: Literal["tiles"] = "tiles"
+
+
 def build(config: TilesConfig, model: Dense, *, rngs: nnx.Rngs) -> Dense:
     def wrapper(block: nnx.Module, channels: int, level: int) -> Tiles:
-        size = config.tiles[level]
-        if config.gate == "random":
-            return Tiles(block, RandomGate(0.5, size=size, rngs=rngs))
-        return Tiles(block, TileGate(channels, size=size, rngs=rngs))
+        return Tiles(block, make_gate(config.gate, channels, size=config.tiles[level], rngs=rngs))
 
     return model.wrap(wrapper, len(config.tiles))
 
 
-@runtime_checkable
-class InTiles(Protocol):
-    """Dynamics of tiles, whose sides are given by level."""
-
-    @property
-    def tiles(self) -> tuple[int, ...]: ...
-
-
-def tiled(config: InTiles, backbone: BackboneConfig) -> Iterator[Rule]:
+def tiled(config: TiledConfig, backbone: BackboneConfig) -> Iterator[Rule]:
     sides, levels = config.tiles, len(backbone.widths)
     yield Rule("tiles", sides, 1 <= len(sides) <= levels, f"one side for each of the first 1 to {levels} levels")
     has_blocks = all(backbone.blocks[: len(sides)])
     yield Rule("tiles", sides, has_blocks, f"of levels with blocks, and --model.backbone.blocks is {backbone.blocks}")
 
 
-FAMILY = register(Family(TilesConfig, build, tiny=dict(tiles=(4,)), rules=tiled, uses=lambda _: BUDGET), DynamicsConfig)
+FAMILY = register(Family(TilesConfig, build, tiny=dict(tiles=(4,)), rules=tiled, uses=BUDGET), DynamicsConfig)
