@@ -71,14 +71,9 @@ class Deployed(nnx.Module):
 def _compiled(fixed, state, arrays):
     """The output, and the variables that the call changed: decisions, while a trace is taken."""
     graphdef, tree, others = fixed
-    before = {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}
-    model = nnx.merge(graphdef, state, copy=True)
     leaves = [array if other is None else other[1] for array, other in zip(arrays, others, strict=True)]
     args, kwargs = tree.unflatten(leaves)
-    output = model(*args, **kwargs)
-    after = nnx.to_flat_state(nnx.state(model))
-    changed = [(path, variable) for path, variable in after if variable.get_value() is not before[path]]
-    return output, nnx.from_flat_state(changed)
+    return views.changed(nnx.merge(graphdef, state, copy=True), *args, **kwargs)
 
 
 def deploy(

@@ -5,6 +5,7 @@ Letters: B examples, H W pixels, h w tiles.
 
 import dataclasses
 import functools
+import operator
 import types
 from collections.abc import Callable
 from typing import Any
@@ -60,7 +61,7 @@ class Trace:
                 even = even + spent
                 continue
             unit = decision.cost.unit if isinstance(decision.cost, Linear) else (1.0,)
-            units = (decision.unit_keep() * jnp.asarray(unit, jnp.float32)[None, None]).sum(-1)
+            units = (decision.units(decision.keep) * jnp.asarray(unit, jnp.float32)[None, None]).sum(-1)
             fine = _pixels(units.reshape(decision.keep.shape[:3]), decision.tile, size)
             whole = fine.sum((1, 2), keepdims=True)
             # A picture smaller than the grid of tiles may miss those that were kept.
@@ -114,7 +115,7 @@ def traced(fn: Callable, *, examples: int | None = None) -> Callable:
         model: Any
         model, rest = (fn, args) if is_module else (args[0], args[1:])
         try:
-            output, decisions = seen(_call if is_module else fn, model, *rest, **kwargs)
+            output, decisions = seen(operator.call if is_module else fn, model, *rest, **kwargs)
         except (TypeError, ValueError) as error:
             if "__captures__" in str(error):  # where a transformation of nnx wants what it is given back as it was
                 raise ValueError(f"traced: a module {INSIDE}") from error
@@ -133,10 +134,6 @@ def traced(fn: Callable, *, examples: int | None = None) -> Callable:
         return output, Trace(decisions, static, full, number)
 
     return call
-
-
-def _call(model: Callable, *args, **kwargs):
-    return model(*args, **kwargs)
 
 
 def _examples(decisions: dict[str, Decision], args, kwargs, given: int | None) -> int:

@@ -5,6 +5,7 @@ Letters: B examples, K kinds.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard, get_args
 
@@ -14,8 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.core import cost, execute, views
-from dynjax.core.decision import Block, Decision, Linear, Place, Rule, record, seen, unseen
+from dynjax.core.decision import Block, Decision, Linear, Place, Rule, record, record_inside, seen, unseen
 from dynjax.core.execute import Execution, Strategy
+from dynjax.core.receptive import window_macs
 
 EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -93,8 +95,30 @@ class Wrapper(nnx.Module):
 
     def account_blocks(self, decision: Decision, blocks: Sequence[Callable], inputs: Sequence[execute.Tree]) -> None:
         """Record a decision about whole examples, whose kinds are these blocks on these inputs."""
-        own, inside = zip(*(own_macs(block, x) for block, x in zip(blocks, inputs, strict=True)), strict=True)
-        self.account(decision, own, own, inside=inside)
+        if self.tracing:
+            own, inside = zip(*(own_macs(block, x) for block, x in zip(blocks, inputs, strict=True)), strict=True)
+            self.account(decision, own, own, inside=inside)
+
+    def account_tiles(
+        self, decision: Decision, blocks: Sequence[Callable], x: Array, size: int, radii: Sequence[int]
+    ) -> None:
+        """Record a decision about tiles of `size` pixels of `x`, whose kinds are these blocks of these radii."""
+        if self.tracing:
+            unit = [window_macs(block, x, size, radius) for block, radius in zip(blocks, radii, strict=True)]
+            self.account(decision, unit, [macs_per_example(block, x) for block in blocks], tile_of(x, size))
+
+    def tiles(
+        self,
+        block: Callable,
+        x: Array,
+        keep: Float[Array, "B h w"],
+        size: int,
+        radius: int,
+        otherwise: Callable | None = None,
+    ) -> Array:
+        """`block(x)` on the tiles kept and `otherwise(x)` on the others; see `execute.tiles`."""
+        run = functools.partial(execute.tiles, execution=self.execution, strategy=self.strategy)
+        return run(ready(block, self.execution), x, keep, size=size, radius=radius, otherwise=otherwise)
 
     def samples(
         self,
@@ -115,7 +139,12 @@ class Wrapper(nnx.Module):
         probability = keep if probability is None else probability
         if self.execution == "masked":
             return run(self.opened(block, x, keep, probability), x, keep, otherwise=otherwise)
-        opened = _opened(ready(block, self.execution))
+        still = ready(block, self.execution)
+
+        def opened(x):
+            return seen(operator.call, still, x)
+
+        opened.__name__ = type(block).__name__
         _, spec = execute.shape_of(opened, x)
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), spec)
         rest = (lambda x: x) if otherwise is None else otherwise
@@ -149,32 +178,24 @@ class Wrapper(nnx.Module):
         """What gives `block(x)`, which is run here and now; decisions inside are recorded as `samples` says."""
         if not is_dynamic(block):
             return block
-        y, inner = _opened(block)(x)
+        y, inner = seen(operator.call, block, x)
         _record_inside(block, inner, keep, probability)
         return lambda _: y
-
-
-def _opened(block: nnx.Module) -> Callable:
-    """`block`, giving the decisions taken inside beside its output."""
-
-    def run(x):
-        return seen(lambda block, x: block(x), block, x)
-
-    run.__name__ = type(block).__name__
-    return run
 
 
 def _record_inside(
     block: nnx.Module, inner: dict[str, Decision], keep: Float[Array, " B"], probability: Float[Array, " B"]
 ) -> None:
     """Record decisions of modules of `block` as part of the decision about it."""
-    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(block)}
-    for path, decision in inner.items():
+
+    def both(decision: Decision) -> Decision:
         kept, probable = (
             chosen * outer.reshape(-1, *(1,) * (chosen.ndim - 1))
             for chosen, outer in ((decision.keep, keep), (decision.probability, probability))
         )
-        record(modules[path.split("#")[0]], dataclasses.replace(decision, keep=kept, probability=probable))
+        return dataclasses.replace(decision, keep=kept, probability=probable)
+
+    record_inside(block, {path: both(decision) for path, decision in inner.items()})
 
 
 def is_dynamic(block: Callable) -> TypeGuard[nnx.Module]:
@@ -231,7 +252,7 @@ def own_macs(block: Callable, x: execute.Tree) -> tuple[float, float]:
     whole, still = macs_per_example(block, x), views.still(block)
     if not is_dynamic(still):
         return whole, 0.0
-    inner = jax.eval_shape(lambda x: _opened(still)(x)[1], one_example(x)).values()
+    inner = jax.eval_shape(lambda x: seen(operator.call, still, x)[1], one_example(x)).values()
     return whole - sum(d.cost.masked for d in inner), sum(d.full_macs - d.excluded for d in inner)
 
 

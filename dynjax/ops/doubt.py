@@ -69,20 +69,8 @@ class Refine(Wrapper):
         shape = (x.shape[0], *wrapper.grid(x, size))
         unsure = doubt(self.likelihood, plain)[..., None]
         decision = self.expect(self.gate(unsure), "tile", EACH, shape, f"tiles of {size}")
-        if self.tracing:
-            one = jax.ShapeDtypeStruct((1, size, size, x.shape[-1]), x.dtype)
-            unit, whole = wrapper.macs_per_example(self.rich, one), wrapper.macs_per_example(self.rich, x)
-            self.account(decision, (unit,), (whole,), wrapper.tile_of(x, size))
-        params = execute.tiles(
-            wrapper.ready(self.rich, self.execution),
-            x,
-            decision.keep,
-            size=size,
-            radius=0,
-            otherwise=lambda _: plain,
-            execution=self.execution,
-            strategy=self.strategy,
-        )
+        self.account_tiles(decision, [self.rich], x, size, [0])
+        params = self.tiles(self.rich, x, decision.keep, size, 0, lambda _: plain)
         return params, execute.tile_pixels(decision.keep, size, x.shape[1:3])
 
 

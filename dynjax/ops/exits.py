@@ -3,7 +3,6 @@
 Letters: B examples, H W pixels, h w tiles, C channels, K classes, S stages.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -179,10 +178,8 @@ class Exits(Wrapper):
         rest = x if shapes[0] == shapes[1] else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), spec)
         if self.size is None:
             return self.samples(block, x, active, lambda _: (rest, out), probability)
-        stage, head = (wrapper.ready(part, self.execution) for part in (block.stage, block.head))
-        tiles = functools.partial(execute.tiles, size=self.size, execution=self.execution, strategy=self.strategy)
-        x = tiles(stage, x, active, radius=receptive_radius(stage, x), otherwise=lambda _: rest)
-        return x, tiles(head, x, active, radius=receptive_radius(head, x), otherwise=lambda _: out)
+        x = self.tiles(block.stage, x, active, self.size, receptive_radius(block.stage, x), lambda _: rest)
+        return x, self.tiles(block.head, x, active, self.size, receptive_radius(block.head, x), lambda _: out)
 
     def _account(self, inputs, keep, probability, tile):
         stages = [_Stage(stage, head) for stage, head in zip(self.stages, self.heads, strict=True)]

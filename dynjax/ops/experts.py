@@ -73,26 +73,19 @@ class Router(Gate):
     """
 
     def __init__(self, features: int, experts: int, *, top: int = 2, least: int | None = None, rngs: nnx.Rngs):
-        least = top if least is None else least
-        if not 1 <= least <= top <= experts:
-            raise ValueError(f"least={least}, top={top} and experts={experts} must ascend from 1")
+        self.top, self.least = _ascending(experts, top, least)
         init = nnx.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")  # small, as in Switch
         self.kernel = GateParam(init(rngs.params(), (features, experts)))
         self.threshold = Threshold(jnp.zeros(()))
         self.loss = RouterLoss(jnp.zeros(()))
         self.rngs = nnx.Rngs(gate=rngs.params())
-        self.top, self.least = top, least
 
     def terms(self, call: Call) -> dict[str, Array]:
         """`router_z`, the z-loss of the last training call."""
         return {"router_z": self.loss[...]}
 
     def __call__(self, x: Float[Array, "B *T C"]) -> Decision:
-        if x.shape[-1] != self.kernel.shape[0]:
-            raise ValueError(
-                f"Router was made for features={self.kernel.shape[0]}, but its input has shape {x.shape}: "
-                f"give it features={x.shape[-1]}"
-            )
+        gates.check_features(x, self.kernel.shape[0], self)
         logits = x.astype(jnp.float32) @ self.kernel[...].astype(jnp.float32)
         key = None
         if not self.deterministic:
@@ -110,10 +103,8 @@ class RandomRouter(Gate):
     """
 
     def __init__(self, experts: int, *, top: int = 2, least: int | None = None, rngs: nnx.Rngs):
-        least = top if least is None else least
-        if not 1 <= least <= top <= experts:
-            raise ValueError(f"least={least}, top={top} and experts={experts} must ascend from 1")
-        self.experts, self.top, self.least = experts, top, least
+        self.top, self.least = _ascending(experts, top, least)
+        self.experts = experts
         self.threshold = Threshold(jnp.zeros(()))
         self.rngs = nnx.Rngs(gate=rngs.params())
 
@@ -126,6 +117,13 @@ class RandomRouter(Gate):
             uniform = jax.random.uniform(self.rngs.gate(), shape)
         keep = route(gates.logistic(uniform), self.top, self.least, self.threshold[...])
         return Decision(keep, jnp.full(shape, 1 / self.experts), *_about(x, self.top))
+
+
+def _ascending(experts: int, top: int, least: int | None) -> tuple[int, int]:
+    least = top if least is None else least
+    if not 1 <= least <= top <= experts:
+        raise ValueError(f"least={least}, top={top} and experts={experts} must ascend from 1")
+    return top, least
 
 
 def _about(x: jax.Array, top: int) -> tuple[Place, Rule]:

@@ -42,24 +42,23 @@ def pondernet_rule(
     return weight, (mass - weight <= 0.5) | last
 
 
-def act_weights(halting: Float[Array, "... S"], epsilon: float = 0.01) -> Float[Array, "... S"]:
-    """Weights of the states of S steps from their halting probabilities; they sum to 1 (Graves 2016, section 2)."""
-    return _weights(halting, functools.partial(act_rule, epsilon=epsilon))
-
-
-def pondernet_distribution(lambdas: Float[Array, "... S"]) -> Float[Array, "... S"]:
-    """Probability of stopping after each of S steps; the last takes what is left, so that they sum to 1."""
-    return _weights(lambdas, pondernet_rule)
+def weights(halting: Float[Array, "... S"], rule: Callable) -> Float[Array, "... S"]:
+    """Weights of S steps from their halting probabilities: the last takes what is left, so that they sum to 1."""
+    mass, found = jnp.ones(halting.shape[:-1]), []
+    for n in range(halting.shape[-1]):
+        found.append(rule(halting[..., n], mass, n == halting.shape[-1] - 1)[0])
+        mass = mass - found[-1]
+    return jnp.stack(found, -1)
 
 
 def geometric_prior(rate: float, steps: int) -> Float[Array, " S"]:
     """PonderNet's prior: geometric, 1/`rate` steps in the mean, cut after `steps`.
 
-    Deviation: the last step takes the tail, as in `pondernet_distribution`, so that it is one and the KL can be 0.
+    Deviation: the last step takes the tail, as in `weights`, so that it is one and the KL can be 0.
     """
     if not 0 < rate < 1:
         raise ValueError(f"rate={rate} must be in (0, 1): the prior probability of stopping after any one step")
-    return pondernet_distribution(jnp.full((steps,), rate))
+    return weights(jnp.full((steps,), rate), pondernet_rule)
 
 
 def kl_to_prior(p: Float[Array, "... S"], prior: Float[Array, " S"]) -> Float[Array, "..."]:
@@ -73,14 +72,6 @@ def halting_distribution(decision: Decision) -> Float[Array, "B ... S"]:
     """Probability of stopping after each step, from the decision of a `Halt`: its weights, in training."""
     running = decision.probability
     return running - jnp.concatenate([running[..., 1:], jnp.zeros_like(running[..., :1])], -1)
-
-
-def _weights(halting: jax.Array, rule: Callable) -> jax.Array:
-    mass, weights = jnp.ones(halting.shape[:-1]), []
-    for n in range(halting.shape[-1]):
-        weights.append(rule(halting[..., n], mass, n == halting.shape[-1] - 1)[0])
-        mass = mass - weights[-1]
-    return jnp.stack(weights, -1)
 
 
 # Module

@@ -27,8 +27,7 @@ class PolicySkip(Wrapper):
     trained by straight-through Gumbel choices, together with the blocks or after them, unless `straight_through` is
     False; a block that is skipped is left out with its shortcut, as in `Skip`.
 
-    To train the policy as in the paper, by REINFORCE: `log_probability` of the traced decision, `blockdrop_reward` of
-    what it kept and, as the baseline, of what the deterministic policy keeps, `reinforce_loss`; and `set_curriculum`.
+    Without it the policy is trained as in the paper, by REINFORCE: `terms` has the loss, and `schedule` the curriculum.
     The paper's bound on the probabilities, for exploration, is left out.
 
     Args:
@@ -97,20 +96,12 @@ class PolicySkip(Wrapper):
             which = self.skip.index(number)
             otherwise = self.otherwise.get(str(number))
             x = self.samples(block, x, keep[:, which], otherwise, decision.probability[:, which])
-        if self.tracing:
-            self.account_blocks(decision, [self.blocks[number] for number in self.skip], inputs)
+        self.account_blocks(decision, [self.blocks[number] for number in self.skip], inputs)
         return x
 
 
 class Held(nnx.Variable):
     """Which blocks run for every example, whatever the policy says; none, unless a curriculum is under way."""
-
-
-def set_curriculum(model: nnx.Module, progress: Float[Array, ""] | float) -> None:
-    """Let the policies of `model` decide about the last blocks alone, and about all from `progress` = 1 on."""
-    for _, held in nnx.iter_graph(model):
-        if isinstance(held, Held):
-            held[...] = curriculum_mask(progress, held.shape[0]) == 0
 
 
 def curriculum_mask(progress: Float[Array, ""] | float, blocks: int) -> Float[Array, " K"]:

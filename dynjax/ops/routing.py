@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from dynjax.core import execute, views, wrapper
 from dynjax.core.decision import EACH, ONE, Decision
-from dynjax.core.receptive import receptive_radius, window_macs
+from dynjax.core.receptive import receptive_radius
 from dynjax.core.wrapper import Wrapper
 
 
@@ -48,15 +48,10 @@ class Select(Wrapper):
         hint = f"use BranchGate(channels, {len(self.blocks)}, size={size}, rngs=rngs)"
         decision = self.expect(self.gate(x), "example" if size is None else "tile", ONE, shape, hint)
         if size is None:
-            if self.tracing:
-                self.account_blocks(decision, self.blocks, [x] * len(self.blocks))
+            self.account_blocks(decision, self.blocks, [x] * len(self.blocks))
             return self.branches(self.blocks, x, decision.keep, decision.probability)
         radii = [receptive_radius(block, x) for block in self.blocks]
-        if self.tracing:
-            whole = [wrapper.macs_per_example(block, x) for block in self.blocks]
-            pairs = zip(self.blocks, radii, strict=True)
-            unit = [window_macs(block, x, size, radius) for block, radius in pairs]
-            self.account(decision, unit, whole, wrapper.tile_of(x, size))
+        self.account_tiles(decision, self.blocks, x, size, radii)
         blocks = [wrapper.ready(block, self.execution) for block in self.blocks]
         return execute.branches(
             blocks, x, decision.keep, size=size, radius=radii, execution=self.execution, strategy=self.strategy

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from dynjax.core import execute, views, wrapper
 from dynjax.core.decision import EACH, Decision
-from dynjax.core.receptive import receptive_radius, window_macs
+from dynjax.core.receptive import receptive_radius
 from dynjax.core.wrapper import Wrapper
 
 
@@ -81,17 +81,5 @@ class Tiles(Wrapper):
                     f"Tiles: {type(self.block).__name__} turns {x.shape[-1]} channels into {out[-1]}, so a tile cannot "
                     f"pass unchanged: give an otherwise=, for example nnx.Linear({x.shape[-1]}, {out[-1]}, rngs=rngs)"
                 )
-        if self.tracing:
-            unit = window_macs(self.block, x, size, radius)
-            whole = wrapper.macs_per_example(self.block, x)
-            self.account(decision, (unit,), (whole,), wrapper.tile_of(x, size))
-        return execute.tiles(
-            wrapper.ready(self.block, self.execution),
-            x,
-            decision.keep,
-            size=size,
-            radius=radius,
-            otherwise=self.otherwise,
-            execution=self.execution,
-            strategy=self.strategy,
-        )
+        self.account_tiles(decision, [self.block], x, size, [radius])
+        return self.tiles(self.block, x, decision.keep, size, radius, self.otherwise)

@@ -43,9 +43,8 @@ class Channels(Wrapper):
     """
 
     def __init__(self, first: Callable | Sequence[Callable], last: Callable | Sequence[Callable], gate: Callable):
-        self.first, self.last = _pair("Channels", first, last)
+        self.first, self.last, self.roles, self.hidden = _pair("Channels", first, last)
         self.gate = gate
-        self.roles, self.hidden = _named("Channels", self.first, self.last)
 
     def __call__(self, x: Float[Array, "B *axes C"]) -> Float[Array, "B *after D"]:
         decision = self.gate(x)
@@ -162,8 +161,7 @@ class Slimmable(Wrapper):
             raise ValueError(f"widths={tuple(widths)} must ascend in (0, 1] and end in 1")
         if norms not in ("switchable", "shared"):
             raise ValueError(f"norms={norms!r} must be 'switchable' or 'shared'")
-        self.first, self.last = _pair("Slimmable", first, last)
-        self.roles, self.hidden = _named("Slimmable", self.first, self.last)
+        self.first, self.last, self.roles, self.hidden = _pair("Slimmable", first, last)
         self.gate, self.widths = gate, tuple(widths)
         layers = [*self.first.layers, *self.last.layers]
         found = [(la, ro) for la, ro in zip(layers, self.roles, strict=True) if isinstance(la, nnx.BatchNorm)]
@@ -233,19 +231,16 @@ class Slimmable(Wrapper):
         return execute.branches(blocks, x, decision.keep, execution=self.execution, strategy=self.strategy)
 
 
-def _pair(name: str, first: Any, last: Any) -> tuple[nnx.Sequential, nnx.Sequential]:
-    pair = nnx.Sequential(*layers_of(first)), nnx.Sequential(*layers_of(last))
-    for part in pair:
+def _pair(name: str, first: Any, last: Any) -> tuple[nnx.Sequential, nnx.Sequential, tuple[Role, ...], int]:
+    """Both parts, their layers' roles and the number of hidden channels; errors name the wrapper."""
+    parts = nnx.Sequential(*layers_of(first)), nnx.Sequential(*layers_of(last))
+    for part in parts:
         wrapper.refuse_nested(name, part)
-    return pair
-
-
-def _named(name: str, first: nnx.Sequential, last: nnx.Sequential) -> tuple[tuple[Role, ...], int]:
     try:
-        found, hidden = roles(list(first.layers), list(last.layers))
+        found, hidden = roles(*(list(part.layers) for part in parts))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return tuple(found), hidden
+    return *parts, tuple(found), hidden
 
 
 def _own(norm: nnx.BatchNorm, role: Role, channels: int) -> nnx.BatchNorm:
