@@ -119,10 +119,6 @@ class Decision:
         """MACs spent per example; the gradient reaches the gate through `keep`."""
         return self.cost(self.units(self.keep).sum(1))
 
-    def expected_macs(self) -> Float[Array, " B"]:
-        """Expected MACs per example under `probability`; of experts, as many as a token can take."""
-        return self.cost(self.units(self.probability * (self.rule.most or 1)).sum(1))
-
     def units(self, chosen: Float[Array, "..."]) -> Float[Array, "B units kinds"]:
         """What is like `keep`, with every place of one example on one axis and the kinds (or 1) on the last."""
         kinds = 1 if chosen.ndim == AXES[self.place] else chosen.shape[-1]

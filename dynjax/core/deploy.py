@@ -15,7 +15,7 @@ from flax import nnx
 
 from dynjax.core import budget as budgets
 from dynjax.core import views
-from dynjax.core.trace import traced
+from dynjax.core.trace import Trace, traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,30 +134,25 @@ class Solver:
 
         self._run = measure
         self._spent: dict[float, np.ndarray] = {}
-        self._full: list[tuple[float, int]] = []
-        self._decides = False
+        traces = self._measured(budgets.LOWEST)
+        self.decides = any(trace.decisions for trace in traces)
+        """Whether the model decides anything."""
+        examples = sum(trace.examples for trace in traces)
+        self.full = sum(trace.full_macs * trace.examples for trace in traces) / examples
+        """MACs of an example with everything kept; of batches of pictures of several sizes, the mean over examples."""
 
     def spent(self, threshold: float) -> np.ndarray:
         """MACs of every calibration example under `threshold`."""
         if threshold not in self._spent:
-            found = [self._run(self._state, threshold, x) for x in self.batches]
-            # In float64, where sums of MACs do not depend on the order of the batches.
-            self._spent[threshold] = np.concatenate([np.asarray(macs, np.float64) for macs, _ in found])
-            self._full = [(trace.full_macs, trace.examples) for _, trace in found]
-            self._decides = any(trace.decisions for _, trace in found)
+            self._measured(threshold)
         return self._spent[threshold]
 
-    @property
-    def full(self) -> float:
-        """MACs of an example with everything kept; of batches of pictures of several sizes, the mean over examples."""
-        self.spent(budgets.LOWEST)
-        return sum(full * examples for full, examples in self._full) / sum(examples for _, examples in self._full)
-
-    @property
-    def decides(self) -> bool:
-        """Whether the model decides anything."""
-        self.spent(budgets.LOWEST)
-        return self._decides
+    def _measured(self, threshold: float) -> list[Trace]:
+        """The traces of all batches, whose MACs are remembered."""
+        found = [self._run(self._state, threshold, x) for x in self.batches]
+        # In float64, where sums of MACs do not depend on the order of the batches.
+        self._spent[threshold] = np.concatenate([np.asarray(macs, np.float64) for macs, _ in found])
+        return [trace for _, trace in found]
 
     def deploy(self, budget: float | int) -> Deployed:
         """As the function `deploy`."""

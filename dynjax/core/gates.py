@@ -97,21 +97,19 @@ def top_k(logits: Float[Array, "... N"], k: int) -> Float[Array, "... N"]:
 
 def pool_tiles(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]:
     """Mean over each tile of `size` pixels; a tile cut by the border counts only the pixels it has."""
-    height, width = x.shape[1:3]
-    pad = ((0, 0), (0, -height % size), (0, -width % size), (0, 0))
-
-    def sums(a):
-        a = jnp.pad(a, pad)
-        return a.reshape(a.shape[0], a.shape[1] // size, size, a.shape[2] // size, size, a.shape[3]).sum((2, 4))
-
-    return sums(x) / sums(jnp.ones((1, height, width, 1), x.dtype))
+    pixels = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+    return _in_tiles(x, size).sum((2, 4)) / _in_tiles(pixels, size).sum((2, 4))
 
 
 def max_tiles(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]:
     """Maximum over each tile of `size` pixels."""
-    pad = ((0, 0), (0, -x.shape[1] % size), (0, -x.shape[2] % size), (0, 0))
-    x = jnp.pad(x, pad, constant_values=-jnp.inf)
-    return x.reshape(x.shape[0], x.shape[1] // size, size, x.shape[2] // size, size, x.shape[3]).max((2, 4))
+    return _in_tiles(x, size, -jnp.inf).max((2, 4))
+
+
+def _in_tiles(x: jax.Array, size: int, fill: float = 0) -> jax.Array:
+    """(B, H, W, C) as (B, h, size, w, size, C), filled up at the end."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, -x.shape[2] % size), (0, 0)), constant_values=fill)
+    return x.reshape(x.shape[0], x.shape[1] // size, size, x.shape[2] // size, size, x.shape[3])
 
 
 def log_entropy(logits: Float[Array, "... K"]) -> Float[Array, "..."]:

@@ -37,11 +37,8 @@ class Trace:
 
     def macs(self) -> Float[Array, " B"]:
         """MACs spent per example, the static part included; straight-through gradient to the gates."""
-        return self._sum(Decision.macs)
-
-    def expected_macs(self) -> Float[Array, " B"]:
-        """Expected MACs per example under the gates' probabilities, the static part included."""
-        return self._sum(Decision.expected_macs)
+        start = jnp.full((self.examples,), self.static_macs, jnp.float32)
+        return sum((decision.macs() for decision in self.decisions.values()), start)
 
     def fraction(self) -> Float[Array, " B"]:
         """`macs` as a share of `full_macs`."""
@@ -73,10 +70,6 @@ class Trace:
         """Per wrapper `kept`, the share of its units kept, and `macs`, its share of all MACs; means over the batch."""
         total = self.macs().mean()
         return {path: {"kept": d.kept(), "macs": d.macs().mean() / total} for path, d in self.decisions.items()}
-
-    def _sum(self, macs: Callable[[Decision], jax.Array]) -> jax.Array:
-        start = jnp.full((self.examples,), self.static_macs, jnp.float32)
-        return sum((macs(d) for d in self.decisions.values()), start)
 
 
 def _pixels(units: jax.Array, tile: tuple[float, float] | None, size: tuple[int, int]) -> jax.Array:

@@ -205,14 +205,13 @@ def is_dynamic(block: Callable) -> TypeGuard[nnx.Module]:
 
 def refuse_nested(wrapper: str, block: Callable) -> None:
     """Raise ValueError if `block` holds dynamic modules, whose decisions could not be told apart by example."""
-    if is_dynamic(block):
-        found = ((path, module) for path, module in nnx.iter_modules(block) if isinstance(module, Wrapper))
-        path, module = next(found)
-        raise ValueError(
-            f"{wrapper} around a module that is dynamic already ({type(module).__name__} at {_name(path)}): "
-            "wrap the outer module or the inner one, not both; Skip, Select, Exits and PolicySkip per example may be "
-            "around one"
-        )
+    for path, module in nnx.iter_modules(block) if isinstance(block, nnx.Module) else ():
+        if isinstance(module, Wrapper):
+            raise ValueError(
+                f"{wrapper} around a module that is dynamic already ({type(module).__name__} at {_name(path)}): "
+                "wrap the outer module or the inner one, not both; Skip, Select, Exits and PolicySkip per example may "
+                "be around one"
+            )
 
 
 def ready(block: Block, execution: str) -> Block:
@@ -259,6 +258,11 @@ def own_macs(block: Callable, x: execute.Tree) -> tuple[float, float]:
 def grid(x: jax.Array, size: int) -> tuple[int, int]:
     """Rows and columns of tiles of `size` pixels on `x`; the last ones may be cut by the border."""
     return -(-x.shape[1] // size), -(-x.shape[2] // size)
+
+
+def tile_size(gate: Callable | None) -> int | None:
+    """Side in pixels of the tiles that a gate decides about; None where it decides about whole examples."""
+    return getattr(gate, "size", None)
 
 
 def tile_of(x: jax.Array, size: int | None) -> tuple[float, float] | None:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import UInt8
 
+from dynjax.data.pictures import one_line
+
 MOST_OPCODES = 500_000  # an official batch of 10,000 pictures has 50,000; each may keep a few hundred bytes
 
 
@@ -33,7 +35,7 @@ def read_data(content: bytes) -> Any:
     except (IndexError, KeyError, TypeError) as error:  # of an empty stack, of a memo without that entry
         raise ValueError(f"not a whole pickle ({type(error).__name__})") from None
     except Exception as error:  # what damaged text raises while it is decoded
-        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+        raise ValueError(one_line(error)) from None
     raise ValueError("not a whole pickle")
 
 

@@ -25,10 +25,8 @@ class Uncertain(Protocol):
 
     @property
     def values(self) -> int: ...
-
     @property
     def channels(self) -> int: ...
-
     def entropy(self, params: Array, /) -> Array: ...
 
 
@@ -59,7 +57,7 @@ class Refine(Wrapper):
     @property
     def tile(self) -> int:
         """Side in pixels of the tiles that the gate decides about; 1 without a gate."""
-        return getattr(self.gate, "size", 1)
+        return wrapper.tile_size(self.gate) or 1
 
     def __call__(self, x: Float[Array, "B h w K"]) -> tuple[Float[Array, "B h w P"], Float[Array, "B h w"]]:
         """Parameters, and 1 where the rich network gave them."""

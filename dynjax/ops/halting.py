@@ -126,7 +126,8 @@ class Halt(Wrapper):
             raise ValueError(f"max_steps={max_steps} must be at least 1")
         if not 0 < epsilon < 1:
             raise ValueError(f"epsilon={epsilon} must be in (0, 1)")
-        size = getattr(gate, "size", None)
+        self.size = size = wrapper.tile_size(gate)
+        self.place: Place = "example" if size is None else "tile"
         if kind == "pondernet" and size is not None:
             raise ValueError(
                 f"kind='pondernet' halts whole examples, and the gate has tiles of size={size}: in training no "
@@ -148,7 +149,7 @@ class Halt(Wrapper):
 
     def predictions(self, x: execute.Tree) -> list[execute.Tree]:
         """The state after each of the steps, whatever halts (tiles that have halted stay), to train on them all."""
-        states, keep, mass = self._masked(self._start(x), freeze=self._size is not None)
+        states, keep, mass = self._masked(self._start(x), freeze=self.size is not None)
         self._account(x, keep, mass)
         return [state for state, _ in states]
 
@@ -164,14 +165,6 @@ class Halt(Wrapper):
         p = halting_distribution(call.own()[0]) if call.shares is None else call.shares
         return {"ponder": call.mean(kl_to_prior(p, prior))}
 
-    @property
-    def _size(self) -> int | None:
-        return getattr(self.gate, "size", None)
-
-    @property
-    def _place(self) -> Place:
-        return "example" if self._size is None else "tile"
-
     def _start(self, x):
         """State, output so far, mass left, and what still runs (both per example or tile)."""
         shapes = [jax.tree.map(lambda a: a.shape, tree) for tree in (x, execute.shape_of(views.still(self.step), x))]
@@ -180,7 +173,7 @@ class Halt(Wrapper):
                 f"Halt applies a module to what it gave, so it must keep the shape; {type(self.step).__name__} turns "
                 f"{shapes[0]} into {shapes[1]}"
             )
-        grid = () if self._size is None else wrapper.grid(x, self._size)
+        grid = () if self.size is None else wrapper.grid(x, self.size)
         ones = jnp.ones((jax.tree.leaves(x)[0].shape[0], *grid), jnp.float32)
         return x, jax.tree.map(jnp.zeros_like, x), ones, ones
 
@@ -189,8 +182,8 @@ class Halt(Wrapper):
         state, out, mass, active = carry
         run = active if freeze else jnp.ones_like(active)
         state = jax.tree.map(lambda new, old: new.astype(old.dtype), step(state, run), state)
-        hint = f"use {'SampleGate' if self._size is None else 'TileGate'}"
-        decision = self.expect(gate(state), self._place, EACH, run.shape, hint)
+        hint = f"use {'SampleGate' if self.size is None else 'TileGate'}"
+        decision = self.expect(gate(state), self.place, EACH, run.shape, hint)
         halting = 1 - (decision.keep if self.kind == "hard" else decision.probability)
         rule = functools.partial(act_rule, epsilon=self.epsilon) if self.kind == "act" else pondernet_rule
         weight, stop = rule(halting.astype(jnp.float32), mass, last)
@@ -200,17 +193,15 @@ class Halt(Wrapper):
         return state, out, mass - run * weight, active * (1 - stop)
 
     def _weighted(self, weight, x):
-        """`x` times a weight of examples or tiles; 0 where that is 0."""
-        if self._size is not None:
-            weight = execute.tile_pixels(weight, self._size, x.shape[1:3])
-        weight = weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim)).astype(x.dtype)
-        return weight * execute.finite(x, unless=weight != 0)
+        """`x` times a weight of examples or tiles."""
+        fine = weight if self.size is None else execute.tile_pixels(weight, self.size, x.shape[1:3])
+        return execute.weighted(fine, x)
 
     def _masked(self, carry, freeze):
         def step(state, run):
-            if self._size is None:
+            if self.size is None:
                 return execute.samples(self.step, state, run)
-            return execute.tiles(self.step, state, run, size=self._size, radius=receptive_radius(self.step, state))
+            return execute.tiles(self.step, state, run, size=self.size, radius=receptive_radius(self.step, state))
 
         states, keeps, masses = [], [], []
         for n in range(self.max_steps):
@@ -222,7 +213,7 @@ class Halt(Wrapper):
         return states, jnp.stack(keeps, -1), jnp.stack(masses, -1)
 
     def _compact(self, step, gate, start):
-        size, strategy = self._size, self.strategy
+        size, strategy = self.size, self.strategy
         radius = 0 if size is None else receptive_radius(step, start[0])
 
         def run_step(state, run):
@@ -259,10 +250,10 @@ class Halt(Wrapper):
         if not self.tracing:
             return
         whole = wrapper.macs_per_example(self.step, x)
-        if self._size is None:
+        if self.size is None:
             unit = whole = whole + wrapper.macs_per_example(self.gate, x)
         else:
-            unit = window_macs(self.step, x, self._size, receptive_radius(self.step, x))
-        decision = Decision(straight_through(keep, mass), mass, self._place, PREFIX)
+            unit = window_macs(self.step, x, self.size, receptive_radius(self.step, x))
+        decision = Decision(straight_through(keep, mass), mass, self.place, PREFIX)
         units, wholes = (unit,) * self.max_steps, (whole,) * self.max_steps
-        self.account(decision, units, wholes, None if self._size is None else wrapper.tile_of(x, self._size))
+        self.account(decision, units, wholes, None if self.size is None else wrapper.tile_of(x, self.size))

@@ -85,7 +85,8 @@ class PolicySkip(Wrapper):
         hint = f"use ChannelGate(features, {len(self.skip)}, rngs=rngs), or FixedGate(keep, rule=EACH)"
         shape = (x.shape[0], len(self.skip))
         decision = self.expect(self.gate(x), "example", EACH, shape, hint)
-        decision = hold(decision, self.held[...])
+        keep, probability = (jnp.where(self.held[...][None], 1, a) for a in (decision.keep, decision.probability))
+        decision = dataclasses.replace(decision, keep=keep, probability=probability)
         keep = decision.keep if self.straight_through else jax.lax.stop_gradient(decision.keep)
         inputs = []
         for number, block in enumerate(self.blocks):
@@ -109,12 +110,6 @@ def curriculum_mask(progress: Float[Array, ""] | float, blocks: int) -> Float[Ar
     those before, which all run (BlockDrop, section 3: training starts with the last block and adds those before)."""
     free = jnp.clip(jnp.ceil(jnp.asarray(progress, jnp.float32) * blocks - 1e-4), 1, blocks)
     return (jnp.arange(blocks) >= blocks - free).astype(jnp.float32)
-
-
-def hold(decision: Decision, held: Bool[Array, " K"]) -> Decision:
-    """`decision`, with everything kept for sure where `held`."""
-    keep, probability = (jnp.where(held[None], 1, chosen) for chosen in (decision.keep, decision.probability))
-    return dataclasses.replace(decision, keep=keep, probability=probability)
 
 
 def log_probability(decision: Decision) -> Float[Array, " B"]:

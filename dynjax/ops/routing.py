@@ -38,12 +38,12 @@ class Select(Wrapper):
     def __init__(self, blocks: Sequence[Callable], gate: Callable):
         if not blocks:
             raise ValueError("Select needs at least one module; blocks is empty")
-        for block in blocks if getattr(gate, "size", None) is not None else ():
+        for block in blocks if wrapper.tile_size(gate) is not None else ():
             wrapper.refuse_nested("Select per tile", block)
         self.blocks, self.gate = nnx.List(blocks), gate
 
     def __call__(self, x: Float[Array, "B ..."]) -> Array:
-        size = getattr(self.gate, "size", None)
+        size = wrapper.tile_size(self.gate)
         shape = (x.shape[0], *(() if size is None else wrapper.grid(x, size)), len(self.blocks))
         hint = f"use BranchGate(channels, {len(self.blocks)}, size={size}, rngs=rngs)"
         decision = self.expect(self.gate(x), "example" if size is None else "tile", ONE, shape, hint)
@@ -139,7 +139,7 @@ class Cell(Wrapper):
         for path in self.paths:
             if path == "keep":  # h is x where the cell is dropped
                 weight = opens[path] * weights[path] + (1 - runs)
-                out[path] = Flow(_scaled(weight, h), arrived * jnp.maximum(opens[path], 1 - runs))
+                out[path] = Flow(execute.weighted(weight, h), arrived * jnp.maximum(opens[path], 1 - runs))
             else:
                 y = _along(wrapper.ready(ways[path], self.execution), h, opens[path], weights[path], samples)
                 out[path] = Flow(y, opens[path])
@@ -172,15 +172,9 @@ def _along(path: Callable, h: jax.Array, opens: jax.Array, weight: jax.Array, sa
 
     def weighted(args):
         h, weight = args
-        return _scaled(weight, path(h))
+        return execute.weighted(weight, path(h))
 
     return samples(weighted, (h, weight), opens, otherwise=lambda _: jnp.zeros(spec.shape, spec.dtype))
-
-
-def _scaled(weight: Float[Array, " B"], x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """`x` times a weight of each example; 0 where that is 0."""
-    weight = weight.astype(x.dtype)[:, None, None, None]
-    return weight * execute.finite(x, unless=weight != 0)
 
 
 def _same(x: jax.Array) -> jax.Array:

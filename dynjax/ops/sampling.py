@@ -35,12 +35,10 @@ class Draws(Protocol):
 class Autoregressive(Protocol):
     """A model of every pixel given those before it, for pictures of one shape (H, W, C)."""
 
-    @property
-    def shape(self) -> tuple[int, int, int]: ...
+    shape: tuple[int, int, int]
 
     @property
     def likelihood(self) -> Draws: ...
-
     def __call__(self, x: Array, label: Array | None = None, /) -> Array: ...
 
 
@@ -52,7 +50,6 @@ class InUnits(Autoregressive, Protocol):
 
     @property
     def units(self) -> tuple[int, int]: ...
-
     def start(self, examples: int, window: int = 1, /) -> Any: ...
 
     def window(self, x: Array, cache: Any, first: Array, label: Array | None, /) -> tuple[Array, Any]: ...
@@ -128,8 +125,7 @@ def pixel_by_pixel(
     def body(k: Array, x: Array) -> Array:
         row, column = k // width, k % width
         params, own, fixed = (_at(_at(tree, row), column) for tree in (model(x, label), noise, known))
-        drawn = model.likelihood.draw(params, own)
-        drawn = drawn if fixed is None else jnp.where(fixed.where[:, None], fixed.image, drawn)
+        drawn = _keep_known(model.likelihood.draw(params, own), fixed)
         return lax.dynamic_update_slice(x, drawn[:, None, None], (0, row, column, 0))
 
     x = lax.fori_loop(0, height * width, body, blank)
@@ -155,10 +151,7 @@ def cached(
         own, fixed = _at(noise, number), _at(given, number)
 
         def draw(params: Array, place: Array) -> Array:
-            drawn = model.likelihood.draw(params, _at(own, place))
-            if fixed is None:
-                return drawn
-            return jnp.where(_at(fixed.where, place)[:, None], _at(fixed.image, place), drawn)
+            return _keep_known(model.likelihood.draw(params, _at(own, place)), _at(fixed, place))
 
         unit, cache = model.draw_unit(cache, number, label, draw)
         return cache, unit
