@@ -137,10 +137,6 @@ def _loop(kernel_of, geometry, x, codes, shared):
     return lax.map(one, (x, codes))
 
 
-def _loop_forward(kernel_of, geometry, x, codes, shared):
-    return _loop(kernel_of, geometry, x, codes, shared), (x, codes, shared)
-
-
 def _loop_backward(kernel_of, geometry, saved, slopes):
     """One example after the other. Autodiff of the loop would convolve with pictures as kernels, and XLA on CPUs is an
     order of magnitude slower at that than at the static convolution's gradient."""
@@ -159,7 +155,7 @@ def _loop_backward(kernel_of, geometry, saved, slopes):
     return images, own, jax.tree.map(lambda t, leaf: t.astype(leaf.dtype), total, shared)
 
 
-_loop.defvjp(_loop_forward, _loop_backward)
+_loop.defvjp(lambda kernel_of, geometry, *saved: (_loop(kernel_of, geometry, *saved), saved), _loop_backward)
 
 
 def _grouped(geometry, x, kernels):

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard, get_args
+from typing import Any, TypeGuard, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,6 @@ from dynjax.core import cost, execute, views
 from dynjax.core.decision import Block, Decision, Linear, Place, Rule, record, record_inside, seen, unseen
 from dynjax.core.execute import Execution, Strategy
 from dynjax.core.receptive import window_macs
-
-EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
 class Wrapper(nnx.Module):
@@ -39,13 +36,13 @@ class Wrapper(nnx.Module):
     ) -> None:
         # The last is for the blocks alone; named here, since nnx.view refuses names that no module has.
         if execution is not None:
-            if execution not in EXECUTIONS:
+            if execution not in get_args(Execution):
                 raise ValueError(f"execution={execution!r} must be 'masked' or 'compact'")
-            self.execution = execution
+            self.execution = cast(Execution, execution)
         if strategy is not None:
-            if strategy not in STRATEGIES:
+            if strategy not in get_args(Strategy):
                 raise ValueError(f"strategy={strategy!r} must be 'auto', 'loop' or 'buckets'")
-            self.strategy = strategy
+            self.strategy = cast(Strategy, strategy)
         if deterministic is not None:
             self.deterministic = deterministic
 
@@ -265,9 +262,9 @@ def tile_size(gate: Callable | None) -> int | None:
     return getattr(gate, "size", None)
 
 
-def tile_of(x: jax.Array, size: int | None) -> tuple[float, float] | None:
+def tile_of(x: jax.Array, size: int) -> tuple[float, float]:
     """Sides of a tile of `size` pixels as shares of the height and width of `x`."""
-    return None if size is None else (size / x.shape[1], size / x.shape[2])
+    return size / x.shape[1], size / x.shape[2]
 
 
 def _name(path) -> str:

@@ -164,8 +164,7 @@ class Exits(Wrapper):
                 agreed = (agreed + 1) * (after.argmax(-1) == out.argmax(-1))
             out = after
         if self.tracing:
-            tile = None if self.size is None else wrapper.tile_of(x, self.size)
-            self._account(inputs, jnp.stack(keeps, -1), jnp.stack(probabilities, -1), tile)
+            self._account(inputs, x, jnp.stack(keeps, -1), jnp.stack(probabilities, -1))
         return out
 
     def _step(self, number, x, out, active, probability):
@@ -181,7 +180,7 @@ class Exits(Wrapper):
         x = self.tiles(block.stage, x, active, self.size, receptive_radius(block.stage, x), lambda _: rest)
         return x, self.tiles(block.head, x, active, self.size, receptive_radius(block.head, x), lambda _: out)
 
-    def _account(self, inputs, keep, probability, tile):
+    def _account(self, inputs, last, keep, probability):
         stages = [_Stage(stage, head) for stage, head in zip(self.stages, self.heads, strict=True)]
         if self.size is None:
             self.account_blocks(Decision(keep, probability, "example", PREFIX), stages, inputs)
@@ -192,7 +191,7 @@ class Exits(Wrapper):
             after = execute.shape_of(views.still(block.stage), x)
             pairs = ((block.stage, x), (block.head, after))
             unit.append(sum(window_macs(b, v, self.size, receptive_radius(b, v)) for b, v in pairs))
-        self.account(Decision(keep, probability, "tile", PREFIX), unit, whole, tile)
+        self.account(Decision(keep, probability, "tile", PREFIX), unit, whole, wrapper.tile_of(last, self.size))
 
 
 class _Stage(nnx.Module):

@@ -224,20 +224,19 @@ class Halt(Wrapper):
         def advance(carry, last):
             return self._advance(run_step, gate, carry, last, freeze=True)
 
-        # A CPU takes the examples one by one, and of each the tiles; others take the tiles of all examples at once.
-        one_by_one = strategy == "loop" or (strategy == "auto" and jax.default_backend() == "cpu")
-
         def body(loop):
             n, carry, keeps, masses = loop
             _, _, mass, active = carry
             keeps, masses = keeps.at[n].set(active), masses.at[n].set(mass * active)
-            advance_now = functools.partial(advance, last=n == self.max_steps - 1)
-            if size is None or one_by_one:
+            now = functools.partial(advance, last=n == self.max_steps - 1)
+
+            def one_by_one():
                 some = active.reshape(active.shape[0], -1).max(1)
-                carry = execute.samples(advance_now, carry, some, execution="compact", strategy=strategy)
-            else:
-                carry = advance_now(carry)
-            return n + 1, carry, keeps, masses
+                return execute.samples(now, carry, some, execution="compact", strategy=strategy)
+
+            # A CPU takes the examples one by one, and of each the tiles; others take the tiles of all examples at once.
+            new = one_by_one() if size is None else execute.by_platform(strategy, one_by_one, lambda: now(carry))
+            return n + 1, new, keeps, masses
 
         def goes_on(loop):
             return (loop[0] < self.max_steps) & (loop[1][3].max() > 0)
@@ -249,11 +248,11 @@ class Halt(Wrapper):
     def _account(self, x, keep, mass):
         if not self.tracing:
             return
-        whole = wrapper.macs_per_example(self.step, x)
+        whole, tile = wrapper.macs_per_example(self.step, x), None
         if self.size is None:
             unit = whole = whole + wrapper.macs_per_example(self.gate, x)
         else:
             unit = window_macs(self.step, x, self.size, receptive_radius(self.step, x))
+            tile = wrapper.tile_of(x, self.size)
         decision = Decision(straight_through(keep, mass), mass, self.place, PREFIX)
-        units, wholes = (unit,) * self.max_steps, (whole,) * self.max_steps
-        self.account(decision, units, wholes, None if self.size is None else wrapper.tile_of(x, self.size))
+        self.account(decision, (unit,) * self.max_steps, (whole,) * self.max_steps, tile)

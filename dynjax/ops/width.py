@@ -105,20 +105,11 @@ class Channels(Wrapper):
 
         def buckets():
             y, size = zeros, self.hidden // groups
+            samples = functools.partial(execute.samples, execution="compact", strategy="buckets")
             for group in range(groups):
                 part = self._slice(layers, span(group * size, size), groups, 1)
-
-                def add(pair, part=part):
-                    return part(pair[0]) + pair[1]
-
-                y = execute.samples(
-                    add,
-                    (x, y),
-                    keep[:, group],
-                    otherwise=lambda pair: pair[1],
-                    execution="compact",
-                    strategy="buckets",
-                )
+                add = lambda pair, part=part: part(pair[0]) + pair[1]  # noqa: E731
+                y = samples(add, (x, y), keep[:, group], otherwise=lambda pair: pair[1])
             return y
 
         return execute.by_platform(self.strategy, loop, buckets)
