@@ -32,6 +32,10 @@ _UNEVEN = (
     "inside, a pattern or noise over the map, offsets that follow the content, numbers taken from the map's size): "
     "tiles would be wrong; wrap smaller parts of it"
 )
+_MIXING = (
+    "it mixes the examples of a batch (statistics, an order or noise over the batch): what is computed for some of "
+    "them only would be wrong; leave it outside"
+)
 _REMEMBERED = 256
 _answers: dict = {}
 
@@ -106,7 +110,7 @@ def _probed(block: Callable, channels: int, dtype: np.dtype) -> int:
         problem = _WIDE.format(_culprit(block)) if wide else _ACROSS
         if furthest >= _PROBES[0] - 1:
             break
-    raise ValueError(_mixes_examples(run, maps, dtype) or problem)
+    raise ValueError(_MIXING if _mixes_examples(run, maps, dtype) else problem)
 
 
 class _Maps(NamedTuple):
@@ -174,16 +178,11 @@ def _windows_fit(run: Callable, y: np.ndarray, maps: _Maps, reach: int, toleranc
     return bool(np.concatenate(wrong).mean() <= 1e-4)
 
 
-def _mixes_examples(run: Callable, maps: _Maps, dtype: np.dtype) -> str:
-    """What to say of a block whose result for an example depends on the others; nothing of other blocks."""
+def _mixes_examples(run: Callable, maps: _Maps, dtype: np.dtype) -> bool:
+    """Whether the result for an example depends on the others."""
     together = run(maps.values[:2])
     alone = np.concatenate([run(maps.values[:1]), run(maps.values[1:2])])
-    if not _differ(alone, together, _tolerance(dtype)).any():
-        return ""
-    return (
-        "it mixes the examples of a batch (statistics, an order or noise over the batch): what is computed for some of "
-        "them only would be wrong; leave it outside"
-    )
+    return bool(_differ(alone, together, _tolerance(dtype)).any())
 
 
 def _tolerance(dtype: np.dtype) -> float:

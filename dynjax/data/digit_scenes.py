@@ -25,17 +25,9 @@ BACKGROUND = 10
 SCENES = 2000  # where data.examples says nothing
 
 _PHOTOS = (
-    ("sklearn", "datasets/images/china.jpg"),
-    ("sklearn", "datasets/images/flower.jpg"),
-    ("skimage", "data/astronaut.png"),
-    ("skimage", "data/brick.png"),
-    ("skimage", "data/camera.png"),
-    ("skimage", "data/chelsea.png"),
-    ("skimage", "data/coffee.png"),
-    ("skimage", "data/grass.png"),
-    ("skimage", "data/gravel.png"),
-    ("skimage", "data/motorcycle_left.png"),
-    ("skimage", "data/rocket.jpg"),
+    *(("sklearn", f"datasets/images/{name}") for name in ("china.jpg", "flower.jpg")),
+    *(("skimage", f"data/{name}.png") for name in ("astronaut", "brick", "camera", "chelsea", "coffee", "grass")),
+    *(("skimage", f"data/{name}") for name in ("gravel.png", "motorcycle_left.png", "rocket.jpg")),
 )
 _SHARES = (0.6, 0.2, 0.2)  # of the digits, for train, val, test
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)

@@ -211,8 +211,7 @@ class Experts(Wrapper):
     def _masked(self, x: Float[Array, "N C"], weight: Float[Array, "N E"]) -> Float[Array, "N C"]:
         hidden = self.activation(jnp.einsum("nc,ech->enh", x, self.up[...]) + self.up_bias[...][:, None])
         y = jnp.einsum("enh,ehc->enc", hidden, self.down[...]) + self.down_bias[...][:, None]
-        weight = weight.T[..., None].astype(y.dtype)
-        return (execute.finite(y, unless=weight != 0) * weight).sum(0)
+        return execute.weighted(weight.T, y).sum(0)
 
     def _compact(self, x, keep, weight, most):
         chosen, taken, place, sizes = places(keep, most)

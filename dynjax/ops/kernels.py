@@ -10,7 +10,7 @@ of a condition.
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, Unpack
 
 import jax
@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.core import convolve
+from dynjax.core.convolve import Sides
 from dynjax.core.decision import MIXTURE, Decision, record
 from dynjax.ops.attention import Activation, Attention
 from dynjax.ops.dynamize import dynamize
@@ -28,7 +29,7 @@ class ConvOptions(TypedDict, total=False):
     """Options of `nnx.Conv` that all of these have."""
 
     padding: convolve.Padding
-    kernel_dilation: int | Sequence[int]
+    kernel_dilation: Sides
     feature_group_count: int
     use_bias: bool
 
@@ -45,13 +46,13 @@ class _ExampleConv(nnx.Module):
         self,
         in_features: int,
         out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int],
+        kernel_size: Sides,
+        strides: Sides,
         *,
         kernels: int | None = None,
         biases: int | None = None,
         padding: convolve.Padding = "SAME",
-        kernel_dilation: int | Sequence[int] = 1,
+        kernel_dilation: Sides = 1,
         feature_group_count: int = 1,
         use_bias: bool = True,
         rngs: nnx.Rngs,
@@ -108,8 +109,8 @@ class _Mixture(_ExampleConv):
         self,
         in_features: int,
         out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] = 1,
+        kernel_size: Sides,
+        strides: Sides = 1,
         *,
         kernels: int = 4,
         reduction: int | None = None,
@@ -211,8 +212,8 @@ class HyperConv(_ExampleConv):
         self,
         in_features: int,
         out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] = 1,
+        kernel_size: Sides,
+        strides: Sides = 1,
         *,
         rank: int = 4,
         hidden: int = 16,

@@ -117,7 +117,7 @@ class Cell(Wrapper):
         ways = self._ways()
         if self.gate is None:
             h = self.operation(x)
-            return {path: Flow(ways[path](h), arrived) for path in self.paths}
+            return {path: Flow(way(h), arrived) for path, way in ways.items()}
 
         shape = (x.shape[0], len(self.paths))
         hint = f"use PathGate(channels, {len(self.paths)}, rngs=rngs) for the paths {', '.join(self.paths)}"
@@ -125,8 +125,8 @@ class Cell(Wrapper):
         decision = _of_cell(decision, arrived)
         if self.tracing:
             h = jax.ShapeDtypeStruct(x.shape, x.dtype)
-            macs = tuple(wrapper.macs_per_example(ways[path], h) for path in self.paths)
-            macs = (wrapper.macs_per_example(self.operation, x), *macs)
+            paths = (wrapper.macs_per_example(way, h) for way in ways.values())
+            macs = (wrapper.macs_per_example(self.operation, x), *paths)
             self.account(decision, macs, macs)
 
         # The task's gradient reaches the gate through the weights alone, as in the paper.
