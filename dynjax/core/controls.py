@@ -4,7 +4,7 @@ Letters: B examples, h w tiles, K branches.
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from jaxtyping import Array, Float
 
 from dynjax.core import gates
 from dynjax.core.decision import AXES, EACH, ONE, Decision, Place, Rule, some
+
+Draw = Literal["single", "sandwich", "independent"]
 
 
 class SampledPaths(gates.Gate):
@@ -32,15 +34,8 @@ class SampledPaths(gates.Gate):
     When deterministic all are "independent", by the example's content (see `RandomGate`).
     """
 
-    def __init__(
-        self,
-        paths: int,
-        draw: Literal["single", "sandwich", "independent"] = "single",
-        *,
-        rate: float = 0.5,
-        rngs: nnx.Rngs,
-    ):
-        if draw not in ("single", "sandwich", "independent"):
+    def __init__(self, paths: int, draw: Draw = "single", *, rate: float = 0.5, rngs: nnx.Rngs):
+        if draw not in get_args(Draw):
             raise ValueError(f"draw={draw!r} must be 'single', 'sandwich' or 'independent'")
         self.paths, self.draw, self.logit = gates.positive(paths, "paths"), draw, _logit(rate)
         self.threshold = gates.Threshold(jnp.zeros(()))

@@ -131,6 +131,8 @@ def traced(fn: Callable, *, examples: int | None = None) -> Callable:
 
 def _examples(decisions: dict[str, Decision], args, kwargs, given: int | None) -> int:
     """The number of examples, as those who decide about them have it: the first array may be anything."""
+    if given is not None and not decisions:
+        return given
     if decisions:
         found = {path: decision.keep.shape[0] for path, decision in decisions.items()}
         what = "decisions are about"
@@ -138,18 +140,16 @@ def _examples(decisions: dict[str, Decision], args, kwargs, given: int | None) -
         leaves = [leaf for leaf in jax.tree.leaves((args, kwargs)) if getattr(leaf, "ndim", 0)]
         found = {f"array {number} of {leaf.shape}": leaf.shape[0] for number, leaf in enumerate(leaves)}
         what = "nothing decides, and the arguments have first axes of"
-        if not leaves and given is None:
+        if not leaves:
             raise ValueError(
                 "traced: no argument is an array, so the batch size is unknown; pass the input as an argument, or say "
                 "traced(fn, examples=B)"
             )
     numbers = sorted({*found.values()})
-    if given is not None and (not decisions or numbers == [given]):
-        return given
-    if len(numbers) > 1 or given is not None:
-        raise ValueError(
-            f"traced: the number of examples is not clear: {what} {', '.join(map(str, numbers))}"
-            f"{'' if given is None else f', and examples={given}'} ({found}); "
-            + ("decide about one batch in all of them" if decisions else "say traced(fn, examples=B)")
-        )
-    return numbers[0]
+    if len(numbers) == 1 and given in (None, *numbers):
+        return numbers[0]
+    raise ValueError(
+        f"traced: the number of examples is not clear: {what} {', '.join(map(str, numbers))}"
+        f"{'' if given is None else f', and examples={given}'} ({found}); "
+        + ("decide about one batch in all of them" if decisions else "say traced(fn, examples=B)")
+    )

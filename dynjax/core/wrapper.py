@@ -150,11 +150,7 @@ class Wrapper(nnx.Module):
         return y
 
     def branches(
-        self,
-        blocks: Sequence[Callable],
-        x: Array,
-        choice: Float[Array, "B K"],
-        probability: Float[Array, "B K"],
+        self, blocks: Sequence[Callable], x: Array, choice: Float[Array, "B K"], probability: Float[Array, "B K"]
     ) -> Array:
         """The block that `choice` picks, per example; see `execute.branches`, and `samples` for decisions inside."""
         run = functools.partial(execute.branches, execution=self.execution, strategy=self.strategy)

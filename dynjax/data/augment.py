@@ -95,10 +95,7 @@ class Augment:
         changes, found = draw(self.config, self.size, rng), {}
         for key, fill in self.fills.items():
             frames = example[key].reshape(-1, *self.size, *(() if fill is None else (3,)))
-            every = {
-                name: None if drawn is None else np.repeat(drawn, len(frames), axis=0)
-                for name, drawn in vars(changes).items()
-            }
+            every = {name: None if a is None else a.repeat(len(frames), 0) for name, a in vars(changes).items()}
             found[key] = self._changed(frames, fill, Changes(**every)).reshape(example[key].shape)
         return {**example, **found}
 

@@ -22,7 +22,8 @@ LARGEST_BLOCK = 128
 
 
 class RouterLoss(nnx.Variable):
-    """The z-loss of a router in its last training call."""
+    """The z-loss of a router in its last training call: the mean over tokens of (log sum_e exp logit_e)^2, which keeps
+    logits small (Zoph et al. 2022, arXiv:2202.08906, eq. 5)."""
 
 
 # Routing
@@ -47,14 +48,8 @@ def route(
     return sure + optional * (gates.threshold(near) if key is None else gates.gumbel_sigmoid(near, key))
 
 
-def z_loss(logits: Float[Array, "... E"]) -> Float[Array, ""]:
-    """Mean over tokens of (log sum_e exp logit_e)^2: keeps a router's logits small (Zoph et al. 2022, arXiv:2202.08906,
-    eq. 5)."""
-    return jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean()
-
-
 def router_z_loss(model: nnx.Module) -> Float[Array, ""]:
-    """Mean of the `z_loss` of all routers of `model` in their last training call; 0 if there are none.
+    """Mean of the z-losses of all routers of `model` in their last training call; 0 if there are none.
 
     Call the model first, then add this to the loss within the same gradient. The routers leave it in the model, as
     BatchNorm leaves its statistics: a decision has probabilities, of which the z-loss cannot be computed.
@@ -89,7 +84,7 @@ class Router(Gate):
         logits = x.astype(jnp.float32) @ self.kernel[...].astype(jnp.float32)
         key = None
         if not self.deterministic:
-            self.loss[...] = z_loss(logits)
+            self.loss[...] = jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean()
             key = self.rngs.gate() if self.least < self.top else None
         keep = route(logits, self.top, self.least, self.threshold[...], key)
         return Decision(keep, jax.nn.softmax(logits), *_about(x, self.top))

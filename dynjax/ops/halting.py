@@ -5,7 +5,7 @@ Letters: B examples, H W pixels, h w tiles, C channels, S steps.
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,9 @@ def halting_distribution(decision: Decision) -> Float[Array, "B ... S"]:
 # Module
 
 
+Kind = Literal["act", "pondernet", "hard"]
+
+
 class Halt(Wrapper):
     """Apply `step` again and again, to each example (or tile) until its halting unit says stop.
 
@@ -110,17 +113,9 @@ class Halt(Wrapper):
         ValueError: if shapes do not agree, `step` is dynamic itself, or "pondernet" is asked for per tile.
     """
 
-    def __init__(
-        self,
-        step: Callable,
-        gate: Callable,
-        max_steps: int,
-        *,
-        kind: Literal["act", "pondernet", "hard"] = "act",
-        epsilon: float = 0.01,
-    ):
+    def __init__(self, step: Callable, gate: Callable, max_steps: int, *, kind: Kind = "act", epsilon: float = 0.01):
         wrapper.refuse_nested("Halt", step)
-        if kind not in ("act", "pondernet", "hard"):
+        if kind not in get_args(Kind):
             raise ValueError(f"kind={kind!r} must be 'act', 'pondernet' or 'hard'")
         if max_steps < 1:
             raise ValueError(f"max_steps={max_steps} must be at least 1")

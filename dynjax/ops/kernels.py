@@ -248,8 +248,7 @@ class HyperConv(_ExampleConv):
         return self._with_bias(self._convolve(x, factors, _low_rank))
 
 
-_MIXTURES: dict[str, type[CondConv | DynamicConv | ODConv]]
-_MIXTURES = {"condconv": CondConv, "dyconv": DynamicConv, "odconv": ODConv}
+_MIXTURES: dict[str, type[_Mixture]] = {"condconv": CondConv, "dyconv": DynamicConv, "odconv": ODConv}
 _KINDS = (*_MIXTURES, "hyper")
 
 
@@ -297,7 +296,7 @@ def _from_static(conv, features, rngs, *, kind, kernels, noise, random) -> nnx.M
     )
     shape = (conv.in_features, conv.out_features, conv.kernel_size, conv.strides or 1)
     static, bias = conv.kernel[...], None if conv.bias is None else conv.bias[...]
-    new: CondConv | DynamicConv | ODConv | HyperConv
+    new: _Mixture | HyperConv
     if kind == "hyper":
         new = HyperConv(*shape, random=random, rngs=rngs, **options)
         new.kernel[...] = static

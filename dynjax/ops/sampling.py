@@ -153,9 +153,8 @@ def cached(
         return cache, unit
 
     _, drawn = lax.scan(body, model.start(examples), jnp.arange(units))
-    height, width, channels = model.shape
-    x = jnp.moveaxis(drawn, 0, 1).reshape(examples, height, width, channels)
-    return Sampled(x, jnp.full(examples, height * width), jnp.ones((examples, height, width), jnp.int32))
+    x = jnp.moveaxis(drawn, 0, 1).reshape(examples, *model.shape)
+    return Sampled(x, jnp.full(examples, x[0, ..., 0].size), jnp.ones(x.shape[:3], jnp.int32))
 
 
 def plain_fixed_point(
@@ -246,9 +245,8 @@ def fixed_point(
         return going if limit is None else going & (state["calls"].max() < limit)
 
     state = lax.while_loop(more, body, state)
-    height, width, channels = model.shape
-    visits = jnp.repeat(state["visits"][:, :units], size, 1).reshape(examples, height, width)
-    return Sampled(state["x"][:, :units].reshape(examples, height, width, channels), state["calls"], visits)
+    visits = jnp.repeat(state["visits"][:, :units], size, 1).reshape(examples, *model.shape[:2])
+    return Sampled(state["x"][:, :units].reshape(examples, *model.shape), state["calls"], visits)
 
 
 def coarse_to_fine(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from dynjax.core import execute, views, wrapper
 from dynjax.core.decision import EACH, ONE, unseen
 from dynjax.core.wrapper import Wrapper
-from dynjax.ops.slices import Pick, Role, layers_of, narrow, narrow_norm, pick_groups, roles, run, span, weights_of
+from dynjax.ops.slices import WEIGHTS, Pick, Role, layers_of, narrow, narrow_norm, pick_groups, roles, run, span
 
 # Groups of channels per example
 
@@ -68,9 +68,9 @@ class Channels(Wrapper):
             y = layers[takes](execute.blend(mask, hidden, jnp.zeros_like(hidden)))
         else:
             y = self._compact(layers, x, decision.keep)
-            bias = weights_of(layers[takes]).bias
-            if bias is not None:
-                y = y + bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+            taker = layers[takes]
+            if isinstance(taker, WEIGHTS) and taker.bias is not None:
+                y = y + taker.bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return run(layers[takes + 1 :], y)
 
     def _slice(self, layers: list[Callable], pick: Pick, groups: int, kept: int) -> Callable:
