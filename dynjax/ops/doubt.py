@@ -53,11 +53,8 @@ class Refine(Wrapper):
         self, rich: Callable[[Array], Array], plain: Callable | None, gate: Callable | None, likelihood: Uncertain
     ):
         self.rich, self.plain, self.gate, self.likelihood = rich, plain, gate, likelihood
-
-    @property
-    def tile(self) -> int:
+        self.tile = wrapper.tile_size(gate) or 1
         """Side in pixels of the tiles that the gate decides about; 1 without a gate."""
-        return wrapper.tile_size(self.gate) or 1
 
     def __call__(self, x: Float[Array, "B h w K"]) -> tuple[Float[Array, "B h w P"], Float[Array, "B h w"]]:
         """Parameters, and 1 where the rich network gave them."""
