@@ -78,7 +78,8 @@ def test_sizes_and_fewer_examples():
     "train, expected", [(60000, (55000, 5000)), (50000, (45000, 5000)), (200, (180, 20)), (5, (5, 0))]
 )
 def test_val_is_the_end_of_train(train, expected):
-    parts = {split: part_of(split, train, 70) for split in SPLITS}
+    counts = {"train": train, "val": train, "test": 70}
+    parts = {split: range(10**6)[part_of(split, counts[split])] for split in SPLITS}
     assert (len(parts["train"]), len(parts["val"])) == expected
     assert [*parts["train"], *parts["val"]] == list(range(train)) and parts["test"] == range(70)
 

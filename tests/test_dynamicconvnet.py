@@ -14,12 +14,13 @@ import dynjax as dj
 from dynjax import cost
 from dynjax.config import UserError
 from dynjax.core.decision import MIXTURE
+from dynjax.core.training import schedule
 from dynjax.models import build, static_twin
 from dynjax.models.backbones.residual import ResidualConfig
 from dynjax.models.dense import DenseConfig, StaticConfig
 from dynjax.models.dynamicconvnet import DynamicConvNetConfig
 from dynjax.models.heads.unet import UNetHeadConfig
-from dynjax.ops.kernels import CondConv, set_temperature, with_kernels
+from dynjax.ops.kernels import CondConv, with_kernels
 
 SMALL = DynamicConvNetConfig(widths=(4, 6), blocks=(1, 1), kernels=3)
 MIXTURES = ("condconv", "dyconv", "odconv")
@@ -28,7 +29,7 @@ DYNAMIC = (*MIXTURES, "hyper", "involution", "ddf")
 
 def net(seed=0, **changes):
     model = make(lambda rngs: build(dataclasses.replace(SMALL, **changes), 5, rngs=rngs), seed)
-    set_temperature(model, 1.0)
+    schedule(model, 1.0)
     return model
 
 

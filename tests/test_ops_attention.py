@@ -7,14 +7,14 @@ import pytest
 from blocks import image, make, still
 from flax import nnx
 
-from dynjax.ops.attention import Attention, Temperature, annealed_temperature, set_temperature
+from dynjax.ops.attention import Attention, Temperature
 
 HEADS = [(3, "sigmoid"), (4, "softmax"), (2, "relu")]
 
 
 def attention(**options):
     model = make(lambda rngs: Attention(5, HEADS, **options, rngs=rngs))
-    set_temperature(model, 2.0)
+    model.temperature[...] = jnp.float32(2.0)
     return model
 
 
@@ -46,8 +46,18 @@ def test_attention_is_computed_in_single_precision():
 
 @pytest.mark.parametrize(("progress", "expected"), [(0.0, 30), (0.05, 15.5), (0.1, 1), (0.7, 1)])
 def test_the_temperature_falls_in_a_line_and_stays_at_one(progress, expected):
-    assert annealed_temperature(progress) == pytest.approx(expected)
-    assert jax.jit(annealed_temperature)(progress) == pytest.approx(expected)
+    model = attention()
+    model.schedule(progress)
+    assert model.temperature[...] == pytest.approx(expected)
+    graphdef, state = nnx.split(attention())
+
+    @jax.jit
+    def annealed(state, progress):
+        model = nnx.merge(graphdef, state, copy=True)
+        model.schedule(progress)
+        return model.temperature[...]
+
+    assert annealed(state, progress) == pytest.approx(expected)
 
 
 def test_the_temperature_starts_at_one_and_is_set_under_jit_without_compiling_anew():
@@ -62,10 +72,10 @@ def test_the_temperature_starts_at_one_and_is_set_under_jit_without_compiling_an
         nonlocal compiled
         compiled += 1
         models = nnx.merge(graphdef, state)
-        set_temperature(models, value)
+        models[0].temperature[...] = value
         return models[0](x)[1]
 
-    cold, hot = (run(state, value, image(3, 5)) for value in (0.1, 1e6))
+    cold, hot = (run(state, jnp.float32(value), image(3, 5)) for value in (0.1, 1e6))
     assert compiled == 1
     np.testing.assert_allclose(hot, 1 / 4, rtol=1e-4)
     assert (cold.max(1) > 0.9).any()

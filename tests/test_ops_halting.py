@@ -20,21 +20,25 @@ from dynjax.ops.halting import Halt
 
 
 def test_act_weights_by_hand():
-    weights = halting.act_weights(jnp.asarray([[0.3, 0.5, 0.4, 0.9], [0.995, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.1]]))
+    weights = halting.weights(
+        jnp.asarray([[0.3, 0.5, 0.4, 0.9], [0.995, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.1]]), halting.act_rule
+    )
     np.testing.assert_allclose(
         weights, [[0.3, 0.5, 0.2, 0.0], [1.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.7]], rtol=1e-6, atol=1e-7
     )
-    random = halting.act_weights(jax.nn.sigmoid(image(50, 7)))
+    random = halting.weights(jax.nn.sigmoid(image(50, 7)), halting.act_rule)
     np.testing.assert_allclose(random.sum(-1), 1, rtol=1e-6)
     assert (random >= 0).all()
 
 
 def test_pondernet_distribution_by_hand_and_in_numpy():
-    np.testing.assert_allclose(halting.pondernet_distribution(jnp.asarray([0.5, 0.2, 0.9])), [0.5, 0.1, 0.4], rtol=1e-6)
+    np.testing.assert_allclose(
+        halting.weights(jnp.asarray([0.5, 0.2, 0.9]), halting.pondernet_rule), [0.5, 0.1, 0.4], rtol=1e-6
+    )
     lambdas = jax.nn.sigmoid(image(20, 6))
     survived = np.cumprod(np.concatenate([np.ones((20, 1)), 1 - lambdas[:, :-1]], 1), 1)
     expected = np.concatenate([(lambdas * survived)[:, :-1], survived[:, -1:]], 1)
-    np.testing.assert_allclose(halting.pondernet_distribution(lambdas), expected, rtol=1e-5)
+    np.testing.assert_allclose(halting.weights(lambdas, halting.pondernet_rule), expected, rtol=1e-5)
 
 
 def test_kl_to_the_geometric_prior():
@@ -91,7 +95,7 @@ def test_halting_by_hand(kind, counts, steps, execution):
 
 def test_the_expected_steps_have_the_gradient_of_the_mass_that_is_left():
     (decision,) = jax.jit(dj.traced(still(counted("act"))))(START)[1].decisions.values()
-    weights = halting.act_weights(jnp.asarray(ROWS))
+    weights = halting.weights(jnp.asarray(ROWS), halting.act_rule)
     np.testing.assert_allclose(halting.halting_distribution(decision), weights, atol=1e-6)
     # The core's own measure, in steps: what each step costs times the mass that is left before it.
     expected = (weights * jnp.arange(1.0, 5.0)[None]).sum(-1)
@@ -111,7 +115,7 @@ def test_the_expected_steps_have_the_gradient_of_the_mass_that_is_left():
 def test_pondernet_in_training_runs_all_steps_and_gives_what_its_loss_needs():
     model = nnx.view(counted("pondernet"), deterministic=False)
     y, trace = dj.traced(model)(START)
-    p = halting.pondernet_distribution(jnp.asarray(ROWS))
+    p = halting.weights(jnp.asarray(ROWS), halting.pondernet_rule)
     np.testing.assert_allclose(y[:, 0], p @ jnp.arange(1.0, 5.0), rtol=1e-5)
     states, trace = dj.traced(model.predictions)(START)
     np.testing.assert_array_equal(jnp.stack(states)[..., 0], np.arange(1.0, 5.0)[:, None] * np.ones((1, 3)))

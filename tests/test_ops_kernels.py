@@ -15,7 +15,8 @@ from test_ops_tiles import assert_same, three_ways
 import dynjax as dj
 from dynjax import cost
 from dynjax.core.decision import MIXTURE
-from dynjax.ops.kernels import CondConv, DynamicConv, HyperConv, ODConv, set_temperature, with_kernels
+from dynjax.core.training import schedule
+from dynjax.ops.kernels import CondConv, DynamicConv, HyperConv, ODConv, with_kernels
 
 MIXTURES = (CondConv, DynamicConv, ODConv)
 KINDS = {"condconv": CondConv, "dyconv": DynamicConv, "odconv": ODConv, "hyper": HyperConv}
@@ -31,7 +32,7 @@ CASES = {
 
 def build(kind, channels=4, outputs=6, size=(3, 3), **options):
     model = make(lambda rngs: kind(channels, outputs, size, **options, rngs=rngs))
-    set_temperature(model, 1.0)
+    schedule(model, 1.0)
     return model
 
 
@@ -170,7 +171,7 @@ def test_attention_is_in_the_trace_and_costs_nothing(kind):
 @pytest.mark.parametrize("kind", [DynamicConv, ODConv])
 def test_a_high_temperature_mixes_evenly(kind):
     conv, x = build(kind), image(2, 4, 4, 4)
-    set_temperature(conv, 1e6)
+    conv.attention.temperature[...] = jnp.float32(1e6)
     trace = jax.jit(lambda x: dj.traced(conv)(x)[1])(x)
     (decision,) = trace.decisions.values()
     np.testing.assert_allclose(decision.probability, 1 / 4, rtol=1e-4)

@@ -163,7 +163,7 @@ def test_the_curriculum_frees_the_last_blocks_first(model):
     learner, x = nnx.clone(still(model)), image(2, 7, 6, 3)
     dj.budget.set_threshold(learner, 30.0)
     for progress, expected in [(1 / 3, [1, 1, 0]), (2 / 3, [1, 0, 0]), (1.0, [0, 0, 0])]:
-        policy.set_curriculum(learner, progress)
+        learner.schedule(progress * policy.CURRICULUM)
         decision = dj.traced(learner)(x)[1].decisions[""]
         np.testing.assert_array_equal(decision.keep, [expected] * 2)
         np.testing.assert_allclose(decision.probability, [expected] * 2, atol=1e-6)

@@ -11,7 +11,6 @@ from flax.errors import TraceContextError
 
 import dynjax as dj
 from dynjax import cost
-from dynjax.core.decision import EACH, Decision, Linear
 from dynjax.ops.kernels import CondConv
 
 LINEAR = CHANNELS**2
@@ -56,7 +55,6 @@ def test_macs_by_hand(trace):
     assert trace.static_macs == static
     assert trace.full_macs == static + skip + 20 * LINEAR + dear
     np.testing.assert_array_equal(trace.macs(), [static + skip + 2 * tile + dear, static + cheap])
-    np.testing.assert_array_equal(trace.expected_macs(), trace.macs())
     np.testing.assert_allclose(trace.fraction(), trace.macs() / trace.full_macs)
 
 
@@ -183,13 +181,6 @@ def test_training_in_a_jit_that_closes_over_the_model_says_what_to_do(kind):
         jax.jit(lambda x: dj.traced(model)(x)[1].macs())(x)
     graphdef, state = nnx.split(model)
     jax.jit(lambda state, x: dj.traced(nnx.merge(graphdef, state, copy=True))(x)[1].macs())(state, x)
-
-
-def test_expected_macs_follow_the_probability():
-    keep, probability = jnp.asarray([1.0, 0.0]), jnp.asarray([0.25, 0.75])
-    trace = dj.Trace({"a": Decision(keep, probability, "example", EACH, Linear((8.0,), (8.0,)))}, 2.0, 10.0, 2)
-    np.testing.assert_array_equal(trace.macs(), [10, 2])
-    np.testing.assert_array_equal(trace.expected_macs(), [4, 8])
 
 
 # Decisions that JAX's transformations would lose

@@ -57,9 +57,10 @@ def test_too_small_a_radius_is_an_error():
 
 @pytest.mark.parametrize("kind", RADIUS, ids=lambda kind: kind.__name__)
 def test_supported_and_reach(kind):
-    closed = windows.trace(still(make(kind)), (1, 9, 9, CHANNELS), jnp.float32)
+    block = still(make(kind))
+    closed = windows.trace(block, (1, 9, 9, CHANNELS), jnp.float32)
     assert windows.supported(closed, size=SIZE, radius=RADIUS[kind]) == (kind in STRIPPED)
-    assert windows.reach(closed) == (RADIUS[kind] if kind in STRIPPED else None)
+    assert windows.reach_of(block, CHANNELS, jnp.float32) == (RADIUS[kind] if kind in STRIPPED else None)
 
 
 UNSUPPORTED = {
@@ -80,7 +81,7 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_mixes_pixels_in_other_ways_is_not_run_on_strips(name):
     closed = windows.trace(UNSUPPORTED[name], (1, 9, 9, CHANNELS), jnp.float32)
-    assert windows.reach(closed) is None
+    assert windows.reach_of(UNSUPPORTED[name], CHANNELS, jnp.float32) is None
     assert not windows.supported(closed, size=SIZE, radius=2)
 
 

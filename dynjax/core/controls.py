@@ -4,7 +4,7 @@ Letters: B examples, h w tiles, K branches.
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from jaxtyping import Array, Float
 
 from dynjax.core import gates
 from dynjax.core.decision import AXES, EACH, ONE, Decision, Place, Rule, some
+
+Draw = Literal["single", "sandwich", "independent"]
 
 
 class SampledPaths(gates.Gate):
@@ -32,34 +34,21 @@ class SampledPaths(gates.Gate):
     When deterministic all are "independent", by the example's content (see `RandomGate`).
     """
 
-    def __init__(
-        self,
-        paths: int,
-        draw: Literal["single", "sandwich", "independent"] = "single",
-        *,
-        rate: float = 0.5,
-        rngs: nnx.Rngs,
-    ):
-        if draw not in ("single", "sandwich", "independent"):
+    def __init__(self, paths: int, draw: Draw = "single", *, rate: float = 0.5, rngs: nnx.Rngs):
+        if draw not in get_args(Draw):
             raise ValueError(f"draw={draw!r} must be 'single', 'sandwich' or 'independent'")
-        if not 0 < rate < 1:
-            raise ValueError(f"rate={rate} must be in (0, 1)")
-        self.paths, self.draw, self.rate = gates.positive(paths, "paths"), draw, rate
+        self.paths, self.draw, self.logit = gates.positive(paths, "paths"), draw, _logit(rate)
         self.threshold = gates.Threshold(jnp.zeros(()))
         self.rngs = nnx.Rngs(gate=rngs.params())
 
     def __call__(self, x: Float[Array, "B ..."]) -> Decision:
-        shape = (x.shape[0], self.paths)
-        if self.deterministic:
-            noise = _content_noise(x, shape[1:])
-        else:
-            noise = jax.random.logistic(gates.next_key(self.rngs), shape)
+        noise = _noise(self, self.rngs, x, (self.paths,))
         if self.draw == "single" and not self.deterministic:
             keep = gates.one_hot_argmax(noise)
         else:
-            keep = gates.threshold(math.log(self.rate) - math.log1p(-self.rate) - self.threshold[...] + noise)
+            keep = gates.threshold(self.logit - self.threshold[...] + noise)
         if self.draw == "sandwich" and not self.deterministic:
-            turn = (jnp.arange(shape[0]) % 3)[:, None]
+            turn = (jnp.arange(x.shape[0]) % 3)[:, None]
             keep = jnp.where(turn == 2, keep, (turn == 0).astype(keep.dtype))
         return Decision(keep, keep, "example")
 
@@ -94,7 +83,7 @@ class FixedGate(nnx.Module):
         several = ONE if self.place != "token" else some(keep.shape[-1])
         self.rule = rule or (EACH if keep.ndim == axes else several)
         self.keep = nnx.Variable(keep)
-        self.size = size if size is None else gates.positive(size, "size")
+        self.size = gates.positive(size, "size")
 
     def __call__(self, x: Float[Array, "B ..."]) -> Decision:
         keep = self.keep[...]
@@ -148,13 +137,10 @@ class RandomGate(gates.Gate):
         branches: int | None = None,
         rngs: nnx.Rngs,
     ):
-        if not 0 < rate < 1:
-            raise ValueError(f"rate={rate} must be in (0, 1)")
         if units is not None and (size is not None or branches is not None):
             raise ValueError(f"units={units} are decided per example and alone: leave out size and branches")
-        self.rate, self.size = rate, size if size is None else gates.positive(size, "size")
-        self.units = units if units is None else gates.positive(units, "units")
-        self.branches = branches if branches is None else gates.positive(branches, "branches")
+        self.logit, self.size = _logit(rate), gates.positive(size, "size")
+        self.units, self.branches = gates.positive(units, "units"), gates.positive(branches, "branches")
         self.threshold = gates.Threshold(jnp.zeros(()))
         self.rngs = nnx.Rngs(gate=rngs.params())
 
@@ -162,11 +148,7 @@ class RandomGate(gates.Gate):
         shape = () if self.size is None else tuple(-(-n // self.size) for n in x.shape[1:3])
         shape = shape if self.units is None else (self.units,)
         place: Place = "example" if self.size is None else "tile"
-        logit = math.log(self.rate) - math.log1p(-self.rate) - self.threshold[...]
-        if self.deterministic:
-            noise = _content_noise(x, shape)
-        else:
-            noise = jax.random.logistic(gates.next_key(self.rngs), (x.shape[0], *shape))
+        logit, noise = self.logit - self.threshold[...], _noise(self, self.rngs, x, shape)
         if self.branches is not None:
             probability = jax.nn.softmax(logit * jnp.arange(self.branches))
             # By the inverse of the distribution function: a lower threshold never means a cheaper branch.
@@ -180,7 +162,15 @@ class RandomGate(gates.Gate):
         return Decision(keep, probability, place)
 
 
-def _content_noise(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Logistic noise (B, *shape) that is a function of each example's content."""
+def _logit(rate: float) -> float:
+    if not 0 < rate < 1:
+        raise ValueError(f"rate={rate} must be in (0, 1)")
+    return math.log(rate) - math.log1p(-rate)
+
+
+def _noise(gate: gates.Gate, rngs: nnx.Rngs, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Logistic noise (B, *shape); when deterministic a function of each example's content."""
+    if not gate.deterministic:
+        return jax.random.logistic(gates.next_key(rngs), (x.shape[0], *shape))
     content = x.astype(jnp.float32).mean(tuple(range(1, x.ndim))).reshape(-1, *(1,) * len(shape))
     return gates.logistic(gates.content_chance(content, jax.random.uniform(jax.random.key(0), (1, *shape))))

@@ -22,6 +22,8 @@ from jaxtyping import Array, Float
 
 Strategy = Literal["auto", "loop", "grouped"]
 Padding = str | int | Sequence[int | tuple[int, int]]
+Sides = int | Sequence[int]
+"""One number, or one for height and one for width."""
 
 
 def generated(
@@ -30,9 +32,9 @@ def generated(
     shared: Any,
     kernel_of: Callable[[Any, Any], Array],
     *,
-    strides: int | Sequence[int] = 1,
+    strides: Sides = 1,
     padding: Padding = "SAME",
-    dilation: int | Sequence[int] = 1,
+    dilation: Sides = 1,
     groups: int = 1,
     strategy: Strategy = "auto",
 ) -> Float[Array, "B h w D"]:
@@ -84,8 +86,8 @@ def per_pixel(
     kernels: Float[Array, "B h w kh kw G"],
     *,
     channel_kernels: Float[Array, "B kh kw C"] | None = None,
-    strides: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
+    strides: Sides = 1,
+    dilation: Sides = 1,
 ) -> Float[Array, "B h w C"]:
     """Every output pixel from its neighbourhood under a kernel of its own, which the channels of a group share.
 
@@ -137,10 +139,6 @@ def _loop(kernel_of, geometry, x, codes, shared):
     return lax.map(one, (x, codes))
 
 
-def _loop_forward(kernel_of, geometry, x, codes, shared):
-    return _loop(kernel_of, geometry, x, codes, shared), (x, codes, shared)
-
-
 def _loop_backward(kernel_of, geometry, saved, slopes):
     """One example after the other. Autodiff of the loop would convolve with pictures as kernels, and XLA on CPUs is an
     order of magnitude slower at that than at the static convolution's gradient."""
@@ -159,7 +157,7 @@ def _loop_backward(kernel_of, geometry, saved, slopes):
     return images, own, jax.tree.map(lambda t, leaf: t.astype(leaf.dtype), total, shared)
 
 
-_loop.defvjp(_loop_forward, _loop_backward)
+_loop.defvjp(lambda kernel_of, geometry, *saved: (_loop(kernel_of, geometry, *saved), saved), _loop_backward)
 
 
 def _grouped(geometry, x, kernels):
@@ -253,7 +251,7 @@ def pads_of(padding: Padding) -> str | tuple[tuple[int, int], ...]:
     return tuple((side, side) if isinstance(side, int) else (int(side[0]), int(side[1])) for side in sides)
 
 
-def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+def pair(value: Sides, name: str) -> tuple[int, int]:
     """Numbers for height and width. Raises ValueError naming the option `name`."""
     numbers = (value, value) if isinstance(value, int) else tuple(value)
     if len(numbers) != 2 or min(numbers) < 1:

@@ -121,7 +121,8 @@ class _Rule:
         if name == "conv_general_dilated":
             return Cost(_conv_macs(eqn, self.padding))
 
-        inner = [self.jaxpr(sub, _passed_on(sub, eqn, known), f"{path}{_label(eqn)}/") for sub in _jaxprs_in(params)]
+        within = f"{path}{params.get('name') or name}/"
+        inner = [self.jaxpr(sub, _passed_on(sub, eqn, known), within) for sub in jaxprs_in(params)]
         if not inner:
             return Cost(0.0)
         body = Cost(float(sum(cost.macs for cost in inner)), sum((cost.unknown for cost in inner), ()))
@@ -155,12 +156,11 @@ def _open(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def _jaxprs_in(params: Mapping[str, Any]) -> Iterator[Any]:
+def jaxprs_in(params: Mapping[str, Any]) -> Iterator[Any]:
     """Every jaxpr among an equation's parameters, open or closed, alone or in a tuple."""
     for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(_open(item), "eqns"):
-                yield item
+        items = value if isinstance(value, tuple | list) else (value,)
+        yield from (item for item in items if hasattr(_open(item), "eqns"))
 
 
 def _dot_macs(eqn: Any, dims_not_free: tuple[int, ...]) -> float:
@@ -249,10 +249,6 @@ def _step(body: Any, invar: int, outvar: int) -> int | None:
             step = _value(eqn.invars[1], {})
             return step if step and step > 0 else None
     return None
-
-
-def _label(eqn: Any) -> str:
-    return str(eqn.params.get("name") or eqn.primitive.name)
 
 
 def _where(eqn: Any) -> str:

@@ -3,11 +3,10 @@
 Letters: B examples, h w tiles, T tokens, K kinds of work on one unit (branches, stages, groups, steps, experts).
 """
 
-import contextlib
 import contextvars
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -52,16 +51,13 @@ class Cost(Protocol):
 
     def __call__(self, kept: Float[Array, "B kinds"], /) -> Float[Array, " B"]:
         """MACs per example of so many kept units of each kind."""
-        ...
 
     @property
     def masked(self) -> float:
         """MACs per example that the masked execution computes, whatever is kept."""
-        ...
 
     def full(self, most: int | None, /) -> float:
         """MACs per example with everything kept, of which a unit can take `most` kinds at once (None: all)."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,23 +117,16 @@ class Decision:
 
     def macs(self) -> Float[Array, " B"]:
         """MACs spent per example; the gradient reaches the gate through `keep`."""
-        return self.cost(self._units(self.keep).sum(1))
+        return self.cost(self.units(self.keep).sum(1))
 
-    def expected_macs(self) -> Float[Array, " B"]:
-        """Expected MACs per example under `probability`; of experts, as many as a token can take."""
-        return self.cost(self._units(self.probability * (self.rule.most or 1)).sum(1))
-
-    def unit_keep(self) -> Float[Array, "B units kinds"]:
-        """`keep` with every place of one example on one axis and the kinds (or 1) on the last."""
-        return self._units(self.keep)
-
-    def _units(self, chosen: jax.Array) -> jax.Array:
+    def units(self, chosen: Float[Array, "..."]) -> Float[Array, "B units kinds"]:
+        """What is like `keep`, with every place of one example on one axis and the kinds (or 1) on the last."""
         kinds = 1 if chosen.ndim == AXES[self.place] else chosen.shape[-1]
         return chosen.astype(jnp.float32).reshape(chosen.shape[0], -1, kinds)
 
     def kept(self) -> Float[Array, ""]:
         """Share of the units kept; where kinds exclude each other, of those that took another than the first."""
-        keep = self.unit_keep()
+        keep = self.units(self.keep)
         return keep.mean() if self.rule.most is None else keep.max(-1).mean() - keep[..., 0].mean()
 
 
@@ -153,26 +142,6 @@ INSIDE = (
 
 _made: contextvars.ContextVar[list[tuple[str, Any]] | None] = contextvars.ContextVar("made", default=None)
 """What was recorded while the innermost trace is taken: the module's name, and the decision's likeness."""
-
-
-@contextlib.contextmanager
-def watched() -> Iterator[Callable[[Iterable[Decision]], None]]:
-    """Notes what is recorded inside, and gives a function that raises ValueError unless all of it has come out."""
-    made: list[tuple[str, Any]] = []
-
-    def check(found: Iterable[Decision]) -> None:
-        # nnx.scan and the like merge copies of modules, on which decisions are recorded and lost.
-        lost = Counter(likeness for _, likeness in made) - Counter(map(_likeness, found))
-        for name, likeness in made:
-            if likeness in lost:
-                jax.clear_caches()  # a second call must not find the loop compiled, and pass
-                raise ValueError(f"{name} {INSIDE}")
-
-    token = _made.set(made)
-    try:
-        yield check
-    finally:
-        _made.reset(token)
 
 
 def record(module: nnx.Module, decision: Decision) -> None:
@@ -224,15 +193,31 @@ def seen(run: Callable, module: nnx.Module, /, *args: Any, **kwargs: Any) -> tup
                 del each.__captures__
         return run(module, *args, **kwargs)
 
-    with watched() as check:
+    made: list[tuple[str, Any]] = []
+    token = _made.set(made)
+    try:
         output, captured = nnx.capture(call, Decisions)(module, *args, **kwargs)
+    finally:
+        _made.reset(token)
     decisions: dict[str, Decision] = {}
     for path, variable in nnx.to_flat_state(captured):
         calls = variable.get_value() if isinstance(variable, nnx.Variable) else variable
         name = "/".join(map(str, path[:-1]))
         decisions |= {name if not number else f"{name}#{number}": each for number, each in enumerate(calls)}
-    check(decisions.values())
+    # nnx.scan and the like merge copies of modules, on which decisions are recorded and lost.
+    lost = Counter(likeness for _, likeness in made) - Counter(map(_likeness, decisions.values()))
+    for kind, likeness in made:
+        if likeness in lost:
+            jax.clear_caches()  # a second call must not find the loop compiled, and pass
+            raise ValueError(f"{kind} {INSIDE}")
     return output, decisions
+
+
+def record_inside(module: nnx.Module, decisions: Mapping[str, Decision]) -> None:
+    """Record decisions of modules of `module`, which `seen` named."""
+    modules = {"/".join(map(str, path)): each for path, each in nnx.iter_modules(module)}
+    for path, decision in decisions.items():
+        record(modules[path.split("#")[0]], decision)
 
 
 def _likeness(decision: Decision) -> tuple:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from dynjax.core import budget as budgets
 from dynjax.core import views
-from dynjax.core.trace import traced
+from dynjax.core.trace import Trace, traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +71,9 @@ class Deployed(nnx.Module):
 def _compiled(fixed, state, arrays):
     """The output, and the variables that the call changed: decisions, while a trace is taken."""
     graphdef, tree, others = fixed
-    before = {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}
-    model = nnx.merge(graphdef, state, copy=True)
     leaves = [array if other is None else other[1] for array, other in zip(arrays, others, strict=True)]
     args, kwargs = tree.unflatten(leaves)
-    output = model(*args, **kwargs)
-    after = nnx.to_flat_state(nnx.state(model))
-    changed = [(path, variable) for path, variable in after if variable.get_value() is not before[path]]
-    return output, nnx.from_flat_state(changed)
+    return views.changed(nnx.merge(graphdef, state, copy=True), *args, **kwargs)
 
 
 def deploy(
@@ -139,30 +134,25 @@ class Solver:
 
         self._run = measure
         self._spent: dict[float, np.ndarray] = {}
-        self._full: list[tuple[float, int]] = []
-        self._decides = False
+        traces = self._measured(budgets.LOWEST)
+        self.decides = any(trace.decisions for trace in traces)
+        """Whether the model decides anything."""
+        examples = sum(trace.examples for trace in traces)
+        self.full = sum(trace.full_macs * trace.examples for trace in traces) / examples
+        """MACs of an example with everything kept; of batches of pictures of several sizes, the mean over examples."""
 
     def spent(self, threshold: float) -> np.ndarray:
         """MACs of every calibration example under `threshold`."""
         if threshold not in self._spent:
-            found = [self._run(self._state, threshold, x) for x in self.batches]
-            # In float64, where sums of MACs do not depend on the order of the batches.
-            self._spent[threshold] = np.concatenate([np.asarray(macs, np.float64) for macs, _ in found])
-            self._full = [(trace.full_macs, trace.examples) for _, trace in found]
-            self._decides = any(trace.decisions for _, trace in found)
+            self._measured(threshold)
         return self._spent[threshold]
 
-    @property
-    def full(self) -> float:
-        """MACs of an example with everything kept; of batches of pictures of several sizes, the mean over examples."""
-        self.spent(budgets.LOWEST)
-        return sum(full * examples for full, examples in self._full) / sum(examples for _, examples in self._full)
-
-    @property
-    def decides(self) -> bool:
-        """Whether the model decides anything."""
-        self.spent(budgets.LOWEST)
-        return self._decides
+    def _measured(self, threshold: float) -> list[Trace]:
+        """The traces of all batches, whose MACs are remembered."""
+        found = [self._run(self._state, threshold, x) for x in self.batches]
+        # In float64, where sums of MACs do not depend on the order of the batches.
+        self._spent[threshold] = np.concatenate([np.asarray(macs, np.float64) for macs, _ in found])
+        return [trace for _, trace in found]
 
     def deploy(self, budget: float | int) -> Deployed:
         """As the function `deploy`."""

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
+from dynjax.core.cost import jaxprs_in
+
 _EXAMPLES = 10007
 """A prime that nothing else has for its length, so that an axis with examples is known by being a multiple of it."""
 _OVER = frozenset(
@@ -48,11 +50,9 @@ def shape_apart(block: Callable[[Any], Any], x: Any) -> Any:
 def _mixing(jaxpr: jex.Jaxpr) -> str:
     """The first operation on real numbers that goes over the examples."""
     for eqn in _needed(jaxpr):
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if isinstance(inner, jex.Jaxpr) and (found := _mixing(inner)):
-                    return found
+        for inner in jaxprs_in(eqn.params):
+            if found := _mixing(getattr(inner, "jaxpr", inner)):
+                return found
         shapes = [getattr(v.aval, "shape", ()) for v in eqn.invars]
         real = any(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.invars if hasattr(v.aval, "dtype"))
         if real and any(n and n % _EXAMPLES == 0 for n in _lengths(eqn, shapes)):

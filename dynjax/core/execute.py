@@ -71,6 +71,12 @@ def finite(x: Array, unless: Array | bool = False) -> Array:
     return jnp.where(unless | jnp.isfinite(x), x, jnp.zeros((), x.dtype))
 
 
+def weighted(weight: Float[Array, "..."], x: Array) -> Array:
+    """`x` times a weight of its leading axes; 0 where that is 0, whatever `x` is."""
+    weight = weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim)).astype(x.dtype)
+    return weight * finite(x, unless=weight != 0)
+
+
 def samples(
     block: Callable[[Tree], Tree],
     x: Tree,

@@ -7,6 +7,8 @@ logits start open.
 Letters: B examples, H W pixels, C features, h w tiles, K branches, G channel groups.
 """
 
+from typing import TypedDict, TypeVar, Unpack
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,21 +97,19 @@ def top_k(logits: Float[Array, "... N"], k: int) -> Float[Array, "... N"]:
 
 def pool_tiles(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]:
     """Mean over each tile of `size` pixels; a tile cut by the border counts only the pixels it has."""
-    height, width = x.shape[1:3]
-    pad = ((0, 0), (0, -height % size), (0, -width % size), (0, 0))
-
-    def sums(a):
-        a = jnp.pad(a, pad)
-        return a.reshape(a.shape[0], a.shape[1] // size, size, a.shape[2] // size, size, a.shape[3]).sum((2, 4))
-
-    return sums(x) / sums(jnp.ones((1, height, width, 1), x.dtype))
+    pixels = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+    return _in_tiles(x, size).sum((2, 4)) / _in_tiles(pixels, size).sum((2, 4))
 
 
 def max_tiles(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]:
     """Maximum over each tile of `size` pixels."""
-    pad = ((0, 0), (0, -x.shape[1] % size), (0, -x.shape[2] % size), (0, 0))
-    x = jnp.pad(x, pad, constant_values=-jnp.inf)
-    return x.reshape(x.shape[0], x.shape[1] // size, size, x.shape[2] // size, size, x.shape[3]).max((2, 4))
+    return _in_tiles(x, size, -jnp.inf).max((2, 4))
+
+
+def _in_tiles(x: jax.Array, size: int, fill: float = 0) -> jax.Array:
+    """(B, H, W, C) as (B, h, size, w, size, C), filled up at the end."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, -x.shape[2] % size), (0, 0)), constant_values=fill)
+    return x.reshape(x.shape[0], x.shape[1] // size, size, x.shape[2] // size, size, x.shape[3])
 
 
 def log_entropy(logits: Float[Array, "... K"]) -> Float[Array, "..."]:
@@ -139,10 +139,20 @@ class Gate(nnx.Module):
             self.deterministic = deterministic
 
 
+class Options(TypedDict, total=False):
+    """Options of learned gates: units of the hidden layer, what logits start from, and that of the relaxed choice."""
+
+    hidden: int
+    bias: float | np.ndarray
+    temperature: float
+
+
 class _Logits(Gate):
     """Logits from pooled features: normalise, a hidden layer, a linear layer. The state that every learned gate has."""
 
-    def __init__(self, features: int, units: int, *, hidden: int, bias, temperature: float, rngs: nnx.Rngs):
+    def __init__(
+        self, features: int, units: int, *, hidden: int = 16, bias=OPEN, temperature: float = 2 / 3, rngs: nnx.Rngs
+    ):
         if not 0 < temperature <= 1:
             raise ValueError(
                 f"temperature={temperature} must be in (0, 1]: above 1 straight-through gradients are badly biased"
@@ -189,14 +199,11 @@ class SampleGate(nnx.Module):
     ConvNet-AIG (Veit & Belongie 2018, arXiv:1711.11503).
     """
 
-    def __init__(
-        self, features: int, *, hidden: int = 16, bias: float = OPEN, temperature: float = 2 / 3, rngs: nnx.Rngs
-    ):
-        self.logits = _Logits(features, 1, hidden=hidden, bias=bias, temperature=temperature, rngs=rngs)
+    def __init__(self, features: int, *, rngs: nnx.Rngs, **options: Unpack[Options]):
+        self.logits = _Logits(features, 1, rngs=rngs, **options)
 
     def __call__(self, x: Float[Array, "B *axes C"]) -> Decision:
-        _check_features(x, self.logits.features, "SampleGate")
-        return self.logits.binary(self.logits(_mean(x))[:, 0])
+        return self.logits.binary(_of_map(x, self)[:, 0])
 
 
 class TileGate(nnx.Module):
@@ -207,21 +214,12 @@ class TileGate(nnx.Module):
     makes it save time.
     """
 
-    def __init__(
-        self,
-        features: int,
-        *,
-        size: int = 16,
-        hidden: int = 16,
-        bias: float = OPEN,
-        temperature: float = 2 / 3,
-        rngs: nnx.Rngs,
-    ):
-        self.logits = _Logits(3 * features, 1, hidden=hidden, bias=bias, temperature=temperature, rngs=rngs)
+    def __init__(self, features: int, *, size: int = 16, rngs: nnx.Rngs, **options: Unpack[Options]):
+        self.logits = _Logits(3 * features, 1, rngs=rngs, **options)
         self.size = positive(size, "size")
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Decision:
-        return self.logits.binary(self.logits(_tile_features(x, self, self.size))[..., 0], "tile")
+        return self.logits.binary(_of_tiles(x, self, self.size)[..., 0], "tile")
 
 
 class BranchGate(nnx.Module):
@@ -232,27 +230,18 @@ class BranchGate(nnx.Module):
     """
 
     def __init__(
-        self,
-        features: int,
-        branches: int,
-        *,
-        size: int | None = None,
-        hidden: int = 16,
-        bias: float = OPEN,
-        temperature: float = 2 / 3,
-        rngs: nnx.Rngs,
+        self, features: int, branches: int, *, size: int | None = None, rngs: nnx.Rngs, **options: Unpack[Options]
     ):
-        width = features if size is None else 3 * features
         # One bias for all would change nothing under a softmax: open means that the dearest branch leads.
-        biases = bias * np.linspace(0, 1, positive(branches, "branches"))
-        self.logits = _Logits(width, branches, hidden=hidden, bias=biases, temperature=temperature, rngs=rngs)
-        self.branches, self.size = branches, size if size is None else positive(size, "size")
+        options["bias"] = options.get("bias", OPEN) * np.linspace(0, 1, positive(branches, "branches"))
+        width = features if size is None else 3 * features
+        self.logits = _Logits(width, branches, rngs=rngs, **options)
+        self.branches, self.size = branches, positive(size, "size")
 
     def __call__(self, x: Float[Array, "B *axes C"]) -> Decision:
         if self.size is None:
-            _check_features(x, self.logits.features, "BranchGate")
-            return self.logits.categorical(self.logits(_mean(x)), "example")
-        return self.logits.categorical(self.logits(_tile_features(x, self, self.size)), "tile")
+            return self.logits.categorical(_of_map(x, self), "example")
+        return self.logits.categorical(_of_tiles(x, self, self.size), "tile")
 
 
 class ChannelGate(nnx.Module):
@@ -261,24 +250,12 @@ class ChannelGate(nnx.Module):
     `x` (B, ..., features) gives a decision of shape (B, groups). After Gao et al. 2019 (arXiv:1810.05331).
     """
 
-    def __init__(
-        self,
-        features: int,
-        groups: int,
-        *,
-        hidden: int = 16,
-        bias: float = OPEN,
-        temperature: float = 2 / 3,
-        rngs: nnx.Rngs,
-    ):
-        self.logits = _Logits(
-            features, positive(groups, "groups"), hidden=hidden, bias=bias, temperature=temperature, rngs=rngs
-        )
+    def __init__(self, features: int, groups: int, *, rngs: nnx.Rngs, **options: Unpack[Options]):
+        self.logits = _Logits(features, positive(groups, "groups"), rngs=rngs, **options)
         self.groups = groups
 
     def __call__(self, x: Float[Array, "B *axes C"]) -> Decision:
-        _check_features(x, self.logits.features, "ChannelGate")
-        return self.logits.binary(self.logits(_mean(x)))
+        return self.logits.binary(_of_map(x, self))
 
 
 class EntropyGate(nnx.Module):
@@ -293,7 +270,7 @@ class EntropyGate(nnx.Module):
         self.threshold = Threshold(jnp.float32(LOWEST))
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Decision:
-        _check_features(x, 1, "EntropyGate")
+        check_features(x, 1, self)
         mean = pool_tiles(x.astype(jnp.float32), self.size)[..., 0]
         mean = jnp.clip(mean, jnp.finfo(jnp.float32).tiny, 1 - jnp.finfo(jnp.float32).epsneg)
         logits = jax.scipy.special.logit(mean) - self.threshold[...]
@@ -315,24 +292,25 @@ class PathGate(nnx.Module):
         self.paths = paths
 
     def __call__(self, x: Float[Array, "B *axes C"]) -> Decision:
-        _check_features(x, self.logits.features, "PathGate")
-        logits = self.logits(_mean(x)) - self.logits.threshold[...]
+        logits = _of_map(x, self) - self.logits.threshold[...]
         weight = jax.nn.relu(jnp.tanh(logits))
         return Decision(straight_through((weight > 0).astype(weight.dtype), jax.nn.sigmoid(logits)), weight, "example")
 
 
-def _tile_features(x: jax.Array, gate: TileGate | BranchGate, size: int) -> jax.Array:
-    """A tile's mean and maximum beside the map's mean: what is here, what thin thing is here, and where here is."""
-    _check_features(x, gate.logits.features // 3, type(gate).__name__)
+def _of_map(x: jax.Array, gate: SampleGate | BranchGate | ChannelGate | PathGate) -> jax.Array:
+    """A gate's logits of the mean over all axes but the first and the last."""
+    check_features(x, gate.logits.features, gate)
+    return gate.logits(x.mean(tuple(range(1, x.ndim - 1))))
+
+
+def _of_tiles(x: jax.Array, gate: TileGate | BranchGate, size: int) -> jax.Array:
+    """A gate's logits of a tile's mean and maximum beside the map's mean: what is here, also if thin, and where."""
+    check_features(x, gate.logits.features // 3, gate)
     here = pool_tiles(x, size)
     # The block is not trained through the maxima: their gradient is slow on a CPU.
     most = max_tiles(jax.lax.stop_gradient(x), size)
-    return jnp.concatenate([here, most, jnp.broadcast_to(here.mean((1, 2), keepdims=True), here.shape)], -1)
-
-
-def _mean(x: jax.Array) -> jax.Array:
-    """Mean over all axes but the first and the last."""
-    return x.mean(tuple(range(1, x.ndim - 1)))
+    whole = jnp.broadcast_to(here.mean((1, 2), keepdims=True), here.shape)
+    return gate.logits(jnp.concatenate([here, most, whole], -1))
 
 
 def next_key(rngs: nnx.Rngs) -> jax.Array:
@@ -352,15 +330,20 @@ def _row(vector: GateParam, like: jax.Array) -> jax.Array:
     return vector[...].reshape((1,) * (like.ndim - 1) + (-1,))
 
 
-def _check_features(x: jax.Array, features: int, gate: str) -> None:
+def check_features(x: jax.Array, features: int, gate: nnx.Module) -> None:
+    """Raise ValueError unless `x` has so many features."""
     if x.shape[-1] != features:
         raise ValueError(
-            f"{gate} was made for features={features}, but its input has shape {x.shape}: "
+            f"{type(gate).__name__} was made for features={features}, but its input has shape {x.shape}: "
             f"give it features={x.shape[-1]}"
         )
 
 
-def positive(value: int, name: str) -> int:
-    if value < 1:
+Number = TypeVar("Number", int, int | None)
+
+
+def positive(value: Number, name: str) -> Number:
+    """`value`, None or at least 1, else ValueError."""
+    if value is not None and value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
     return value

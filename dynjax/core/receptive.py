@@ -1,8 +1,7 @@
 """How far an output pixel of a block reaches, and whether tiles of the block can be computed on their own."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -33,6 +32,10 @@ _UNEVEN = (
     "inside, a pattern or noise over the map, offsets that follow the content, numbers taken from the map's size): "
     "tiles would be wrong; wrap smaller parts of it"
 )
+_MIXING = (
+    "it mixes the examples of a batch (statistics, an order or noise over the batch): what is computed for some of "
+    "them only would be wrong; leave it outside"
+)
 _REMEMBERED = 256
 _answers: dict = {}
 
@@ -50,23 +53,26 @@ def receptive_radius(block: Callable, x: jax.Array | jax.ShapeDtypeStruct) -> in
             whole map, mixes examples, or treats pixels differently by their place.
     """
     block = views.still(block)
-    with _errors_named(block):
-        return _remembered(_found, block, x.shape[-1], jnp.dtype(x.dtype))
+    try:
+        return _remembered(block, x.shape[-1], jnp.dtype(x.dtype))
+    except (TypeError, ValueError) as error:
+        name = type(block).__name__ if isinstance(block, nnx.Module) else getattr(block, "__name__", repr(block))
+        raise ValueError(f"{name} cannot be run on tiles: {error}") from error
 
 
-def _remembered(ask: Callable, block: Callable, channels: int, dtype: np.dtype) -> int:
-    """`ask` of the arguments, once for blocks that differ in nothing but their parameters' values.
+def _remembered(block: Callable, channels: int, dtype: np.dtype) -> int:
+    """`_found`, once for blocks that differ in nothing but their parameters' values.
 
     The blocks of a model are alike, and are asked for whenever it is traced.
     """
     definition, leaves, tree = _parts(block)
-    key = (ask, definition, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves), channels, dtype)
+    key = (definition, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves), channels, dtype)
     try:
         hash(key)
     except TypeError:
-        return ask(block, channels, dtype)
+        return _found(block, channels, dtype)
     if key not in _answers:
-        answer = ask(block, channels, dtype)
+        answer = _found(block, channels, dtype)
         while len(_answers) >= _REMEMBERED:
             _answers.pop(next(iter(_answers)))
         _answers[key] = answer
@@ -97,14 +103,14 @@ def _probed(block: Callable, channels: int, dtype: np.dtype) -> int:
         reach, furthest = _spread(y, maps, _tolerance(dtype) / 100)
         wide = 2 * reach + _INNER + 2 > side
         if not wide and furthest <= reach:
-            problem = _window_problem(run, y, maps, reach, _tolerance(dtype))
-            if not problem:
+            if _windows_fit(run, y, maps, reach, _tolerance(dtype)):
                 return reach
+            problem = _UNEVEN
             break
         problem = _WIDE.format(_culprit(block)) if wide else _ACROSS
         if furthest >= _PROBES[0] - 1:
             break
-    raise ValueError(_mixes_examples(run, maps, dtype) or problem)
+    raise ValueError(_MIXING if _mixes_examples(run, maps, dtype) else problem)
 
 
 class _Maps(NamedTuple):
@@ -147,8 +153,8 @@ def _spread(y: np.ndarray, maps: _Maps, tolerance: float) -> tuple[int, int]:
     return max(distance for place, distance in pairs if place == maps.changed[0]), max(distances)
 
 
-def _window_problem(run: Callable, y: np.ndarray, maps: _Maps, reach: int, tolerance: float) -> str:
-    """Compare windows in the corners, at the borders and in the middle with the whole map, as tiles will need them."""
+def _windows_fit(run: Callable, y: np.ndarray, maps: _Maps, reach: int, tolerance: float) -> bool:
+    """Whether windows in the corners, at the borders and in the middle are as in the whole map, as tiles need them."""
     (side, width), size = y.shape[1:3], 2 * reach + _INNER
     middle = max(at for at in (1, 5, 7) if at < side - size)
     rows = [(0, size), (middle, middle + size), (side - size, side)]
@@ -169,21 +175,14 @@ def _window_problem(run: Callable, y: np.ndarray, maps: _Maps, reach: int, toler
     whole = run(maps.around)[0, start : start + side, start : start + side]
     wrong.append(_differ(y[0, :, :side][inner, inner], whole[inner, inner], tolerance).ravel())
     # A step may fall to the other side by rounding, at a few places in a million.
-    if np.concatenate(wrong).mean() <= 1e-4:
-        return ""
-    return _UNEVEN
+    return bool(np.concatenate(wrong).mean() <= 1e-4)
 
 
-def _mixes_examples(run: Callable, maps: _Maps, dtype: np.dtype) -> str:
-    """What to say of a block whose result for an example depends on the others; nothing of other blocks."""
+def _mixes_examples(run: Callable, maps: _Maps, dtype: np.dtype) -> bool:
+    """Whether the result for an example depends on the others."""
     together = run(maps.values[:2])
     alone = np.concatenate([run(maps.values[:1]), run(maps.values[1:2])])
-    if not _differ(alone, together, _tolerance(dtype)).any():
-        return ""
-    return (
-        "it mixes the examples of a batch (statistics, an order or noise over the batch): what is computed for some of "
-        "them only would be wrong; leave it outside"
-    )
+    return bool(_differ(alone, together, _tolerance(dtype)).any())
 
 
 def _tolerance(dtype: np.dtype) -> float:
@@ -243,16 +242,6 @@ def _stand_in(number: int, shape: tuple[int, ...], dtype, positive: bool) -> np.
         return random.uniform(0.5, 1.5, shape).astype(dtype)
     values = random.normal(size=shape) * (2 / max(math.prod(shape[:-1]), 1)) ** 0.5
     return (np.abs(values) if positive else values).astype(dtype)
-
-
-@contextlib.contextmanager
-def _errors_named(block: Callable) -> Iterator[None]:
-    """Errors raised inside say which block they are about."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        name = type(block).__name__ if isinstance(block, nnx.Module) else getattr(block, "__name__", repr(block))
-        raise ValueError(f"{name} cannot be run on tiles: {error}") from error
 
 
 def _culprit(block: Callable) -> str:

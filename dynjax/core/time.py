@@ -4,15 +4,16 @@ Letters: B examples, T times.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+import operator
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from dynjax.core.decision import Decision, Linear, record, seen, unseen
+from dynjax.core import views
+from dynjax.core.decision import Decision, Linear, record_inside, seen, unseen
 from dynjax.core.execute import Tree
 
 
@@ -22,7 +23,6 @@ class Recurrent(Protocol):
 
     def initial(self, examples: int, /) -> Tree:
         """What is carried into the first step: a tree of arrays whose first axis is the examples."""
-        ...
 
     def __call__(self, x: Tree, carry: Tree, /) -> tuple[Tree, Tree]: ...
 
@@ -45,46 +45,26 @@ def scan(cell: Recurrent, x: Tree, carry: Tree | None = None) -> tuple[Tree, Tre
         raise ValueError(f"scan: all arrays must have the same first axes (B, T), these have {sorted(sizes)}")
     examples, times = jax.tree.leaves(x)[0].shape[:2]
     carry = cell.initial(examples) if carry is None else carry
-    tracing, plain = hasattr(cell, "__captures__"), unseen(cell)
-    by_time = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), x)
-    moving = _moving(plain, jax.tree.map(lambda a: a[0], by_time), carry)
-    graphdef, moved, *others = nnx.split(plain, lambda path, _: path in moving, ...)
-    (fixed,) = others
+    tracing, by_time = hasattr(cell, "__captures__"), jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), x)
+    graphdef, state = nnx.split(unseen(cell))
+
+    def changes(state: nnx.State, x: Tree, carry: Tree) -> nnx.State:
+        return views.changed(nnx.merge(graphdef, state, copy=True), x, carry)[1]
+
+    first = jax.tree.map(lambda a: a[0], by_time)
+    moving = {path for path, _ in nnx.to_flat_state(jax.eval_shape(changes, state, first, carry))}
+    moved, fixed = nnx.split_state(state, lambda path, _: path in moving, ...)
 
     def step(loop: tuple, x: Tree) -> tuple[tuple, tuple]:
         carry, moved = loop
         own = nnx.merge(graphdef, moved, fixed, copy=True)
-        run = seen if tracing else _unseen_run
-        (y, carry), decisions = run(lambda cell, x, carry: cell(x, carry), own, x, carry)
+        (y, carry), decisions = seen(operator.call, own, x, carry) if tracing else (own(x, carry), {})
         return (carry, nnx.state(own, lambda path, _: path in moving)), (y, decisions)
 
     (carry, moved), (y, decisions) = lax.scan(step, (carry, moved), by_time)
-    if moving:
-        nnx.update(cell, moved)
-    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(cell)}
-    for path, decision in decisions.items():
-        record(modules[path.split("#")[0]], _of_times(decision, times))
+    nnx.update(cell, moved)
+    record_inside(cell, {path: _of_times(decision, times) for path, decision in decisions.items()})
     return jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), y), carry
-
-
-def _unseen_run(run, module, *args) -> tuple[Any, dict[str, Decision]]:
-    return run(module, *args), {}
-
-
-def _moving(cell: nnx.Module, x: Tree, carry: Tree) -> Sequence[tuple]:
-    """The paths of the variables that one step changes."""
-    graphdef, state = nnx.split(cell)
-    found: list[tuple] = []
-
-    def once(state: nnx.State, x: Tree, carry: Tree) -> None:
-        own = nnx.merge(graphdef, state, copy=True)
-        before = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(own))}
-        own(x, carry)
-        after = nnx.to_flat_state(nnx.state(own))
-        found.extend(path for path, variable in after if variable.get_value() is not before.get(path))
-
-    jax.eval_shape(once, state, x, carry)
-    return found
 
 
 def _of_times(decision: Decision, times: int) -> Decision:

@@ -5,6 +5,7 @@ Letters: B examples, H W pixels, h w tiles.
 
 import dataclasses
 import functools
+import operator
 import types
 from collections.abc import Callable
 from typing import Any
@@ -36,11 +37,8 @@ class Trace:
 
     def macs(self) -> Float[Array, " B"]:
         """MACs spent per example, the static part included; straight-through gradient to the gates."""
-        return self._sum(Decision.macs)
-
-    def expected_macs(self) -> Float[Array, " B"]:
-        """Expected MACs per example under the gates' probabilities, the static part included."""
-        return self._sum(Decision.expected_macs)
+        start = jnp.full((self.examples,), self.static_macs, jnp.float32)
+        return sum((decision.macs() for decision in self.decisions.values()), start)
 
     def fraction(self) -> Float[Array, " B"]:
         """`macs` as a share of `full_macs`."""
@@ -60,7 +58,7 @@ class Trace:
                 even = even + spent
                 continue
             unit = decision.cost.unit if isinstance(decision.cost, Linear) else (1.0,)
-            units = (decision.unit_keep() * jnp.asarray(unit, jnp.float32)[None, None]).sum(-1)
+            units = (decision.units(decision.keep) * jnp.asarray(unit, jnp.float32)[None, None]).sum(-1)
             fine = _pixels(units.reshape(decision.keep.shape[:3]), decision.tile, size)
             whole = fine.sum((1, 2), keepdims=True)
             # A picture smaller than the grid of tiles may miss those that were kept.
@@ -72,10 +70,6 @@ class Trace:
         """Per wrapper `kept`, the share of its units kept, and `macs`, its share of all MACs; means over the batch."""
         total = self.macs().mean()
         return {path: {"kept": d.kept(), "macs": d.macs().mean() / total} for path, d in self.decisions.items()}
-
-    def _sum(self, macs: Callable[[Decision], jax.Array]) -> jax.Array:
-        start = jnp.full((self.examples,), self.static_macs, jnp.float32)
-        return sum((macs(d) for d in self.decisions.values()), start)
 
 
 def _pixels(units: jax.Array, tile: tuple[float, float] | None, size: tuple[int, int]) -> jax.Array:
@@ -114,7 +108,7 @@ def traced(fn: Callable, *, examples: int | None = None) -> Callable:
         model: Any
         model, rest = (fn, args) if is_module else (args[0], args[1:])
         try:
-            output, decisions = seen(_call if is_module else fn, model, *rest, **kwargs)
+            output, decisions = seen(operator.call if is_module else fn, model, *rest, **kwargs)
         except (TypeError, ValueError) as error:
             if "__captures__" in str(error):  # where a transformation of nnx wants what it is given back as it was
                 raise ValueError(f"traced: a module {INSIDE}") from error
@@ -135,12 +129,10 @@ def traced(fn: Callable, *, examples: int | None = None) -> Callable:
     return call
 
 
-def _call(model: Callable, *args, **kwargs):
-    return model(*args, **kwargs)
-
-
 def _examples(decisions: dict[str, Decision], args, kwargs, given: int | None) -> int:
     """The number of examples, as those who decide about them have it: the first array may be anything."""
+    if given is not None and not decisions:
+        return given
     if decisions:
         found = {path: decision.keep.shape[0] for path, decision in decisions.items()}
         what = "decisions are about"
@@ -148,18 +140,16 @@ def _examples(decisions: dict[str, Decision], args, kwargs, given: int | None) -
         leaves = [leaf for leaf in jax.tree.leaves((args, kwargs)) if getattr(leaf, "ndim", 0)]
         found = {f"array {number} of {leaf.shape}": leaf.shape[0] for number, leaf in enumerate(leaves)}
         what = "nothing decides, and the arguments have first axes of"
-        if not leaves and given is None:
+        if not leaves:
             raise ValueError(
                 "traced: no argument is an array, so the batch size is unknown; pass the input as an argument, or say "
                 "traced(fn, examples=B)"
             )
     numbers = sorted({*found.values()})
-    if given is not None and (not decisions or numbers == [given]):
-        return given
-    if len(numbers) > 1 or given is not None:
-        raise ValueError(
-            f"traced: the number of examples is not clear: {what} {', '.join(map(str, numbers))}"
-            f"{'' if given is None else f', and examples={given}'} ({found}); "
-            + ("decide about one batch in all of them" if decisions else "say traced(fn, examples=B)")
-        )
-    return numbers[0]
+    if len(numbers) == 1 and given in (None, *numbers):
+        return numbers[0]
+    raise ValueError(
+        f"traced: the number of examples is not clear: {what} {', '.join(map(str, numbers))}"
+        f"{'' if given is None else f', and examples={given}'} ({found}); "
+        + ("decide about one batch in all of them" if decisions else "say traced(fn, examples=B)")
+    )

@@ -57,7 +57,6 @@ class Scheduled(Protocol):
 
     def schedule(self, progress: Float[Array, ""] | float, /) -> None:
         """Make ready for a step at `progress`, 0 to 1."""
-        ...
 
 
 @runtime_checkable
@@ -66,7 +65,6 @@ class Contributes(Protocol):
 
     def terms(self, call: Call, /) -> dict[str, Array]:
         """Scalars by name, not weighted yet."""
-        ...
 
 
 @runtime_checkable
@@ -75,7 +73,6 @@ class Weighs(Protocol):
 
     def weights(self, call: Call, /) -> Float[Array, "B n"] | None:
         """Weights of the outputs' losses; None: they count alike."""
-        ...
 
 
 @runtime_checkable
@@ -84,7 +81,6 @@ class Rewarded(Protocol):
 
     def rewarded(self) -> bool:
         """Whether they do, so that a loss on the budget must not."""
-        ...
 
 
 def _modules(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:

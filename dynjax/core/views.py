@@ -32,6 +32,15 @@ def compact(model: Model) -> Model:
     return _view(model, execution="compact", deterministic=True, use_running_average=True)
 
 
+def changed(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State]:
+    """What `model` gives, and the variables that the call changed."""
+    before = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
+    output = model(*args, **kwargs)
+    after = nnx.to_flat_state(nnx.state(model))
+    found = [(path, variable) for path, variable in after if variable.get_value() is not before.get(path)]
+    return output, nnx.from_flat_state(found)
+
+
 def _view(model: Model, **ways: Any) -> Model:
     """`model` in these ways, which what is no module has none of."""
     return nnx.view(model, raise_if_not_found=False, **ways) if isinstance(model, nnx.Module) else model

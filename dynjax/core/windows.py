@@ -118,9 +118,12 @@ def supported(closed: jex.ClosedJaxpr, *, size: int, radius: int) -> bool:
     return True
 
 
-def reach(closed: jex.ClosedJaxpr, limit: int = 64) -> int | None:
-    """Receptive radius in pixels, at most `limit`, as the jaxpr tells it; None if `run_strip` cannot run the block."""
-    margins: list[int] = []
+def reach_of(block: Callable, channels: int, dtype, limit: int = 64) -> int | None:
+    """Receptive radius of `block` in pixels, at most `limit`, as its jaxpr tells it.
+
+    None if `run_strip` cannot run the block, or it uses the map's size or the batch's.
+    """
+    closed, margins = trace(block, (channels,), dtype), list[int]()
 
     def walk(strip, inside):
         out = _walked(closed, strip, inside, 1, limit)
@@ -131,18 +134,9 @@ def reach(closed: jex.ClosedJaxpr, limit: int = 64) -> int | None:
         jax.eval_shape(walk, *window(closed, 1, limit))
     except (Unsupported, ValueError):
         return None
-    return limit - min(margins)
-
-
-def reach_of(block: Callable, channels: int, dtype) -> int | None:
-    """Receptive radius of `block` as `reach` gives it; None also if the block uses the map's size or the batch's."""
-    closed = trace(block, (channels,), dtype)
-    found = reach(closed)
-    if found is None:
-        return None
     other = trace(block, (channels,), dtype, _OTHER)
     pairs = list(zip(closed.consts, other.consts, strict=False))
-    return found if _alike(closed.jaxpr, other.jaxpr, pairs) else None
+    return limit - min(margins) if _alike(closed.jaxpr, other.jaxpr, pairs) else None
 
 
 def _alike(a: jex.Jaxpr, b: jex.Jaxpr, consts: Sequence = ()) -> bool:
@@ -197,8 +191,7 @@ class _Walk:
             if name == "broadcast_in_dim" and _is_map(params["shape"]) and not {1, 2} & _filled(eqn, args[0]):
                 shape = (params["shape"][0], 1, 1, *params["shape"][3:])
                 return [_Uniform(lax.broadcast_in_dim(args[0], shape, params["broadcast_dimensions"]))]
-            out = eqn.primitive.bind(*args, **params)
-            return out if eqn.primitive.multiple_results else [out]
+            return _bind(eqn, args)
         rule = {
             "conv_general_dilated": self.convolution,
             "dot_general": self.matrix_product,

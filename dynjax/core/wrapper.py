@@ -5,8 +5,9 @@ Letters: B examples, K kinds.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard, get_args
+from typing import Any, TypeGuard, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.core import cost, execute, views
-from dynjax.core.decision import Block, Decision, Linear, Place, Rule, record, seen, unseen
+from dynjax.core.decision import Block, Decision, Linear, Place, Rule, record, record_inside, seen, unseen
 from dynjax.core.execute import Execution, Strategy
-
-EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+from dynjax.core.receptive import window_macs
 
 
 class Wrapper(nnx.Module):
@@ -37,13 +36,13 @@ class Wrapper(nnx.Module):
     ) -> None:
         # The last is for the blocks alone; named here, since nnx.view refuses names that no module has.
         if execution is not None:
-            if execution not in EXECUTIONS:
+            if execution not in get_args(Execution):
                 raise ValueError(f"execution={execution!r} must be 'masked' or 'compact'")
-            self.execution = execution
+            self.execution = cast(Execution, execution)
         if strategy is not None:
-            if strategy not in STRATEGIES:
+            if strategy not in get_args(Strategy):
                 raise ValueError(f"strategy={strategy!r} must be 'auto', 'loop' or 'buckets'")
-            self.strategy = strategy
+            self.strategy = cast(Strategy, strategy)
         if deterministic is not None:
             self.deterministic = deterministic
 
@@ -93,8 +92,30 @@ class Wrapper(nnx.Module):
 
     def account_blocks(self, decision: Decision, blocks: Sequence[Callable], inputs: Sequence[execute.Tree]) -> None:
         """Record a decision about whole examples, whose kinds are these blocks on these inputs."""
-        own, inside = zip(*(own_macs(block, x) for block, x in zip(blocks, inputs, strict=True)), strict=True)
-        self.account(decision, own, own, inside=inside)
+        if self.tracing:
+            own, inside = zip(*(own_macs(block, x) for block, x in zip(blocks, inputs, strict=True)), strict=True)
+            self.account(decision, own, own, inside=inside)
+
+    def account_tiles(
+        self, decision: Decision, blocks: Sequence[Callable], x: Array, size: int, radii: Sequence[int]
+    ) -> None:
+        """Record a decision about tiles of `size` pixels of `x`, whose kinds are these blocks of these radii."""
+        if self.tracing:
+            unit = [window_macs(block, x, size, radius) for block, radius in zip(blocks, radii, strict=True)]
+            self.account(decision, unit, [macs_per_example(block, x) for block in blocks], tile_of(x, size))
+
+    def tiles(
+        self,
+        block: Callable,
+        x: Array,
+        keep: Float[Array, "B h w"],
+        size: int,
+        radius: int,
+        otherwise: Callable | None = None,
+    ) -> Array:
+        """`block(x)` on the tiles kept and `otherwise(x)` on the others; see `execute.tiles`."""
+        run = functools.partial(execute.tiles, execution=self.execution, strategy=self.strategy)
+        return run(ready(block, self.execution), x, keep, size=size, radius=radius, otherwise=otherwise)
 
     def samples(
         self,
@@ -115,7 +136,12 @@ class Wrapper(nnx.Module):
         probability = keep if probability is None else probability
         if self.execution == "masked":
             return run(self.opened(block, x, keep, probability), x, keep, otherwise=otherwise)
-        opened = _opened(ready(block, self.execution))
+        still = ready(block, self.execution)
+
+        def opened(x):
+            return seen(operator.call, still, x)
+
+        opened.__name__ = type(block).__name__
         _, spec = execute.shape_of(opened, x)
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), spec)
         rest = (lambda x: x) if otherwise is None else otherwise
@@ -124,11 +150,7 @@ class Wrapper(nnx.Module):
         return y
 
     def branches(
-        self,
-        blocks: Sequence[Callable],
-        x: Array,
-        choice: Float[Array, "B K"],
-        probability: Float[Array, "B K"],
+        self, blocks: Sequence[Callable], x: Array, choice: Float[Array, "B K"], probability: Float[Array, "B K"]
     ) -> Array:
         """The block that `choice` picks, per example; see `execute.branches`, and `samples` for decisions inside."""
         run = functools.partial(execute.branches, execution=self.execution, strategy=self.strategy)
@@ -149,32 +171,24 @@ class Wrapper(nnx.Module):
         """What gives `block(x)`, which is run here and now; decisions inside are recorded as `samples` says."""
         if not is_dynamic(block):
             return block
-        y, inner = _opened(block)(x)
+        y, inner = seen(operator.call, block, x)
         _record_inside(block, inner, keep, probability)
         return lambda _: y
-
-
-def _opened(block: nnx.Module) -> Callable:
-    """`block`, giving the decisions taken inside beside its output."""
-
-    def run(x):
-        return seen(lambda block, x: block(x), block, x)
-
-    run.__name__ = type(block).__name__
-    return run
 
 
 def _record_inside(
     block: nnx.Module, inner: dict[str, Decision], keep: Float[Array, " B"], probability: Float[Array, " B"]
 ) -> None:
     """Record decisions of modules of `block` as part of the decision about it."""
-    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(block)}
-    for path, decision in inner.items():
+
+    def both(decision: Decision) -> Decision:
         kept, probable = (
             chosen * outer.reshape(-1, *(1,) * (chosen.ndim - 1))
             for chosen, outer in ((decision.keep, keep), (decision.probability, probability))
         )
-        record(modules[path.split("#")[0]], dataclasses.replace(decision, keep=kept, probability=probable))
+        return dataclasses.replace(decision, keep=kept, probability=probable)
+
+    record_inside(block, {path: both(decision) for path, decision in inner.items()})
 
 
 def is_dynamic(block: Callable) -> TypeGuard[nnx.Module]:
@@ -184,14 +198,13 @@ def is_dynamic(block: Callable) -> TypeGuard[nnx.Module]:
 
 def refuse_nested(wrapper: str, block: Callable) -> None:
     """Raise ValueError if `block` holds dynamic modules, whose decisions could not be told apart by example."""
-    if is_dynamic(block):
-        found = ((path, module) for path, module in nnx.iter_modules(block) if isinstance(module, Wrapper))
-        path, module = next(found)
-        raise ValueError(
-            f"{wrapper} around a module that is dynamic already ({type(module).__name__} at {_name(path)}): "
-            "wrap the outer module or the inner one, not both; Skip, Select, Exits and PolicySkip per example may be "
-            "around one"
-        )
+    for path, module in nnx.iter_modules(block) if isinstance(block, nnx.Module) else ():
+        if isinstance(module, Wrapper):
+            raise ValueError(
+                f"{wrapper} around a module that is dynamic already ({type(module).__name__} at {_name(path)}): "
+                "wrap the outer module or the inner one, not both; Skip, Select, Exits and PolicySkip per example may "
+                "be around one"
+            )
 
 
 def ready(block: Block, execution: str) -> Block:
@@ -231,7 +244,7 @@ def own_macs(block: Callable, x: execute.Tree) -> tuple[float, float]:
     whole, still = macs_per_example(block, x), views.still(block)
     if not is_dynamic(still):
         return whole, 0.0
-    inner = jax.eval_shape(lambda x: _opened(still)(x)[1], one_example(x)).values()
+    inner = jax.eval_shape(lambda x: seen(operator.call, still, x)[1], one_example(x)).values()
     return whole - sum(d.cost.masked for d in inner), sum(d.full_macs - d.excluded for d in inner)
 
 
@@ -240,9 +253,14 @@ def grid(x: jax.Array, size: int) -> tuple[int, int]:
     return -(-x.shape[1] // size), -(-x.shape[2] // size)
 
 
-def tile_of(x: jax.Array, size: int | None) -> tuple[float, float] | None:
+def tile_size(gate: Callable | None) -> int | None:
+    """Side in pixels of the tiles that a gate decides about; None where it decides about whole examples."""
+    return getattr(gate, "size", None)
+
+
+def tile_of(x: jax.Array, size: int) -> tuple[float, float]:
     """Sides of a tile of `size` pixels as shares of the height and width of `x`."""
-    return None if size is None else (size / x.shape[1], size / x.shape[2])
+    return size / x.shape[1], size / x.shape[2]
 
 
 def _name(path) -> str:

@@ -31,26 +31,18 @@ class Make(Protocol):
     def __call__(self, config: DataConfig, split: str, *, seed: int, classes: Sequence[str] | None) -> Source: ...
 
 
-def _ours(module: str) -> Make:
-    """`make` of a module of this package, imported only when it is called."""
-
-    def make(config: DataConfig, split: str, *, seed: int, classes: Sequence[str] | None) -> Source:
-        return importlib.import_module(f"dynjax.data.{module}").make(config, split, seed=seed, classes=classes)
-
-    return make
-
-
-_MAKES: dict[str, Make] = {
-    "digits": _ours("digit_scenes"),
-    "camvid": _ours("camvid"),
-    "folder": _ours("folder"),
-    "digits8": _ours("digits"),
-    "mnist": _ours("mnist"),
-    "fashion_mnist": _ours("mnist"),
-    "cifar10": _ours("cifar10"),
-    "class_folder": _ours("class_folder"),
-    "tfds:": _ours("tfds"),
+_MAKES: dict[str, Make | str] = {
+    "digits": "digit_scenes",
+    "camvid": "camvid",
+    "folder": "folder",
+    "digits8": "digits",
+    "mnist": "mnist",
+    "fashion_mnist": "mnist",
+    "cifar10": "cifar10",
+    "class_folder": "class_folder",
+    "tfds:": "tfds",
 }
+"""By name; of ours the module, whose `make` is imported only when it is wanted."""
 
 
 def register(name: str, make: Make) -> None:
@@ -80,6 +72,8 @@ def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Seque
         near = difflib.get_close_matches(config.name, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"data.name={config.name!r} is not known: {', '.join(names)}{hint}")
+    if isinstance(make, str):
+        make = importlib.import_module(f"dynjax.data.{make}").make
     return make(config, split, seed=seed, classes=classes)
 
 

@@ -41,33 +41,23 @@ class Changes:
     centres: Integer[np.ndarray, "N 2"] | None = None
 
 
-def draw(config: AugmentConfig, size: Size, rng: np.random.Generator) -> Changes:
-    """What happens to one example."""
-    return Changes(
-        crops=draw_crop(config.crop, size, rng)[None] if config.crop < 1 else None,
-        flips=rng.uniform(size=1) < 0.5 if config.flip else None,
-        colours=rng.uniform(1 - config.colour, 1 + config.colour, (1, 3)) if config.colour > 0 else None,
-        offsets=rng.integers(0, 2 * config.pad + 1, (1, 2)) if config.pad else None,
-        centres=rng.integers(0, size, (1, 2)) if config.cutout else None,
-    )
+def draw(
+    config: AugmentConfig, size: Size, rng: np.random.Generator, count: int = 1, part: slice | None = None
+) -> Changes:
+    """What happens to one example or, with `part`, to the examples of a batch of `count` that lie in it.
 
-
-def draw_batch(config: AugmentConfig, size: Size, count: int, part: slice, rng: np.random.Generator) -> Changes:
-    """What happens to the examples of a batch of `count` that lie in `part`.
-
-    Random numbers are drawn for all of these, so that a picture changes alike whatever the number of processes.
+    Random numbers are drawn for the whole batch, so that a picture changes alike whatever the number of processes.
     """
-    crops = colours = None
-    if config.crop < 1 or config.colour > 0:  # each from a generator of its own
-        one = dataclasses.replace(config, flip=False, pad=0, cutout=0)
-        seeds = rng.integers(2**63, size=count)[part].tolist()
-        own = [draw(one, size, np.random.default_rng(seed)) for seed in seeds]
-        crops = np.concatenate([each.crops for each in own]) if config.crop < 1 else None
-        colours = np.concatenate([each.colours for each in own]) if config.colour > 0 else None
+    own = [rng]
+    if part is None:
+        part = slice(None)
+    elif config.crop < 1 or config.colour > 0:  # each from a generator of its own
+        own = [np.random.default_rng(seed) for seed in rng.integers(2**63, size=count)[part].tolist()]
+    low, high = 1 - config.colour, 1 + config.colour
     return Changes(
-        crops=crops,
+        crops=np.stack([draw_crop(config.crop, size, each) for each in own]) if config.crop < 1 else None,
         flips=rng.uniform(size=count)[part] < 0.5 if config.flip else None,
-        colours=colours,
+        colours=np.stack([each.uniform(low, high, 3) for each in own]) if config.colour > 0 else None,
         offsets=rng.integers(0, 2 * config.pad + 1, (count, 2))[part] if config.pad else None,
         centres=rng.integers(0, size, (count, 2))[part] if config.cutout else None,
     )
@@ -105,10 +95,7 @@ class Augment:
         changes, found = draw(self.config, self.size, rng), {}
         for key, fill in self.fills.items():
             frames = example[key].reshape(-1, *self.size, *(() if fill is None else (3,)))
-            every = {
-                name: None if drawn is None else np.repeat(drawn, len(frames), axis=0)
-                for name, drawn in vars(changes).items()
-            }
+            every = {name: None if a is None else a.repeat(len(frames), 0) for name, a in vars(changes).items()}
             found[key] = self._changed(frames, fill, Changes(**every)).reshape(example[key].shape)
         return {**example, **found}
 
@@ -116,7 +103,7 @@ class Augment:
         self, batch: dict[str, np.ndarray], rng: np.random.Generator, count: int, part: slice
     ) -> dict[str, np.ndarray]:
         """A batch of pictures that are the `part` of a batch of `count`."""
-        changes = draw_batch(self.config, self.size, count, part, rng)
+        changes = draw(self.config, self.size, rng, count, part)
         return {**batch, **{key: self._changed(batch[key], fill, changes) for key, fill in self.fills.items()}}
 
     def _changed(self, frames: Shaped[np.ndarray, "N H W ..."], fill: Colour | None, changes: Changes) -> np.ndarray:
@@ -191,7 +178,5 @@ def colour(frame: UInt8[np.ndarray, "H W 3"], factors: Float[np.ndarray, "3"]) -
     grey = picture.convert("L")
     mean = np.asarray(grey).mean()
     picture = Image.blend(grey.convert("RGB"), picture, saturation)
-    table = np.clip((np.arange(256) - mean) * (contrast * brightness) + mean * brightness + 0.5, 0, 255).astype(
-        np.uint8
-    )
-    return np.asarray(picture.point(table.tolist() * 3))
+    table = np.clip((np.arange(256) - mean) * (contrast * brightness) + mean * brightness + 0.5, 0, 255)
+    return np.asarray(picture.point(table.astype(np.uint8).tolist() * 3))

@@ -69,11 +69,10 @@ def _from_batches(folder: Path, suffix: str, read: Callable[[Path], Batch], spli
     names = (TEST,) if split == "test" else TRAIN
     batches = [read(folder / f"{name}{suffix}") for name in names]
     images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-    part = part_of(split, len(images), len(images))
-    cut = slice(part.start, part.stop)
-    pictures = np.ascontiguousarray(images[cut].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
+    part = part_of(split, len(images))
+    pictures = np.ascontiguousarray(images[part].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
     return with_labels(
-        pictures, labels[cut], CLASSES, handed=False, called=lambda index: f"{folder}, {split} example {index}"
+        pictures, labels[part], CLASSES, handed=False, called=lambda index: f"{folder}, {split} example {index}"
     )
 
 

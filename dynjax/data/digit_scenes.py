@@ -10,6 +10,7 @@ import functools
 import importlib.resources
 import io
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int32, Integer, UInt8
@@ -24,17 +25,9 @@ BACKGROUND = 10
 SCENES = 2000  # where data.examples says nothing
 
 _PHOTOS = (
-    ("sklearn", "datasets/images/china.jpg"),
-    ("sklearn", "datasets/images/flower.jpg"),
-    ("skimage", "data/astronaut.png"),
-    ("skimage", "data/brick.png"),
-    ("skimage", "data/camera.png"),
-    ("skimage", "data/chelsea.png"),
-    ("skimage", "data/coffee.png"),
-    ("skimage", "data/grass.png"),
-    ("skimage", "data/gravel.png"),
-    ("skimage", "data/motorcycle_left.png"),
-    ("skimage", "data/rocket.jpg"),
+    *(("sklearn", f"datasets/images/{name}") for name in ("china.jpg", "flower.jpg")),
+    *(("skimage", f"data/{name}.png") for name in ("astronaut", "brick", "camera", "chelsea", "coffee", "grass")),
+    *(("skimage", f"data/{name}") for name in ("gravel.png", "motorcycle_left.png", "rocket.jpg")),
 )
 _SHARES = (0.6, 0.2, 0.2)  # of the digits, for train, val, test
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -114,32 +107,24 @@ def _glyph(index: int) -> Image.Image:
     return Image.fromarray(np.round(np.pad(images[index], _PAD) * 255).astype(np.uint8))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Look:
+class _Look(NamedTuple):
     """What one number, the difficulty, means for a scene. Lengths in pixels of 96, lightness in [0, 1]."""
 
     contrast: float  # least difference in lightness between a stroke and what is around it
     stroke: float  # ink above this level is stroke: the lower, the thicker
     photo: float  # range of lightness that the photograph may take
-    clutter: int  # most patches of plain colour
+    clutter: float  # most patches of plain colour
     spacing: float  # least distance of two digits, as a share of the sum of their radii
     turn: float  # largest rotation, degrees
-    sizes: tuple[float, float]  # smallest and largest height of a digit
+    small: float  # smallest and largest height of a digit
+    large: float
+
+
+_EASY, _HARD = _Look(0.45, 0.36, 0.30, 0, 1.1, 5, 28, 48), _Look(0.15, 0.48, 0.60, 8, 0.6, 25, 20, 40)
 
 
 def _look(difficulty: float) -> _Look:
-    def between(easy, hard):
-        return easy + (hard - easy) * difficulty
-
-    return _Look(
-        contrast=between(0.45, 0.15),
-        stroke=between(0.36, 0.48),
-        photo=between(0.30, 0.60),
-        clutter=round(between(0, 8)),
-        spacing=between(1.1, 0.6),
-        turn=between(5, 25),
-        sizes=(between(28, 20), between(48, 40)),
-    )
+    return _Look(*(easy + (hard - easy) * difficulty for easy, hard in zip(_EASY, _HARD, strict=True)))
 
 
 def render(
@@ -156,8 +141,8 @@ def render(
     for _ in range(1 + int(6.99 * crowd)):
         index = rng.choice(split_digits(split)[rng.integers(10)])
         for _attempt in range(_TRIES if placed else 20 * _TRIES):  # no scene is empty
-            small, large = look.sizes
-            tall = (rng.uniform(small, large) * (1 - crowd) + rng.uniform(small, 0.75 * large) * crowd) * unit
+            tall = rng.uniform(look.small, look.large) * (1 - crowd)
+            tall = (tall + rng.uniform(look.small, 0.75 * look.large) * crowd) * unit
             radius = 0.5 * tall
             y, x = rng.uniform(radius, height - radius), rng.uniform(radius, width - radius)
             if any(np.hypot(y - b, x - a) < look.spacing * (radius + r) for b, a, r in placed):
@@ -186,7 +171,7 @@ def _background(rng, split, look: _Look, size) -> Float[np.ndarray, "H W 3"]:
     if rng.uniform() < 0.5:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     draw = ImageDraw.Draw(crop)
-    for _ in range(rng.integers(look.clutter + 1)):
+    for _ in range(rng.integers(round(look.clutter) + 1)):
         _patch(rng, draw, size)
     canvas = np.asarray(crop, np.float32) / 255
     lightness = canvas @ _LUMA
@@ -209,9 +194,8 @@ def _patch(rng, draw: ImageDraw.ImageDraw, size) -> None:
     if corners == 7:
         draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
     else:
-        angles = (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) * (2 * np.pi / corners) + rng.uniform(
-            0, 2 * np.pi
-        )
+        angles = (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) * (2 * np.pi / corners)
+        angles += rng.uniform(0, 2 * np.pi)
         draw.polygon([(x + r * np.cos(a), y + r * np.sin(a)) for a in angles], fill=colour)
 
 

@@ -13,13 +13,13 @@ from dynjax.data.pairs import Pair, Pairs
 HELD_OUT = 5000  # the last training pictures, which papers on these sets hold out
 
 
-def part_of(split: str, train: int, test: int) -> range:
-    """Indices of a split into the official training or test pictures, of which there are `train` and `test`.
+def part_of(split: str, count: int) -> slice:
+    """The part of the official training pictures, or for test of the test pictures, of which there are `count`.
 
     val is the last 5,000 of the training pictures, or the last tenth of a set that has fewer than 50,000.
     """
-    held_out = min(HELD_OUT, train // 10)
-    return {"train": range(train - held_out), "val": range(train - held_out, train), "test": range(test)}[split]
+    held_out = min(HELD_OUT, count // 10)
+    return {"train": slice(0, count - held_out), "val": slice(count - held_out, count), "test": slice(0, count)}[split]
 
 
 def with_labels(

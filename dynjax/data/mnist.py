@@ -39,14 +39,13 @@ def make(config: DataConfig, split: str, *, seed: int = 0, classes: Sequence[str
     images, labels = read_idx(image_file, IMAGES), read_idx(label_file, LABELS)
     if len(images) != len(labels):
         raise UserError(f"{image_file} has {len(images)} images and {label_file} has {len(labels)} labels")
-    part = part_of(split, len(images), len(images))
-    cut = slice(part.start, part.stop)
+    part = part_of(split, len(images))
     pairs = with_labels(
-        images[cut],
-        labels[cut],
+        images[part],
+        labels[part],
         CLASSES[config.name],
         handed=config.name == "mnist",  # a mirrored 2 is no 2, a mirrored shoe is one
-        called=lambda index: f"{label_file}, example {part[index]}",
+        called=lambda index: f"{label_file}, example {part.start + index}",
     )
     return check_pairs(pairs, config, split)
 

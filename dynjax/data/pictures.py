@@ -102,7 +102,12 @@ def _reason(error: Exception, formats: tuple[str, ...]) -> str:
         return "there is no such file"
     if isinstance(error, Image.UnidentifiedImageError):
         return f"not a picture that can be read as {', '.join(formats[:-1])} or {formats[-1]}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, without its line ends and at most 300 characters; its name where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _upright(picture: Image.Image) -> Image.Image:

@@ -17,7 +17,7 @@ import numpy as np
 from dynjax.config import DataConfig, UserError
 from dynjax.data.files import IGNORE_255, class_names, count_classes
 from dynjax.data.pairs import Pair, Pairs, PairSource, check_pairs
-from dynjax.data.pictures import BadFile, read_image, read_mask
+from dynjax.data.pictures import BadFile, one_line, read_image, read_mask
 
 IMAGE_KEYS = ("image", "image_left")  # tried in this order, then the only feature that fits
 MASK_KEYS = ("segmentation_mask", "segmentation_label", "mask", "annotation", "annotations", "label")
@@ -129,7 +129,7 @@ def _builder(name: str, folder: Path) -> Any:
     try:
         return tfds.builder_from_directory(folder)
     except Exception as error:  # whatever a damaged folder makes TFDS raise
-        raise UserError(f"data.name=tfds:{name}: {folder} cannot be read: {_one_line(error)}") from None
+        raise UserError(f"data.name=tfds:{name}: {folder} cannot be read: {one_line(error)}") from None
 
 
 def _keys(name: str, features: Any) -> tuple[str, str, Target]:
@@ -177,7 +177,7 @@ def _open(builder: Any, part: str) -> Any:
         return builder.as_data_source(part, decoders={key: tfds.decode.SkipDecoding() for key in pictures})
     except Exception as error:  # missing or damaged shards
         raise UserError(
-            f"data.name=tfds:{builder.name}: {part} of {builder.data_dir} cannot be read: {_one_line(error)}"
+            f"data.name=tfds:{builder.name}: {part} of {builder.data_dir} cannot be read: {one_line(error)}"
         ) from None
 
 
@@ -198,7 +198,7 @@ class _Reader:
         try:
             return self.records[index]
         except Exception as error:  # a damaged shard
-            raise BadFile(f"{self.called(index)}: {_one_line(error)}") from None
+            raise BadFile(f"{self.called(index)}: {one_line(error)}") from None
 
     def mask(self, index: int) -> np.ndarray:
         return read_mask(io.BytesIO(self.record(index)[self.key]), f"{self.called(index)}, {self.key}")
@@ -207,7 +207,3 @@ class _Reader:
         record = self.record(index)
         image = read_image(io.BytesIO(record[self.image_key]), f"{self.called(index)}, {self.image_key}")
         return image, self.mask(index) if self.target == "mask" else np.int32(record[self.key])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

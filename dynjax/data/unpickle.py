@@ -5,12 +5,15 @@ are only read, by `pickletools.genops`; what NumPy writes for an array is recogn
 """
 
 import dataclasses
+import math
 import pickletools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
+
+from dynjax.data.pictures import one_line
 
 MOST_OPCODES = 500_000  # an official batch of 10,000 pictures has 50,000; each may keep a few hundred bytes
 
@@ -32,7 +35,7 @@ def read_data(content: bytes) -> Any:
     except (IndexError, KeyError, TypeError) as error:  # of an empty stack, of a memo without that entry
         raise ValueError(f"not a whole pickle ({type(error).__name__})") from None
     except Exception as error:  # what damaged text raises while it is decoded
-        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+        raise ValueError(one_line(error)) from None
     raise ValueError("not a whole pickle")
 
 
@@ -61,15 +64,22 @@ _NAMES = {  # under the old and new names of NumPy's modules
     "numpy._core.numeric _frombuffer": "frombuffer",
     "_codecs encode": "encode",
 }
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+_MARK = object()
+_CONSTANTS = {"MARK": _MARK, "NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _NUMBERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1")
-_BYTES = ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8")
 _TEXT = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
+_BYTES = ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8")
 _OLD_TEXT = ("STRING", "BINSTRING", "SHORT_BINSTRING")  # Python 2's, bytes shown as Latin-1
+_VALUES: dict[str, Callable[[Any], Any]] = {
+    "EMPTY_DICT": lambda _: {},
+    "EMPTY_LIST": lambda _: [],
+    **dict.fromkeys(_NUMBERS + _TEXT, lambda argument: argument),
+    **dict.fromkeys(_BYTES, bytes),
+    **dict.fromkeys(_OLD_TEXT, lambda argument: argument.encode("latin-1")),
+}
+"""What opcodes put on the stack, from their argument."""
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _PLAIN = (None, None, None, -1, -1, 0)  # no shape, names or fields of its own, no size, no flags
-_MARK = object()
 
 
 class _Reader:
@@ -99,18 +109,10 @@ class _Reader:
         """One opcode. Raises ValueError, IndexError, KeyError or TypeError."""
         if name in ("PROTO", "FRAME"):
             return
-        if name == "MARK":
-            self.stack.append(_MARK)
-        elif name in _CONSTANTS:
+        if name in _CONSTANTS:
             self.stack.append(_CONSTANTS[name])
-        elif name in _EMPTY:
-            self.stack.append(_EMPTY[name]())
-        elif name in _NUMBERS or name in _TEXT:
-            self.stack.append(argument)
-        elif name in _BYTES:
-            self.stack.append(bytes(argument))
-        elif name in _OLD_TEXT:
-            self.stack.append(argument.encode("latin-1"))
+        elif name in _VALUES:
+            self.stack.append(_VALUES[name](argument))
         elif name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
             self.memo[len(self.memo) if argument is None else argument] = self.top()
         elif name in ("GET", "BINGET", "LONG_BINGET"):
@@ -138,12 +140,9 @@ class _Reader:
         """The opcodes that put values into tuples, lists and dicts."""
         if name in _TUPLES:
             self.stack.append(tuple(self.pop() for _ in range(_TUPLES[name]))[::-1])
-        elif name == "TUPLE":
-            self.stack.append(tuple(self.since_mark()))
-        elif name == "LIST":
-            self.stack.append(self.since_mark())
-        elif name == "DICT":
-            self.stack.append(_paired(self.since_mark()))
+        elif name in ("TUPLE", "LIST", "DICT"):
+            values = self.since_mark()
+            self.stack.append(tuple(values) if name == "TUPLE" else values if name == "LIST" else _paired(values))
         elif name in ("APPEND", "APPENDS"):
             values = [self.pop()] if name == "APPEND" else self.since_mark()
             self.top(list).extend(values)
@@ -197,12 +196,9 @@ def _array(value: Any) -> Any:
 
 
 def _of_bytes(content: bytes, shape: tuple[int, ...], order: Literal["C", "F"]) -> UInt8[np.ndarray, "..."]:
-    size = 1
-    for length in shape:
-        if type(length) is not int or not 0 <= length <= len(content):
-            raise ValueError("an array whose shape is no lengths")
-        size *= length
-    if size != len(content) or len(shape) > 8:
+    if not all(type(length) is int and 0 <= length <= len(content) for length in shape):
+        raise ValueError("an array whose shape is no lengths")
+    if len(shape) > 8 or math.prod(shape) != len(content):
         raise ValueError(f"an array of {len(content)} bytes whose shape says otherwise")
     return np.frombuffer(content, np.uint8).reshape(shape, order=order)
 

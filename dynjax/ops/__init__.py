@@ -11,24 +11,3 @@ from dynjax.ops.supernet import Supernet
 from dynjax.ops.tiles import Tiles
 from dynjax.ops.tokens import MixtureOfDepths, TokenGate
 from dynjax.ops.width import Channels, Slimmable
-
-__all__ = [
-    "Cell",
-    "Channels",
-    "Exits",
-    "Experts",
-    "Flow",
-    "Halt",
-    "MixtureOfDepths",
-    "PolicySkip",
-    "RandomRouter",
-    "Router",
-    "Select",
-    "Skip",
-    "Slimmable",
-    "Supernet",
-    "Tiles",
-    "TokenGate",
-    "dynamize",
-    "router_z_loss",
-]

@@ -20,25 +20,6 @@ class Temperature(nnx.Variable):
     """What softmax attention divides its logits by. A variable, so that one compiled step serves the whole training."""
 
 
-def set_temperature(model: nnx.Module, value: Float[Array, ""] | float | int) -> None:
-    """Set the temperature of all softmax attention over kernels: higher mixes more evenly. `value` may be traced."""
-    for _, temperature in nnx.iter_graph(model):
-        if isinstance(temperature, Temperature):
-            temperature[...] = jnp.asarray(value, jnp.float32)
-
-
-def annealed_temperature(
-    progress: Float[Array, ""] | float | int, start: float = 30.0, until: float = 0.1
-) -> Float[Array, ""]:
-    """From `start` down to 1 in a line, at `progress` 0 to `until` of the training, then 1.
-
-    Chen et al. 2020 (arXiv:1912.03458) anneal over the first 10 epochs: near-uniform attention lets all
-    kernels learn at first.
-    """
-    share = jnp.clip(jnp.asarray(progress, jnp.float32) / until, 0.0, 1.0)
-    return start + (1.0 - start) * share
-
-
 class Attention(Gate):
     """Attention weights of an example from its features: a linear layer, or two, and an activation for each head.
 
@@ -68,9 +49,13 @@ class Attention(Gate):
         self.rngs = nnx.Rngs(gate=rngs.params()) if random else None
 
     def schedule(self, progress: Float[Array, ""] | float) -> None:
-        """Anneal the temperature of softmax attention."""
+        """Anneal the temperature of softmax attention: from 30 down to 1 in a line, in a tenth of the training.
+
+        Chen et al. 2020 (arXiv:1912.03458) take 10 epochs: near-uniform attention lets all kernels learn at first.
+        """
         if self.temperature is not None:
-            self.temperature[...] = annealed_temperature(progress)
+            share = jnp.clip(jnp.asarray(progress, jnp.float32) / 0.1, 0.0, 1.0)
+            self.temperature[...] = 30.0 + (1.0 - 30.0) * share
 
     def __call__(self, features: Float[Array, "B F"]) -> list[Float[Array, "B N"]]:
         """One array for each head, float32."""

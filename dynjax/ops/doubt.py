@@ -25,10 +25,8 @@ class Uncertain(Protocol):
 
     @property
     def values(self) -> int: ...
-
     @property
     def channels(self) -> int: ...
-
     def entropy(self, params: Array, /) -> Array: ...
 
 
@@ -55,11 +53,8 @@ class Refine(Wrapper):
         self, rich: Callable[[Array], Array], plain: Callable | None, gate: Callable | None, likelihood: Uncertain
     ):
         self.rich, self.plain, self.gate, self.likelihood = rich, plain, gate, likelihood
-
-    @property
-    def tile(self) -> int:
+        self.tile = wrapper.tile_size(gate) or 1
         """Side in pixels of the tiles that the gate decides about; 1 without a gate."""
-        return getattr(self.gate, "size", 1)
 
     def __call__(self, x: Float[Array, "B h w K"]) -> tuple[Float[Array, "B h w P"], Float[Array, "B h w"]]:
         """Parameters, and 1 where the rich network gave them."""
@@ -69,20 +64,8 @@ class Refine(Wrapper):
         shape = (x.shape[0], *wrapper.grid(x, size))
         unsure = doubt(self.likelihood, plain)[..., None]
         decision = self.expect(self.gate(unsure), "tile", EACH, shape, f"tiles of {size}")
-        if self.tracing:
-            one = jax.ShapeDtypeStruct((1, size, size, x.shape[-1]), x.dtype)
-            unit, whole = wrapper.macs_per_example(self.rich, one), wrapper.macs_per_example(self.rich, x)
-            self.account(decision, (unit,), (whole,), wrapper.tile_of(x, size))
-        params = execute.tiles(
-            wrapper.ready(self.rich, self.execution),
-            x,
-            decision.keep,
-            size=size,
-            radius=0,
-            otherwise=lambda _: plain,
-            execution=self.execution,
-            strategy=self.strategy,
-        )
+        self.account_tiles(decision, [self.rich], x, size, [0])
+        params = self.tiles(self.rich, x, decision.keep, size, 0, lambda _: plain)
         return params, execute.tile_pixels(decision.keep, size, x.shape[1:3])
 
 

@@ -80,22 +80,20 @@ def dynamize(
 def _replace(model: nnx.Module, new: Mapping[int, Callable]) -> None:
     """Put new[id(module)] into every place where the module is: what was shared stays shared."""
 
-    def swap(value):
-        return new.get(id(value), value)
-
     for _, parent in list(nnx.iter_modules(model)):
         if isinstance(parent, nnx.List):
             for index, item in enumerate(parent):
                 if id(item) in new:
-                    parent[index] = swap(item)
+                    parent[index] = new[id(item)]
             continue
         for name, value in list(vars(parent).items()):
             if id(value) in new:
-                setattr(parent, name, swap(value))
+                setattr(parent, name, new[id(value)])
             elif isinstance(value, tuple | list | dict) and not name.startswith("_pytree__"):
                 leaves = jax.tree.leaves(value, is_leaf=_is_node)
                 if any(id(leaf) in new for leaf in leaves):
-                    setattr(parent, name, nnx.data(jax.tree.map(swap, value, is_leaf=_is_node)))
+                    swapped = jax.tree.map(lambda leaf: new.get(id(leaf), leaf), value, is_leaf=_is_node)
+                    setattr(parent, name, nnx.data(swapped))
 
 
 def _is_node(value) -> bool:
@@ -109,26 +107,19 @@ def _name(path: tuple) -> str:
 def _features(path: str, block: nnx.Module, features: int | Callable | None) -> int:
     if features is not None:
         return features(path, block) if callable(features) else features
-    found = _input_channels(block)
-    if found is None:
-        raise ValueError(
-            f"the input channels of {path!r} ({type(block).__name__}) cannot be told from its layers: "
-            "give features=, a number or a function (path, module) -> channels"
-        )
-    return found
-
-
-def _input_channels(block: nnx.Module) -> int | None:
-    """Channels that the first layer takes: of those that any layer inside takes, the number that the block runs on."""
-    found = []
-    for _, module in nnx.iter_modules(block):
-        found += [getattr(module, name) for name in ("in_features", "num_features") if hasattr(module, name)]
-    numbers = sorted({number for number in found if isinstance(number, int)})
-    still = views.still(block)
+    # Those that the first layer takes: of what any layer inside takes, the number that the block runs on.
+    names, modules = ("in_features", "num_features"), [module for _, module in nnx.iter_modules(block)]
+    found = {getattr(module, name, None) for module in modules for name in names}
+    numbers, still = sorted(number for number in found if isinstance(number, int)), views.still(block)
     for channels in numbers:
         for shape in ((1, 32, 32, channels), (1, 32, channels), (1, channels)):
             # Whatever a block raises on channels that it was not made for.
             with contextlib.suppress(Exception):
                 execute.shape_of(still, jax.ShapeDtypeStruct(shape, jnp.float32))
                 return channels
-    return numbers[0] if len(numbers) == 1 else None
+    if len(numbers) == 1:
+        return numbers[0]
+    raise ValueError(
+        f"the input channels of {path!r} ({type(block).__name__}) cannot be told from its layers: "
+        "give features=, a number or a function (path, module) -> channels"
+    )

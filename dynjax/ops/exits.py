@@ -3,7 +3,6 @@
 Letters: B examples, H W pixels, h w tiles, C channels, K classes, S stages.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -165,8 +164,7 @@ class Exits(Wrapper):
                 agreed = (agreed + 1) * (after.argmax(-1) == out.argmax(-1))
             out = after
         if self.tracing:
-            tile = None if self.size is None else wrapper.tile_of(x, self.size)
-            self._account(inputs, jnp.stack(keeps, -1), jnp.stack(probabilities, -1), tile)
+            self._account(inputs, x, jnp.stack(keeps, -1), jnp.stack(probabilities, -1))
         return out
 
     def _step(self, number, x, out, active, probability):
@@ -179,12 +177,10 @@ class Exits(Wrapper):
         rest = x if shapes[0] == shapes[1] else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), spec)
         if self.size is None:
             return self.samples(block, x, active, lambda _: (rest, out), probability)
-        stage, head = (wrapper.ready(part, self.execution) for part in (block.stage, block.head))
-        tiles = functools.partial(execute.tiles, size=self.size, execution=self.execution, strategy=self.strategy)
-        x = tiles(stage, x, active, radius=receptive_radius(stage, x), otherwise=lambda _: rest)
-        return x, tiles(head, x, active, radius=receptive_radius(head, x), otherwise=lambda _: out)
+        x = self.tiles(block.stage, x, active, self.size, receptive_radius(block.stage, x), lambda _: rest)
+        return x, self.tiles(block.head, x, active, self.size, receptive_radius(block.head, x), lambda _: out)
 
-    def _account(self, inputs, keep, probability, tile):
+    def _account(self, inputs, last, keep, probability):
         stages = [_Stage(stage, head) for stage, head in zip(self.stages, self.heads, strict=True)]
         if self.size is None:
             self.account_blocks(Decision(keep, probability, "example", PREFIX), stages, inputs)
@@ -195,7 +191,7 @@ class Exits(Wrapper):
             after = execute.shape_of(views.still(block.stage), x)
             pairs = ((block.stage, x), (block.head, after))
             unit.append(sum(window_macs(b, v, self.size, receptive_radius(b, v)) for b, v in pairs))
-        self.account(Decision(keep, probability, "tile", PREFIX), unit, whole, tile)
+        self.account(Decision(keep, probability, "tile", PREFIX), unit, whole, wrapper.tile_of(last, self.size))
 
 
 class _Stage(nnx.Module):

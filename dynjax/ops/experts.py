@@ -22,7 +22,8 @@ LARGEST_BLOCK = 128
 
 
 class RouterLoss(nnx.Variable):
-    """The z-loss of a router in its last training call."""
+    """The z-loss of a router in its last training call: the mean over tokens of (log sum_e exp logit_e)^2, which keeps
+    logits small (Zoph et al. 2022, arXiv:2202.08906, eq. 5)."""
 
 
 # Routing
@@ -47,14 +48,8 @@ def route(
     return sure + optional * (gates.threshold(near) if key is None else gates.gumbel_sigmoid(near, key))
 
 
-def z_loss(logits: Float[Array, "... E"]) -> Float[Array, ""]:
-    """Mean over tokens of (log sum_e exp logit_e)^2: keeps a router's logits small (Zoph et al. 2022, arXiv:2202.08906,
-    eq. 5)."""
-    return jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean()
-
-
 def router_z_loss(model: nnx.Module) -> Float[Array, ""]:
-    """Mean of the `z_loss` of all routers of `model` in their last training call; 0 if there are none.
+    """Mean of the z-losses of all routers of `model` in their last training call; 0 if there are none.
 
     Call the model first, then add this to the loss within the same gradient. The routers leave it in the model, as
     BatchNorm leaves its statistics: a decision has probabilities, of which the z-loss cannot be computed.
@@ -73,30 +68,23 @@ class Router(Gate):
     """
 
     def __init__(self, features: int, experts: int, *, top: int = 2, least: int | None = None, rngs: nnx.Rngs):
-        least = top if least is None else least
-        if not 1 <= least <= top <= experts:
-            raise ValueError(f"least={least}, top={top} and experts={experts} must ascend from 1")
+        self.top, self.least = _ascending(experts, top, least)
         init = nnx.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")  # small, as in Switch
         self.kernel = GateParam(init(rngs.params(), (features, experts)))
         self.threshold = Threshold(jnp.zeros(()))
         self.loss = RouterLoss(jnp.zeros(()))
         self.rngs = nnx.Rngs(gate=rngs.params())
-        self.top, self.least = top, least
 
     def terms(self, call: Call) -> dict[str, Array]:
         """`router_z`, the z-loss of the last training call."""
         return {"router_z": self.loss[...]}
 
     def __call__(self, x: Float[Array, "B *T C"]) -> Decision:
-        if x.shape[-1] != self.kernel.shape[0]:
-            raise ValueError(
-                f"Router was made for features={self.kernel.shape[0]}, but its input has shape {x.shape}: "
-                f"give it features={x.shape[-1]}"
-            )
+        gates.check_features(x, self.kernel.shape[0], self)
         logits = x.astype(jnp.float32) @ self.kernel[...].astype(jnp.float32)
         key = None
         if not self.deterministic:
-            self.loss[...] = z_loss(logits)
+            self.loss[...] = jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean()
             key = self.rngs.gate() if self.least < self.top else None
         keep = route(logits, self.top, self.least, self.threshold[...], key)
         return Decision(keep, jax.nn.softmax(logits), *_about(x, self.top))
@@ -110,10 +98,8 @@ class RandomRouter(Gate):
     """
 
     def __init__(self, experts: int, *, top: int = 2, least: int | None = None, rngs: nnx.Rngs):
-        least = top if least is None else least
-        if not 1 <= least <= top <= experts:
-            raise ValueError(f"least={least}, top={top} and experts={experts} must ascend from 1")
-        self.experts, self.top, self.least = experts, top, least
+        self.top, self.least = _ascending(experts, top, least)
+        self.experts = experts
         self.threshold = Threshold(jnp.zeros(()))
         self.rngs = nnx.Rngs(gate=rngs.params())
 
@@ -126,6 +112,13 @@ class RandomRouter(Gate):
             uniform = jax.random.uniform(self.rngs.gate(), shape)
         keep = route(gates.logistic(uniform), self.top, self.least, self.threshold[...])
         return Decision(keep, jnp.full(shape, 1 / self.experts), *_about(x, self.top))
+
+
+def _ascending(experts: int, top: int, least: int | None) -> tuple[int, int]:
+    least = top if least is None else least
+    if not 1 <= least <= top <= experts:
+        raise ValueError(f"least={least}, top={top} and experts={experts} must ascend from 1")
+    return top, least
 
 
 def _about(x: jax.Array, top: int) -> tuple[Place, Rule]:
@@ -213,8 +206,7 @@ class Experts(Wrapper):
     def _masked(self, x: Float[Array, "N C"], weight: Float[Array, "N E"]) -> Float[Array, "N C"]:
         hidden = self.activation(jnp.einsum("nc,ech->enh", x, self.up[...]) + self.up_bias[...][:, None])
         y = jnp.einsum("enh,ehc->enc", hidden, self.down[...]) + self.down_bias[...][:, None]
-        weight = weight.T[..., None].astype(y.dtype)
-        return (execute.finite(y, unless=weight != 0) * weight).sum(0)
+        return execute.weighted(weight.T, y).sum(0)
 
     def _compact(self, x, keep, weight, most):
         chosen, taken, place, sizes = places(keep, most)

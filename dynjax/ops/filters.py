@@ -8,7 +8,6 @@ kernel, V channels of a guide.
 """
 
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.core import convolve
+from dynjax.core.convolve import Sides
 
 
 class _PixelFilter(nnx.Module):
@@ -24,14 +24,7 @@ class _PixelFilter(nnx.Module):
 
     project: nnx.Linear | None
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int],
-        kernel_dilation: int | Sequence[int],
-    ):
+    def __init__(self, in_features: int, out_features: int, kernel_size: Sides, strides: Sides, kernel_dilation: Sides):
         self.in_features, self.out_features = in_features, out_features
         self.kernel_size = convolve.pair(kernel_size, "kernel_size")
         self.strides = convolve.pair(strides, "strides")
@@ -67,12 +60,12 @@ class Involution(_PixelFilter):
         self,
         in_features: int,
         out_features: int,
-        kernel_size: int | Sequence[int] = (7, 7),
-        strides: int | Sequence[int] = 1,
+        kernel_size: Sides = (7, 7),
+        strides: Sides = 1,
         *,
         group_channels: int = 16,
         reduction: int = 4,
-        kernel_dilation: int | Sequence[int] = 1,
+        kernel_dilation: Sides = 1,
         rngs: nnx.Rngs,
     ):
         super().__init__(in_features, out_features, kernel_size, strides, kernel_dilation)
@@ -114,11 +107,11 @@ class DDF(_PixelFilter):
         self,
         in_features: int,
         out_features: int,
-        kernel_size: int | Sequence[int] = (3, 3),
-        strides: int | Sequence[int] = 1,
+        kernel_size: Sides = (3, 3),
+        strides: Sides = 1,
         *,
         squeeze: float = 0.2,
-        kernel_dilation: int | Sequence[int] = 1,
+        kernel_dilation: Sides = 1,
         rngs: nnx.Rngs,
     ):
         super().__init__(in_features, out_features, kernel_size, strides, kernel_dilation)
@@ -168,12 +161,12 @@ class DynamicFilter(_PixelFilter):
         self,
         in_features: int,
         out_features: int,
-        kernel_size: int | Sequence[int] = (3, 3),
+        kernel_size: Sides = (3, 3),
         *,
         guide: int | None = None,
         hidden: int = 16,
         softmax: bool = False,
-        kernel_dilation: int | Sequence[int] = 1,
+        kernel_dilation: Sides = 1,
         rngs: nnx.Rngs,
     ):
         super().__init__(in_features, out_features, kernel_size, 1, kernel_dilation)

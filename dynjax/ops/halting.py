@@ -5,7 +5,7 @@ Letters: B examples, H W pixels, h w tiles, C channels, S steps.
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -42,24 +42,23 @@ def pondernet_rule(
     return weight, (mass - weight <= 0.5) | last
 
 
-def act_weights(halting: Float[Array, "... S"], epsilon: float = 0.01) -> Float[Array, "... S"]:
-    """Weights of the states of S steps from their halting probabilities; they sum to 1 (Graves 2016, section 2)."""
-    return _weights(halting, functools.partial(act_rule, epsilon=epsilon))
-
-
-def pondernet_distribution(lambdas: Float[Array, "... S"]) -> Float[Array, "... S"]:
-    """Probability of stopping after each of S steps; the last takes what is left, so that they sum to 1."""
-    return _weights(lambdas, pondernet_rule)
+def weights(halting: Float[Array, "... S"], rule: Callable) -> Float[Array, "... S"]:
+    """Weights of S steps from their halting probabilities: the last takes what is left, so that they sum to 1."""
+    mass, found = jnp.ones(halting.shape[:-1]), []
+    for n in range(halting.shape[-1]):
+        found.append(rule(halting[..., n], mass, n == halting.shape[-1] - 1)[0])
+        mass = mass - found[-1]
+    return jnp.stack(found, -1)
 
 
 def geometric_prior(rate: float, steps: int) -> Float[Array, " S"]:
     """PonderNet's prior: geometric, 1/`rate` steps in the mean, cut after `steps`.
 
-    Deviation: the last step takes the tail, as in `pondernet_distribution`, so that it is one and the KL can be 0.
+    Deviation: the last step takes the tail, as in `weights`, so that it is one and the KL can be 0.
     """
     if not 0 < rate < 1:
         raise ValueError(f"rate={rate} must be in (0, 1): the prior probability of stopping after any one step")
-    return pondernet_distribution(jnp.full((steps,), rate))
+    return weights(jnp.full((steps,), rate), pondernet_rule)
 
 
 def kl_to_prior(p: Float[Array, "... S"], prior: Float[Array, " S"]) -> Float[Array, "..."]:
@@ -75,15 +74,10 @@ def halting_distribution(decision: Decision) -> Float[Array, "B ... S"]:
     return running - jnp.concatenate([running[..., 1:], jnp.zeros_like(running[..., :1])], -1)
 
 
-def _weights(halting: jax.Array, rule: Callable) -> jax.Array:
-    mass, weights = jnp.ones(halting.shape[:-1]), []
-    for n in range(halting.shape[-1]):
-        weights.append(rule(halting[..., n], mass, n == halting.shape[-1] - 1)[0])
-        mass = mass - weights[-1]
-    return jnp.stack(weights, -1)
-
-
 # Module
+
+
+Kind = Literal["act", "pondernet", "hard"]
 
 
 class Halt(Wrapper):
@@ -119,23 +113,16 @@ class Halt(Wrapper):
         ValueError: if shapes do not agree, `step` is dynamic itself, or "pondernet" is asked for per tile.
     """
 
-    def __init__(
-        self,
-        step: Callable,
-        gate: Callable,
-        max_steps: int,
-        *,
-        kind: Literal["act", "pondernet", "hard"] = "act",
-        epsilon: float = 0.01,
-    ):
+    def __init__(self, step: Callable, gate: Callable, max_steps: int, *, kind: Kind = "act", epsilon: float = 0.01):
         wrapper.refuse_nested("Halt", step)
-        if kind not in ("act", "pondernet", "hard"):
+        if kind not in get_args(Kind):
             raise ValueError(f"kind={kind!r} must be 'act', 'pondernet' or 'hard'")
         if max_steps < 1:
             raise ValueError(f"max_steps={max_steps} must be at least 1")
         if not 0 < epsilon < 1:
             raise ValueError(f"epsilon={epsilon} must be in (0, 1)")
-        size = getattr(gate, "size", None)
+        self.size = size = wrapper.tile_size(gate)
+        self.place: Place = "example" if size is None else "tile"
         if kind == "pondernet" and size is not None:
             raise ValueError(
                 f"kind='pondernet' halts whole examples, and the gate has tiles of size={size}: in training no "
@@ -157,7 +144,7 @@ class Halt(Wrapper):
 
     def predictions(self, x: execute.Tree) -> list[execute.Tree]:
         """The state after each of the steps, whatever halts (tiles that have halted stay), to train on them all."""
-        states, keep, mass = self._masked(self._start(x), freeze=self._size is not None)
+        states, keep, mass = self._masked(self._start(x), freeze=self.size is not None)
         self._account(x, keep, mass)
         return [state for state, _ in states]
 
@@ -173,14 +160,6 @@ class Halt(Wrapper):
         p = halting_distribution(call.own()[0]) if call.shares is None else call.shares
         return {"ponder": call.mean(kl_to_prior(p, prior))}
 
-    @property
-    def _size(self) -> int | None:
-        return getattr(self.gate, "size", None)
-
-    @property
-    def _place(self) -> Place:
-        return "example" if self._size is None else "tile"
-
     def _start(self, x):
         """State, output so far, mass left, and what still runs (both per example or tile)."""
         shapes = [jax.tree.map(lambda a: a.shape, tree) for tree in (x, execute.shape_of(views.still(self.step), x))]
@@ -189,7 +168,7 @@ class Halt(Wrapper):
                 f"Halt applies a module to what it gave, so it must keep the shape; {type(self.step).__name__} turns "
                 f"{shapes[0]} into {shapes[1]}"
             )
-        grid = () if self._size is None else wrapper.grid(x, self._size)
+        grid = () if self.size is None else wrapper.grid(x, self.size)
         ones = jnp.ones((jax.tree.leaves(x)[0].shape[0], *grid), jnp.float32)
         return x, jax.tree.map(jnp.zeros_like, x), ones, ones
 
@@ -198,8 +177,8 @@ class Halt(Wrapper):
         state, out, mass, active = carry
         run = active if freeze else jnp.ones_like(active)
         state = jax.tree.map(lambda new, old: new.astype(old.dtype), step(state, run), state)
-        hint = f"use {'SampleGate' if self._size is None else 'TileGate'}"
-        decision = self.expect(gate(state), self._place, EACH, run.shape, hint)
+        hint = f"use {'SampleGate' if self.size is None else 'TileGate'}"
+        decision = self.expect(gate(state), self.place, EACH, run.shape, hint)
         halting = 1 - (decision.keep if self.kind == "hard" else decision.probability)
         rule = functools.partial(act_rule, epsilon=self.epsilon) if self.kind == "act" else pondernet_rule
         weight, stop = rule(halting.astype(jnp.float32), mass, last)
@@ -209,17 +188,15 @@ class Halt(Wrapper):
         return state, out, mass - run * weight, active * (1 - stop)
 
     def _weighted(self, weight, x):
-        """`x` times a weight of examples or tiles; 0 where that is 0."""
-        if self._size is not None:
-            weight = execute.tile_pixels(weight, self._size, x.shape[1:3])
-        weight = weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim)).astype(x.dtype)
-        return weight * execute.finite(x, unless=weight != 0)
+        """`x` times a weight of examples or tiles."""
+        fine = weight if self.size is None else execute.tile_pixels(weight, self.size, x.shape[1:3])
+        return execute.weighted(fine, x)
 
     def _masked(self, carry, freeze):
         def step(state, run):
-            if self._size is None:
+            if self.size is None:
                 return execute.samples(self.step, state, run)
-            return execute.tiles(self.step, state, run, size=self._size, radius=receptive_radius(self.step, state))
+            return execute.tiles(self.step, state, run, size=self.size, radius=receptive_radius(self.step, state))
 
         states, keeps, masses = [], [], []
         for n in range(self.max_steps):
@@ -231,7 +208,7 @@ class Halt(Wrapper):
         return states, jnp.stack(keeps, -1), jnp.stack(masses, -1)
 
     def _compact(self, step, gate, start):
-        size, strategy = self._size, self.strategy
+        size, strategy = self.size, self.strategy
         radius = 0 if size is None else receptive_radius(step, start[0])
 
         def run_step(state, run):
@@ -242,20 +219,19 @@ class Halt(Wrapper):
         def advance(carry, last):
             return self._advance(run_step, gate, carry, last, freeze=True)
 
-        # A CPU takes the examples one by one, and of each the tiles; others take the tiles of all examples at once.
-        one_by_one = strategy == "loop" or (strategy == "auto" and jax.default_backend() == "cpu")
-
         def body(loop):
             n, carry, keeps, masses = loop
             _, _, mass, active = carry
             keeps, masses = keeps.at[n].set(active), masses.at[n].set(mass * active)
-            advance_now = functools.partial(advance, last=n == self.max_steps - 1)
-            if size is None or one_by_one:
+            now = functools.partial(advance, last=n == self.max_steps - 1)
+
+            def one_by_one():
                 some = active.reshape(active.shape[0], -1).max(1)
-                carry = execute.samples(advance_now, carry, some, execution="compact", strategy=strategy)
-            else:
-                carry = advance_now(carry)
-            return n + 1, carry, keeps, masses
+                return execute.samples(now, carry, some, execution="compact", strategy=strategy)
+
+            # A CPU takes the examples one by one, and of each the tiles; others take the tiles of all examples at once.
+            new = one_by_one() if size is None else execute.by_platform(strategy, one_by_one, lambda: now(carry))
+            return n + 1, new, keeps, masses
 
         def goes_on(loop):
             return (loop[0] < self.max_steps) & (loop[1][3].max() > 0)
@@ -267,11 +243,11 @@ class Halt(Wrapper):
     def _account(self, x, keep, mass):
         if not self.tracing:
             return
-        whole = wrapper.macs_per_example(self.step, x)
-        if self._size is None:
+        whole, tile = wrapper.macs_per_example(self.step, x), None
+        if self.size is None:
             unit = whole = whole + wrapper.macs_per_example(self.gate, x)
         else:
-            unit = window_macs(self.step, x, self._size, receptive_radius(self.step, x))
-        decision = Decision(straight_through(keep, mass), mass, self._place, PREFIX)
-        units, wholes = (unit,) * self.max_steps, (whole,) * self.max_steps
-        self.account(decision, units, wholes, None if self._size is None else wrapper.tile_of(x, self._size))
+            unit = window_macs(self.step, x, self.size, receptive_radius(self.step, x))
+            tile = wrapper.tile_of(x, self.size)
+        decision = Decision(straight_through(keep, mass), mass, self.place, PREFIX)
+        self.account(decision, (unit,) * self.max_steps, (whole,) * self.max_steps, tile)

@@ -10,7 +10,7 @@ of a condition.
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, Unpack
 
 import jax
@@ -19,26 +19,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.core import convolve
+from dynjax.core.convolve import Sides
 from dynjax.core.decision import MIXTURE, Decision, record
-from dynjax.ops.attention import Activation, Attention, annealed_temperature, set_temperature
+from dynjax.ops.attention import Activation, Attention
 from dynjax.ops.dynamize import dynamize
-
-__all__ = [
-    "CondConv",
-    "DynamicConv",
-    "HyperConv",
-    "ODConv",
-    "annealed_temperature",
-    "set_temperature",
-    "with_kernels",
-]
 
 
 class ConvOptions(TypedDict, total=False):
     """Options of `nnx.Conv` that all of these have."""
 
     padding: convolve.Padding
-    kernel_dilation: int | Sequence[int]
+    kernel_dilation: Sides
     feature_group_count: int
     use_bias: bool
 
@@ -55,13 +46,13 @@ class _ExampleConv(nnx.Module):
         self,
         in_features: int,
         out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int],
+        kernel_size: Sides,
+        strides: Sides,
         *,
         kernels: int | None = None,
         biases: int | None = None,
         padding: convolve.Padding = "SAME",
-        kernel_dilation: int | Sequence[int] = 1,
+        kernel_dilation: Sides = 1,
         feature_group_count: int = 1,
         use_bias: bool = True,
         rngs: nnx.Rngs,
@@ -104,74 +95,73 @@ class _ExampleConv(nnx.Module):
         return y if self.bias is None else y + self.bias[...][None, None, None]
 
 
-class CondConv(_ExampleConv):
+class _Mixture(_ExampleConv):
+    """A mixture of K kernels under attention, and of their biases if `several`: the abstract base of the three.
+
+    Args:
+        kernels: K, the number of kernels that are mixed.
+        reduction: r, by which the attention's hidden layer, if it has one, is smaller than the input.
+    """
+
+    several = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: Sides,
+        strides: Sides = 1,
+        *,
+        kernels: int = 4,
+        reduction: int | None = None,
+        random: bool = False,
+        rngs: nnx.Rngs,
+        **conv: Unpack[ConvOptions],
+    ):
+        biases = kernels if self.several else None
+        super().__init__(
+            in_features, out_features, kernel_size, strides, kernels=kernels, biases=biases, rngs=rngs, **conv
+        )
+        heads, hidden = self._heads(kernels, reduction)
+        self.attention = Attention(in_features, heads, hidden=hidden, random=random, rngs=rngs)
+
+    def _heads(self, kernels: int, reduction: int | None) -> tuple[list[tuple[int, Activation]], int | None]:
+        """Heads of the attention, and units of its hidden layer."""
+        raise NotImplementedError
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        (weights,) = self.attention(_mean(x))
+        _record(self, weights)
+        weights = weights.astype(self.kernel.dtype)
+        y = self._convolve(x, weights, convolve.mixture)
+        return y if self.bias is None else y + (weights @ self.bias[...])[:, None, None]
+
+
+class CondConv(_Mixture):
     """A convolution with a mixture of K kernels under sigmoid routing (Yang et al. 2019, arXiv:1904.04971).
 
     y = (a_1 W_1 + ... + a_K W_K) * x, a = sigmoid(R mean(x) + r) with the mean over the map (section 3; biases are
     mixed alike). MACs: the static convolution, the K kernels and biases once per example, and C K.
-
-    Args:
-        kernels: K, the number of kernels that are mixed.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] = 1,
-        *,
-        kernels: int = 4,
-        random: bool = False,
-        rngs: nnx.Rngs,
-        **conv: Unpack[ConvOptions],
-    ):
-        super().__init__(
-            in_features, out_features, kernel_size, strides, kernels=kernels, biases=kernels, rngs=rngs, **conv
-        )
-        self.attention = Attention(in_features, [(kernels, "sigmoid")], random=random, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        return _mixed(self, x)
+    def _heads(self, kernels: int, reduction: int | None) -> tuple[list[tuple[int, Activation]], int | None]:
+        return [(kernels, "sigmoid")], None
 
 
-class DynamicConv(_ExampleConv):
+class DynamicConv(_Mixture):
     """A convolution with a mixture of K kernels under softmax attention (Chen et al. 2020, arXiv:1912.03458).
 
     y = (sum_k p_k W_k) * x + sum_k p_k b_k, p = softmax(excite(relu(squeeze(mean(x)))) / temperature)
-    (section 3). The temperature is 1 unless `set_temperature` says otherwise: train with `annealed_temperature`, which
-    starts at the paper's 30.
+    (section 3). The temperature is 1; training starts at the paper's 30 (`Attention.schedule`). The attention's hidden
+    layer has C / r units, where r is `reduction`, by default 4.
     MACs: the static convolution, the K kernels and biases once per example, and the attention's C C / r + K C / r.
-
-    Args:
-        kernels: K, the number of kernels that are mixed.
-        reduction: r; the attention's hidden layer has C / r units.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] = 1,
-        *,
-        kernels: int = 4,
-        reduction: int = 4,
-        random: bool = False,
-        rngs: nnx.Rngs,
-        **conv: Unpack[ConvOptions],
-    ):
-        super().__init__(
-            in_features, out_features, kernel_size, strides, kernels=kernels, biases=kernels, rngs=rngs, **conv
-        )
-        hidden = max(in_features // reduction, 1)
-        self.attention = Attention(in_features, [(kernels, "softmax")], hidden=hidden, random=random, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        return _mixed(self, x)
+    def _heads(self, kernels: int, reduction: int | None) -> tuple[list[tuple[int, Activation]], int | None]:
+        return [(kernels, "softmax")], max(self.in_features // (reduction or 4), 1)
 
 
-class ODConv(_ExampleConv):
+class ODConv(_Mixture):
     """A mixture of K kernels under attention along all four axes of the kernels (Li et al. 2022, arXiv:2209.07947).
 
     y = (sum_k p_k s W_k * (c x)) f + b: softmax attention p over kernels, sigmoid attention s over taps, c over input
@@ -180,30 +170,16 @@ class ODConv(_ExampleConv):
     normalisation in the attention (its hidden layer has a bias instead), so that an example's kernel depends on no
     other; the temperature of `DynamicConv` divides the logits of p alone, where the authors divide those of s, c and f
     too; s is there for kernels of one tap and f for depthwise convolutions, where the authors leave them out; a bias.
-    MACs: the static convolution, the K kernels once per example, and A (C + C + D + kh kw + K) of the attention.
-
-    Args:
-        kernels: K, the number of kernels that are mixed.
-        reduction: the attention's hidden layer has A = max(C / reduction, 16) units.
+    MACs: the static convolution, the K kernels once per example, and A (C + C + D + kh kw + K) of the attention, whose
+    hidden layer has A = max(C / reduction, 16) units; `reduction` is 16 by default.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] = 1,
-        *,
-        kernels: int = 4,
-        reduction: int = 16,
-        random: bool = False,
-        rngs: nnx.Rngs,
-        **conv: Unpack[ConvOptions],
-    ):
-        super().__init__(in_features, out_features, kernel_size, strides, kernels=kernels, rngs=rngs, **conv)
-        sizes, hidden = (in_features, out_features, math.prod(self.kernel_size)), max(in_features // reduction, 16)
+    several = False
+
+    def _heads(self, kernels: int, reduction: int | None) -> tuple[list[tuple[int, Activation]], int | None]:
+        sizes = self.in_features, self.out_features, math.prod(self.kernel_size)
         heads: list[tuple[int, Activation]] = [*((size, "sigmoid") for size in sizes), (kernels, "softmax")]
-        self.attention = Attention(in_features, heads, hidden=hidden, random=random, rngs=rngs)
+        return heads, max(self.in_features // (reduction or 16), 16)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         attention = self.attention(_mean(x))
@@ -236,8 +212,8 @@ class HyperConv(_ExampleConv):
         self,
         in_features: int,
         out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] = 1,
+        kernel_size: Sides,
+        strides: Sides = 1,
         *,
         rank: int = 4,
         hidden: int = 16,
@@ -272,8 +248,7 @@ class HyperConv(_ExampleConv):
         return self._with_bias(self._convolve(x, factors, _low_rank))
 
 
-_MIXTURES: dict[str, type[CondConv | DynamicConv | ODConv]]
-_MIXTURES = {"condconv": CondConv, "dyconv": DynamicConv, "odconv": ODConv}
+_MIXTURES: dict[str, type[_Mixture]] = {"condconv": CondConv, "dyconv": DynamicConv, "odconv": ODConv}
 _KINDS = (*_MIXTURES, "hyper")
 
 
@@ -321,7 +296,7 @@ def _from_static(conv, features, rngs, *, kind, kernels, noise, random) -> nnx.M
     )
     shape = (conv.in_features, conv.out_features, conv.kernel_size, conv.strides or 1)
     static, bias = conv.kernel[...], None if conv.bias is None else conv.bias[...]
-    new: CondConv | DynamicConv | ODConv | HyperConv
+    new: _Mixture | HyperConv
     if kind == "hyper":
         new = HyperConv(*shape, random=random, rngs=rngs, **options)
         new.kernel[...] = static
@@ -341,14 +316,6 @@ def _from_static(conv, features, rngs, *, kind, kernels, noise, random) -> nnx.M
 
 
 # Shared
-
-
-def _mixed(conv: CondConv | DynamicConv, x: jax.Array) -> jax.Array:
-    (weights,) = conv.attention(_mean(x))
-    _record(conv, weights)
-    weights = weights.astype(conv.kernel.dtype)
-    y = conv._convolve(x, weights, convolve.mixture)
-    return y if conv.bias is None else y + (weights @ conv.bias[...])[:, None, None]
 
 
 def _tapped_mixture(code, kernels):

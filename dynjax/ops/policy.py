@@ -27,8 +27,7 @@ class PolicySkip(Wrapper):
     trained by straight-through Gumbel choices, together with the blocks or after them, unless `straight_through` is
     False; a block that is skipped is left out with its shortcut, as in `Skip`.
 
-    To train the policy as in the paper, by REINFORCE: `log_probability` of the traced decision, `blockdrop_reward` of
-    what it kept and, as the baseline, of what the deterministic policy keeps, `reinforce_loss`; and `set_curriculum`.
+    Without it the policy is trained as in the paper, by REINFORCE: `terms` has the loss, and `schedule` the curriculum.
     The paper's bound on the probabilities, for exploration, is left out.
 
     Args:
@@ -86,7 +85,8 @@ class PolicySkip(Wrapper):
         hint = f"use ChannelGate(features, {len(self.skip)}, rngs=rngs), or FixedGate(keep, rule=EACH)"
         shape = (x.shape[0], len(self.skip))
         decision = self.expect(self.gate(x), "example", EACH, shape, hint)
-        decision = hold(decision, self.held[...])
+        keep, probability = (jnp.where(self.held[...][None], 1, a) for a in (decision.keep, decision.probability))
+        decision = dataclasses.replace(decision, keep=keep, probability=probability)
         keep = decision.keep if self.straight_through else jax.lax.stop_gradient(decision.keep)
         inputs = []
         for number, block in enumerate(self.blocks):
@@ -97,8 +97,7 @@ class PolicySkip(Wrapper):
             which = self.skip.index(number)
             otherwise = self.otherwise.get(str(number))
             x = self.samples(block, x, keep[:, which], otherwise, decision.probability[:, which])
-        if self.tracing:
-            self.account_blocks(decision, [self.blocks[number] for number in self.skip], inputs)
+        self.account_blocks(decision, [self.blocks[number] for number in self.skip], inputs)
         return x
 
 
@@ -106,24 +105,11 @@ class Held(nnx.Variable):
     """Which blocks run for every example, whatever the policy says; none, unless a curriculum is under way."""
 
 
-def set_curriculum(model: nnx.Module, progress: Float[Array, ""] | float) -> None:
-    """Let the policies of `model` decide about the last blocks alone, and about all from `progress` = 1 on."""
-    for _, held in nnx.iter_graph(model):
-        if isinstance(held, Held):
-            held[...] = curriculum_mask(progress, held.shape[0]) == 0
-
-
 def curriculum_mask(progress: Float[Array, ""] | float, blocks: int) -> Float[Array, " K"]:
     """1 for the last ceil(progress * K) of K = `blocks` blocks, at least one, which the policy decides about; 0 for
     those before, which all run (BlockDrop, section 3: training starts with the last block and adds those before)."""
     free = jnp.clip(jnp.ceil(jnp.asarray(progress, jnp.float32) * blocks - 1e-4), 1, blocks)
     return (jnp.arange(blocks) >= blocks - free).astype(jnp.float32)
-
-
-def hold(decision: Decision, held: Bool[Array, " K"]) -> Decision:
-    """`decision`, with everything kept for sure where `held`."""
-    keep, probability = (jnp.where(held[None], 1, chosen) for chosen in (decision.keep, decision.probability))
-    return dataclasses.replace(decision, keep=keep, probability=probability)
 
 
 def log_probability(decision: Decision) -> Float[Array, " B"]:

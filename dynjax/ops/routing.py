@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from dynjax.core import execute, views, wrapper
 from dynjax.core.decision import EACH, ONE, Decision
-from dynjax.core.receptive import receptive_radius, window_macs
+from dynjax.core.receptive import receptive_radius
 from dynjax.core.wrapper import Wrapper
 
 
@@ -38,25 +38,20 @@ class Select(Wrapper):
     def __init__(self, blocks: Sequence[Callable], gate: Callable):
         if not blocks:
             raise ValueError("Select needs at least one module; blocks is empty")
-        for block in blocks if getattr(gate, "size", None) is not None else ():
+        for block in blocks if wrapper.tile_size(gate) is not None else ():
             wrapper.refuse_nested("Select per tile", block)
         self.blocks, self.gate = nnx.List(blocks), gate
 
     def __call__(self, x: Float[Array, "B ..."]) -> Array:
-        size = getattr(self.gate, "size", None)
+        size = wrapper.tile_size(self.gate)
         shape = (x.shape[0], *(() if size is None else wrapper.grid(x, size)), len(self.blocks))
         hint = f"use BranchGate(channels, {len(self.blocks)}, size={size}, rngs=rngs)"
         decision = self.expect(self.gate(x), "example" if size is None else "tile", ONE, shape, hint)
         if size is None:
-            if self.tracing:
-                self.account_blocks(decision, self.blocks, [x] * len(self.blocks))
+            self.account_blocks(decision, self.blocks, [x] * len(self.blocks))
             return self.branches(self.blocks, x, decision.keep, decision.probability)
         radii = [receptive_radius(block, x) for block in self.blocks]
-        if self.tracing:
-            whole = [wrapper.macs_per_example(block, x) for block in self.blocks]
-            pairs = zip(self.blocks, radii, strict=True)
-            unit = [window_macs(block, x, size, radius) for block, radius in pairs]
-            self.account(decision, unit, whole, wrapper.tile_of(x, size))
+        self.account_tiles(decision, self.blocks, x, size, radii)
         blocks = [wrapper.ready(block, self.execution) for block in self.blocks]
         return execute.branches(
             blocks, x, decision.keep, size=size, radius=radii, execution=self.execution, strategy=self.strategy
@@ -122,7 +117,7 @@ class Cell(Wrapper):
         ways = self._ways()
         if self.gate is None:
             h = self.operation(x)
-            return {path: Flow(ways[path](h), arrived) for path in self.paths}
+            return {path: Flow(way(h), arrived) for path, way in ways.items()}
 
         shape = (x.shape[0], len(self.paths))
         hint = f"use PathGate(channels, {len(self.paths)}, rngs=rngs) for the paths {', '.join(self.paths)}"
@@ -130,8 +125,8 @@ class Cell(Wrapper):
         decision = _of_cell(decision, arrived)
         if self.tracing:
             h = jax.ShapeDtypeStruct(x.shape, x.dtype)
-            macs = tuple(wrapper.macs_per_example(ways[path], h) for path in self.paths)
-            macs = (wrapper.macs_per_example(self.operation, x), *macs)
+            paths = (wrapper.macs_per_example(way, h) for way in ways.values())
+            macs = (wrapper.macs_per_example(self.operation, x), *paths)
             self.account(decision, macs, macs)
 
         # The task's gradient reaches the gate through the weights alone, as in the paper.
@@ -144,7 +139,7 @@ class Cell(Wrapper):
         for path in self.paths:
             if path == "keep":  # h is x where the cell is dropped
                 weight = opens[path] * weights[path] + (1 - runs)
-                out[path] = Flow(_scaled(weight, h), arrived * jnp.maximum(opens[path], 1 - runs))
+                out[path] = Flow(execute.weighted(weight, h), arrived * jnp.maximum(opens[path], 1 - runs))
             else:
                 y = _along(wrapper.ready(ways[path], self.execution), h, opens[path], weights[path], samples)
                 out[path] = Flow(y, opens[path])
@@ -177,15 +172,9 @@ def _along(path: Callable, h: jax.Array, opens: jax.Array, weight: jax.Array, sa
 
     def weighted(args):
         h, weight = args
-        return _scaled(weight, path(h))
+        return execute.weighted(weight, path(h))
 
     return samples(weighted, (h, weight), opens, otherwise=lambda _: jnp.zeros(spec.shape, spec.dtype))
-
-
-def _scaled(weight: Float[Array, " B"], x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """`x` times a weight of each example; 0 where that is 0."""
-    weight = weight.astype(x.dtype)[:, None, None, None]
-    return weight * execute.finite(x, unless=weight != 0)
 
 
 def _same(x: jax.Array) -> jax.Array:

@@ -27,7 +27,6 @@ class Draws(Protocol):
     """A likelihood: draws pixels from their parameters and noise."""
 
     def noise(self, key: PRNGKeyArray, pixels: tuple[int, ...], /) -> Noise: ...
-
     def draw(self, params: Array, noise: Noise, /) -> Array: ...
 
 
@@ -35,12 +34,10 @@ class Draws(Protocol):
 class Autoregressive(Protocol):
     """A model of every pixel given those before it, for pictures of one shape (H, W, C)."""
 
-    @property
-    def shape(self) -> tuple[int, int, int]: ...
+    shape: tuple[int, int, int]
 
     @property
     def likelihood(self) -> Draws: ...
-
     def __call__(self, x: Array, label: Array | None = None, /) -> Array: ...
 
 
@@ -52,13 +49,9 @@ class InUnits(Autoregressive, Protocol):
 
     @property
     def units(self) -> tuple[int, int]: ...
-
     def start(self, examples: int, window: int = 1, /) -> Any: ...
-
     def window(self, x: Array, cache: Any, first: Array, label: Array | None, /) -> tuple[Array, Any]: ...
-
     def advance(self, cache: Any, trail: Any, count: Array, /) -> Any: ...
-
     def draw_unit(
         self, cache: Any, first: Array, label: Array | None, draw: Callable[[Array, Any], Array], /
     ) -> tuple[Array, Any]: ...
@@ -128,8 +121,7 @@ def pixel_by_pixel(
     def body(k: Array, x: Array) -> Array:
         row, column = k // width, k % width
         params, own, fixed = (_at(_at(tree, row), column) for tree in (model(x, label), noise, known))
-        drawn = model.likelihood.draw(params, own)
-        drawn = drawn if fixed is None else jnp.where(fixed.where[:, None], fixed.image, drawn)
+        drawn = _keep_known(model.likelihood.draw(params, own), fixed)
         return lax.dynamic_update_slice(x, drawn[:, None, None], (0, row, column, 0))
 
     x = lax.fori_loop(0, height * width, body, blank)
@@ -155,18 +147,14 @@ def cached(
         own, fixed = _at(noise, number), _at(given, number)
 
         def draw(params: Array, place: Array) -> Array:
-            drawn = model.likelihood.draw(params, _at(own, place))
-            if fixed is None:
-                return drawn
-            return jnp.where(_at(fixed.where, place)[:, None], _at(fixed.image, place), drawn)
+            return _keep_known(model.likelihood.draw(params, _at(own, place)), _at(fixed, place))
 
         unit, cache = model.draw_unit(cache, number, label, draw)
         return cache, unit
 
     _, drawn = lax.scan(body, model.start(examples), jnp.arange(units))
-    height, width, channels = model.shape
-    x = jnp.moveaxis(drawn, 0, 1).reshape(examples, height, width, channels)
-    return Sampled(x, jnp.full(examples, height * width), jnp.ones((examples, height, width), jnp.int32))
+    x = jnp.moveaxis(drawn, 0, 1).reshape(examples, *model.shape)
+    return Sampled(x, jnp.full(examples, x[0, ..., 0].size), jnp.ones(x.shape[:3], jnp.int32))
 
 
 def plain_fixed_point(
@@ -257,9 +245,8 @@ def fixed_point(
         return going if limit is None else going & (state["calls"].max() < limit)
 
     state = lax.while_loop(more, body, state)
-    height, width, channels = model.shape
-    visits = jnp.repeat(state["visits"][:, :units], size, 1).reshape(examples, height, width)
-    return Sampled(state["x"][:, :units].reshape(examples, height, width, channels), state["calls"], visits)
+    visits = jnp.repeat(state["visits"][:, :units], size, 1).reshape(examples, *model.shape[:2])
+    return Sampled(state["x"][:, :units].reshape(examples, *model.shape), state["calls"], visits)
 
 
 def coarse_to_fine(

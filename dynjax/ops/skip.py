@@ -33,6 +33,5 @@ class Skip(Wrapper):
     def __call__(self, x: Float[Array, "B ..."]) -> Array:
         hint = "use SampleGate, or FixedGate of shape (B,)"
         decision = self.expect(self.gate(x), "example", EACH, (x.shape[0],), hint)
-        if self.tracing:
-            self.account_blocks(decision, [self.block], [x])
+        self.account_blocks(decision, [self.block], [x])
         return self.samples(self.block, x, decision.keep, self.otherwise, decision.probability)

@@ -39,22 +39,22 @@ def roles(first: Sequence[Callable], last: Sequence[Callable]) -> tuple[list[Rol
     """
     if not first or not isinstance(first[0], WEIGHTS) or _groups(first[0]) != 1:
         raise ValueError("first must begin with the nnx.Conv or nnx.Linear (of one group) that makes the channels")
-    takes = [n for n, layer in enumerate(last) if isinstance(layer, WEIGHTS) and _groups(layer) == 1]
+    takes = [(n, layer) for n, layer in enumerate(last) if isinstance(layer, WEIGHTS) and _groups(layer) == 1]
     if not takes:
         raise ValueError("last must have an nnx.Conv or nnx.Linear (of one group) that takes the hidden channels in")
     hidden = first[0].out_features
     rank = len(first[0].kernel_size) if isinstance(first[0], nnx.Conv) else 0
-    between = [*first[1:], *last[: takes[0]]]
+    number, taker = takes[0]
+    between = [*first[1:], *last[:number]]
     for layer in between:
         _check_each(layer, hidden, rank)
-    taker = weights_of(last[takes[0]])
     for layer in (first[0], taker):
         if getattr(layer, "mask", None) is not None:
             raise ValueError("a convolution with a mask cannot be sliced")
     if taker.in_features != hidden:
         raise ValueError(f"first makes {hidden} channels and last takes {taker.in_features}")
     each: list[Role] = ["each"] * len(between)
-    after: list[Role] = ["after"] * (len(last) - takes[0] - 1)
+    after: list[Role] = ["after"] * (len(last) - number - 1)
     return ["makes", *each, "takes", *after], hidden
 
 
@@ -96,12 +96,6 @@ def _sliced(layer: Layer, pick: Pick, axes: dict[str, int]) -> Layer:
 
     graphdef, state = nnx.split(layer)
     return nnx.merge(graphdef, nnx.map_state(sliced, state))
-
-
-def weights_of(layer: Callable) -> nnx.Conv | nnx.Linear:
-    """`layer`, which is known to be one of these from its role."""
-    assert isinstance(layer, WEIGHTS)
-    return layer
 
 
 def span(start: int, size: int) -> Pick:

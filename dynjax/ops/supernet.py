@@ -39,18 +39,14 @@ class Supernet(nnx.Module):
             inputs = [[] for _ in range(len(cells) + 1)]
             for scale, out in enumerate(outputs):
                 if "up" in out:
-                    inputs[scale - 1].append(_cut(out["up"], outputs[scale - 1]["keep"]))
+                    # An odd size of the finer scale has rows and columns too much.
+                    height, width = outputs[scale - 1]["keep"].features.shape[1:3]
+                    inputs[scale - 1].append(Flow(out["up"].features[:, :height, :width], out["up"].arrived))
                 inputs[scale].append(out["keep"])
                 if "down" in out:
                     inputs[scale + 1].append(out["down"])
             inputs = [flows for flows in inputs if flows]
         return [flow.features for (flow,) in inputs]
-
-
-def _cut(flow: Flow, like: Flow) -> Flow:
-    """`flow` without the rows and columns that an odd size of the finer scale has too much."""
-    height, width = like.features.shape[1:3]
-    return Flow(flow.features[:, :height, :width], flow.arrived)
 
 
 def _check(layers: Sequence[Sequence[Cell]]) -> None:

@@ -4,24 +4,13 @@ Letters: B examples, H W pixels, h w tiles, C channels.
 """
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
 from dynjax.core import execute, views, wrapper
-from dynjax.core.decision import EACH, Decision
-from dynjax.core.receptive import receptive_radius, window_macs
+from dynjax.core.decision import EACH
+from dynjax.core.receptive import receptive_radius
 from dynjax.core.wrapper import Wrapper
-
-
-@runtime_checkable
-class OfTiles(Protocol):
-    """A gate that decides about tiles."""
-
-    size: int
-    """Side of a tile in pixels."""
-
-    def __call__(self, x: Array, /) -> Decision: ...
 
 
 class Tiles(Wrapper):
@@ -51,20 +40,21 @@ class Tiles(Wrapper):
         self, block: Callable, gate: Callable, *, otherwise: Callable | None = None, radius: int | None = None
     ):
         wrapper.refuse_nested("Tiles", block)
-        if not isinstance(gate, OfTiles) or gate.size is None:
+        size = wrapper.tile_size(gate)
+        if size is None:
             raise ValueError(
                 "Tiles needs a gate with a tile size: TileGate(channels, size=16, rngs=rngs), "
                 "or FixedGate(keep, size=16)"
             )
         if radius is not None and radius < 0:
             raise ValueError(f"radius={radius} must be at least 0 pixels, or None to have it found")
-        self.block, self.otherwise, self.radius = block, otherwise, radius
-        self.gate: OfTiles = gate
+        self.block, self.gate, self.otherwise = block, gate, otherwise
+        self.size, self.radius = size, radius
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
         if x.ndim != 4:
             raise ValueError(f"Tiles needs maps (B, H, W, C) and was given shape {x.shape}: is the batch axis missing?")
-        size = self.gate.size
+        size = self.size
         hint = f"tiles of {size} pixels on {x.shape[1]}x{x.shape[2]}"
         decision = self.expect(self.gate(x), "tile", EACH, (x.shape[0], *wrapper.grid(x, size)), hint)
         reach = receptive_radius(self.block, x)
@@ -81,17 +71,5 @@ class Tiles(Wrapper):
                     f"Tiles: {type(self.block).__name__} turns {x.shape[-1]} channels into {out[-1]}, so a tile cannot "
                     f"pass unchanged: give an otherwise=, for example nnx.Linear({x.shape[-1]}, {out[-1]}, rngs=rngs)"
                 )
-        if self.tracing:
-            unit = window_macs(self.block, x, size, radius)
-            whole = wrapper.macs_per_example(self.block, x)
-            self.account(decision, (unit,), (whole,), wrapper.tile_of(x, size))
-        return execute.tiles(
-            wrapper.ready(self.block, self.execution),
-            x,
-            decision.keep,
-            size=size,
-            radius=radius,
-            otherwise=self.otherwise,
-            execution=self.execution,
-            strategy=self.strategy,
-        )
+        self.account_tiles(decision, [self.block], x, size, [radius])
+        return self.tiles(self.block, x, decision.keep, size, radius, self.otherwise)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from dynjax.core import cost, execute, views, wrapper
 from dynjax.core.decision import EACH, Decision
-from dynjax.core.gates import Gate, GateParam, Threshold, threshold, top_k
+from dynjax.core.gates import Gate, GateParam, Threshold, check_features, threshold, top_k
 from dynjax.core.training import Call
 from dynjax.core.wrapper import Wrapper
 
@@ -48,11 +48,7 @@ class TokenGate(Gate):
         return None if self.deterministic else math.ceil(self.capacity * tokens)
 
     def __call__(self, x: Float[Array, "B T C"]) -> Decision:
-        if x.shape[-1] != self.features:
-            raise ValueError(
-                f"TokenGate was made for features={self.features}, but its input has shape {x.shape}: "
-                f"give it features={x.shape[-1]}"
-            )
+        check_features(x, self.features, self)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
         logits = (x @ self.weight[...] + self.bias[...][None, None])[..., 0]

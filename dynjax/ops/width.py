@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from dynjax.core import execute, views, wrapper
 from dynjax.core.decision import EACH, ONE, unseen
 from dynjax.core.wrapper import Wrapper
-from dynjax.ops.slices import Pick, Role, layers_of, narrow, narrow_norm, pick_groups, roles, run, span, weights_of
+from dynjax.ops.slices import WEIGHTS, Pick, Role, layers_of, narrow, narrow_norm, pick_groups, roles, run, span
 
 # Groups of channels per example
 
@@ -43,9 +43,8 @@ class Channels(Wrapper):
     """
 
     def __init__(self, first: Callable | Sequence[Callable], last: Callable | Sequence[Callable], gate: Callable):
-        self.first, self.last = _pair("Channels", first, last)
+        self.first, self.last, self.roles, self.hidden = _pair("Channels", first, last)
         self.gate = gate
-        self.roles, self.hidden = _named("Channels", self.first, self.last)
 
     def __call__(self, x: Float[Array, "B *axes C"]) -> Float[Array, "B *after D"]:
         decision = self.gate(x)
@@ -69,9 +68,9 @@ class Channels(Wrapper):
             y = layers[takes](execute.blend(mask, hidden, jnp.zeros_like(hidden)))
         else:
             y = self._compact(layers, x, decision.keep)
-            bias = weights_of(layers[takes]).bias
-            if bias is not None:
-                y = y + bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+            taker = layers[takes]
+            if isinstance(taker, WEIGHTS) and taker.bias is not None:
+                y = y + taker.bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return run(layers[takes + 1 :], y)
 
     def _slice(self, layers: list[Callable], pick: Pick, groups: int, kept: int) -> Callable:
@@ -106,20 +105,11 @@ class Channels(Wrapper):
 
         def buckets():
             y, size = zeros, self.hidden // groups
+            samples = functools.partial(execute.samples, execution="compact", strategy="buckets")
             for group in range(groups):
                 part = self._slice(layers, span(group * size, size), groups, 1)
-
-                def add(pair, part=part):
-                    return part(pair[0]) + pair[1]
-
-                y = execute.samples(
-                    add,
-                    (x, y),
-                    keep[:, group],
-                    otherwise=lambda pair: pair[1],
-                    execution="compact",
-                    strategy="buckets",
-                )
+                add = lambda pair, part=part: part(pair[0]) + pair[1]  # noqa: E731
+                y = samples(add, (x, y), keep[:, group], otherwise=lambda pair: pair[1])
             return y
 
         return execute.by_platform(self.strategy, loop, buckets)
@@ -162,8 +152,7 @@ class Slimmable(Wrapper):
             raise ValueError(f"widths={tuple(widths)} must ascend in (0, 1] and end in 1")
         if norms not in ("switchable", "shared"):
             raise ValueError(f"norms={norms!r} must be 'switchable' or 'shared'")
-        self.first, self.last = _pair("Slimmable", first, last)
-        self.roles, self.hidden = _named("Slimmable", self.first, self.last)
+        self.first, self.last, self.roles, self.hidden = _pair("Slimmable", first, last)
         self.gate, self.widths = gate, tuple(widths)
         layers = [*self.first.layers, *self.last.layers]
         found = [(la, ro) for la, ro in zip(layers, self.roles, strict=True) if isinstance(la, nnx.BatchNorm)]
@@ -233,19 +222,16 @@ class Slimmable(Wrapper):
         return execute.branches(blocks, x, decision.keep, execution=self.execution, strategy=self.strategy)
 
 
-def _pair(name: str, first: Any, last: Any) -> tuple[nnx.Sequential, nnx.Sequential]:
-    pair = nnx.Sequential(*layers_of(first)), nnx.Sequential(*layers_of(last))
-    for part in pair:
+def _pair(name: str, first: Any, last: Any) -> tuple[nnx.Sequential, nnx.Sequential, tuple[Role, ...], int]:
+    """Both parts, their layers' roles and the number of hidden channels; errors name the wrapper."""
+    parts = nnx.Sequential(*layers_of(first)), nnx.Sequential(*layers_of(last))
+    for part in parts:
         wrapper.refuse_nested(name, part)
-    return pair
-
-
-def _named(name: str, first: nnx.Sequential, last: nnx.Sequential) -> tuple[tuple[Role, ...], int]:
     try:
-        found, hidden = roles(list(first.layers), list(last.layers))
+        found, hidden = roles(*(list(part.layers) for part in parts))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return tuple(found), hidden
+    return *parts, tuple(found), hidden
 
 
 def _own(norm: nnx.BatchNorm, role: Role, channels: int) -> nnx.BatchNorm:
