@@ -81,6 +81,13 @@ def printable(text: Any) -> str:
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
+def check_least(arguments: object, *names: str) -> None:
+    """Raises UserError for an option that is given and is less than 1."""
+    for name in names:
+        if (value := vars(arguments)[name]) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
 def check_folder(path: str, option: str) -> None:
     """Raises UserError where the folder that an option names cannot be made or written in; makes nothing."""
     if not path:

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float
 from dynjax.core import views
 from dynjax.core.budget import solve_threshold
 from dynjax.core.trace import traced
+from dynjax.core.training import Predicts
 from dynjax.ops import Exits
 from dynjax.show import gallery, report
-from dynjax.tasks.objective import Predicts
 from dynjax.tasks.task import Shown
 
 

@@ -16,15 +16,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from dynjax.config import BudgetConfig, LossConfig
 from dynjax.core import budget, training, views
 from dynjax.core.trace import Trace, traced
-from dynjax.core.training import Call, Weighs
+from dynjax.core.training import Call, Predicts, Weighs
 from dynjax.tasks.task import Batch, Loss, Output, Progress
-
-
-@runtime_checkable
-class Predicts(Protocol):
-    """A model with several outputs, all of which are trained: exits, or the states of a block applied again."""
-
-    def predictions(self, x: jax.Array, /) -> list[jax.Array]: ...
 
 
 @runtime_checkable
@@ -34,7 +27,6 @@ class Supervised(Protocol):
     @property
     def input(self) -> str:
         """The key of what the model looks at."""
-        ...
 
     @property
     def losses(self) -> LossConfig: ...
@@ -44,19 +36,15 @@ class Supervised(Protocol):
 
     def average(self, outputs: Sequence[Output], batch: Batch, /) -> Float[Array, ""]:
         """The loss, a mean over what counts of the batch and over the outputs."""
-        ...
 
     def each(self, outputs: Sequence[Output], batch: Batch, /) -> Float[Array, "B outputs"]:
         """The loss of every example by itself."""
-        ...
 
     def valid(self, batch: Batch, /) -> Bool[Array, " B"]:
         """Which examples count."""
-        ...
 
     def correct(self, output: Output, batch: Batch, /) -> Array:
         """How right the output is for each example, (B,): true and false, or a share."""
-        ...
 
     def metrics(self, outputs: Sequence[Output], batch: Batch, /) -> dict[str, Array]: ...
 

@@ -49,7 +49,6 @@ class Learns(Protocol):
     @property
     def players(self) -> tuple[Player, ...]:
         """In the order in which they play in a step; each sees what those before it have learnt."""
-        ...
 
 
 @runtime_checkable
@@ -59,34 +58,27 @@ class Evaluates(Protocol[M]):
     @property
     def score(self) -> str:
         """The one of the `scores` that counts."""
-        ...
 
     @property
     def score_name(self) -> str:
         """Its name in tables."""
-        ...
 
     @property
     def percent(self) -> bool:
         """Whether it is a share, which tables show in percent."""
-        ...
 
     @property
     def timed(self) -> tuple[int, ...]:
         """Batch sizes at which `infer` is timed unless others are asked for; none where users do not run `infer`."""
-        ...
 
     def prepare(self, model: M, batch: Batch, /) -> Batch:
         """The batch with what is derived from it; no work of the model's."""
-        ...
 
     def infer(self, model: M, batch: Batch, /) -> Output:
         """What a user gets of a prepared batch: the only thing that is traced, costed and timed."""
-        ...
 
     def counts(self, model: M, output: Output, batch: Batch, /) -> Num[Array, "..."]:
         """What `scores` takes the sum of over batches, without the blank examples that fill the last one up."""
-        ...
 
     def scores(self, counts: np.ndarray, /) -> Scores: ...
 
@@ -98,11 +90,9 @@ class Task(Learns, Evaluates[M], Protocol[M]):
     @property
     def budget(self) -> BudgetConfig | None:
         """What the model may spend; None where no gates learn."""
-        ...
 
     def show(self, folder: Path, shown: "Shown", /) -> str:
         """Draw into the folder what there is to see, and say it in a line: files and figures."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
