@@ -121,6 +121,20 @@ def style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def plot(width: float, height: float, title: str) -> tuple[Figure, Axes]:
+    """A figure with one plot, in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    style(axes)
+    axes.set_title(title, fontsize=10)
+    return figure, axes
+
+
+def line(index: int) -> dict[str, str]:
+    """Colour and marker of a curve, for Matplotlib."""
+    return {"color": LINES[index % len(LINES)], "marker": MARKERS[index % len(MARKERS)]}
+
+
 @dataclasses.dataclass(frozen=True)
 class Mark:
     """A model at one budget, as `plot_curve` wants it."""
@@ -161,13 +175,12 @@ def plot_curve(
             axes.plot(
                 at,
                 [point.score for point in points],
-                color=LINES[index % len(LINES)],
-                marker=MARKERS[index % len(MARKERS)],
                 markersize=7,
                 linewidth=2 if index == 0 else 1.4,
                 linestyle="-" if index == 0 else "--",
                 label=label,
                 zorder=3,
+                **line(index),
             )
             if index == 0 and len(points) > 1:
                 _name_budgets(axes, at, points)
@@ -273,8 +286,7 @@ def plot_heatmaps(
         shown = _show_compute(axes[3], example.image, example.heat / scale, top / scale)
         axes[0].set_ylabel(f"{example.name}: {example.macs / 1e6:.1f} MMAC", fontsize=9)
         for panel in axes:
-            panel.set_xticks([])
-            panel.set_yticks([])
+            panel.set(xticks=[], yticks=[])
     for axes, name in zip(grid[0], ("picture", "truth", "prediction", "compute"), strict=True):
         axes.set_title(name, fontsize=10)
     figure.colorbar(shown, ax=list(grid[:, 3]), label=f"{prefix}MAC per pixel", shrink=0.9)
@@ -300,8 +312,7 @@ def plot_compute(
     scale, prefix = engineering(top)
     stretched = np.asarray(Image.fromarray(heat.astype(np.float32)).resize((width, height), Image.Resampling.NEAREST))
     shown = _show_compute(axes, image, stretched / scale, top / scale)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=10)
     figure.colorbar(shown, ax=axes, label=f"{prefix}MAC per pixel", shrink=0.9)
     figure.savefig(path, dpi=130)
