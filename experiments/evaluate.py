@@ -353,13 +353,11 @@ def main(raw: list[str]) -> None:
     titled = f"{title}, budget {middle:g}"
     seen = shown(found, middle, source, val, batches, title=titled, twin=twin_point, batch_size=arguments.batch_size)
     workdir = Path(arguments.workdir)
-    try:
+    with files.writing(f"in workdir {workdir}"):
         written = draw(workdir, config.row, found, controls, task, twin_score, title)
         said = task.show(workdir, seen)
         (workdir / "table.txt").write_text("\n".join(lines) + "\n")
         (workdir / "evaluation.json").write_text(json.dumps(log.finite(record), indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write in workdir {workdir}: {error.strerror or error}") from None
     if not static:
         layers = {budget: each.shares for budget, each in found.scored.items()}
         print(f"\n{layer_table(layers)}\n\n{calibration_table(found.reports)}")

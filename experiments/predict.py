@@ -29,7 +29,7 @@ from dynjax.core.views import compact
 from dynjax.data import calibration_batches
 from dynjax.data.pictures import BadFile, read_image
 from dynjax.data.source import size_of
-from dynjax.run import checkpoint
+from dynjax.run import checkpoint, files
 from dynjax.run.evaluate import solve, static_macs
 from dynjax.run.workdir import read_config
 from dynjax.show import report
@@ -162,7 +162,7 @@ def draw(
 def predict(run: Callable, images: tuple[str, ...], size: tuple[int, int], classes: tuple[str, ...], out: Path) -> int:
     """Masks and maps, or with a `run` without heat maps the table, of all pictures; how many could not be done."""
     failed, table = 0, None
-    with contextlib.ExitStack() as files:
+    with contextlib.ExitStack() as stack:
         for path, name in tqdm(list(stems(images)), unit="picture", disable=len(images) < 4 or None):
             try:
                 picture = Image.fromarray(read_image(path))
@@ -175,7 +175,7 @@ def predict(run: Callable, images: tuple[str, ...], size: tuple[int, int], class
                 # Line by line, so that nothing is lost whatever a later picture does.
                 if table is None:
                     file = open(out / "predictions.csv", "w", newline="", encoding="utf-8", buffering=1)
-                    table = csv.writer(files.enter_context(file), lineterminator="\n")
+                    table = csv.writer(stack.enter_context(file), lineterminator="\n")
                     table.writerow(("picture", "class", "probability", "macs"))
                 told = cli.printable(path), cli.printable(classes[int(prediction)]), f"{sure:.4f}"
                 table.writerow((*told, f"{macs:.0f}"))
@@ -205,10 +205,8 @@ def main(raw: list[str]) -> int:
     size = picture_size(config, classes, known)
     run = make_run(model, size, models.task_of(config.model) == "segmentation")
     out, number = cli.make_folder(arguments.out, "out"), len(arguments.images)
-    try:
+    with files.writing(f"in {out}"):
         failed = predict(run, arguments.images, size, classes, out)
-    except OSError as error:
-        raise UserError(f"cannot write in {out}: {error.strerror or error}") from None
     print(f"{out}: {number - failed} of {number} pictures done")
     return cli.BAD_INPUT if failed else 0
 

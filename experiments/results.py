@@ -21,6 +21,7 @@ import numpy as np
 import tyro
 
 from dynjax.config import UserError
+from dynjax.run import files
 from dynjax.run.curve import Point, read_curve
 from dynjax.run.workdir import FREE_TO_CHANGE, config_to_dict, flat, read_config
 from experiments import cli, render, table
@@ -202,15 +203,13 @@ def main(raw: list[str]) -> None:
         new = collect(choice.workdir, protocol, choice.paper_score, choice.paper_mmacs)
         pictures = _pictures(choice, row, len(new))
         results = table.merge(results, new)
-    try:
+    with files.writing(f"in {folder}"):
         if new:
             table.write(folder / "results.csv", results)
             (folder / "figures").mkdir(exist_ok=True)
             for picture in pictures:
                 shutil.copyfile(picture, folder / "figures" / f"{row}_{picture.name}")
         render.write_pages(folder, results)
-    except OSError as error:
-        raise UserError(f"cannot write in {folder}: {error.strerror or error}") from None
     print(f"{folder / 'RESULTS.md'}: {len(results)} lines")
 
 

@@ -36,7 +36,7 @@ from dynjax.data import make_source
 from dynjax.data.source import size_of
 from dynjax.models.likelihoods import Encodes, OfIntegers, to_bytes
 from dynjax.ops.sampling import SAMPLERS, InScales, Known, Sampled, make_noise
-from dynjax.run import checkpoint
+from dynjax.run import checkpoint, files
 from dynjax.run.evaluate import solve, static_macs, steers
 from dynjax.run.workdir import read_config
 from dynjax.show import film, report
@@ -333,15 +333,13 @@ def main(raw: list[str]) -> None:
         )
         for index in range(number)
     ]
-    try:
+    with files.writing(f"in {out}"):
         film.save_grid(out / "grid.png", images)
         film.save_film(out / "film.png", moments)
         film.plot_calls(
             out / "calls.png", images[order], shown[0][order], shown[1][order], shown[2], counted=shown[3], title=title
         )
         report.write_points(out / "calls.csv", lines)
-    except OSError as error:
-        raise UserError(f"cannot write in {out}: {error.strerror or error}") from None
     calls = f"{drawn.calls.mean():.1f} {what} ({drawn.calls.min()} to {drawn.calls.max()})"
     print(f"{title}: {number} pictures, {calls}, {visits.mean():.1f} evaluations of a pixel, {took.mean():.2f} ms each")
     if macs is not None:

@@ -60,12 +60,8 @@ def read_curve(path: str | os.PathLike) -> list[Point]:
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-        truth = {"True": True, "False": False}
-        read: dict[type, Callable[[str], Any]] = {
-            float: lambda text: float(text or "nan"),
-            int: int,
-            bool: truth.__getitem__,
-        }
+        truth = {"True": True, "False": False}.__getitem__
+        read: dict[type, Callable[[str], Any]] = {float: lambda text: float(text or "nan"), int: int, bool: truth}
         kinds = typing.get_type_hints(Point)
         points = [Point(**{name: read[kind](row[name]) for name, kind in kinds.items()}) for row in rows]
     except OSError as error:
@@ -105,13 +101,8 @@ def latency_table(latencies: Sequence[Latency]) -> str:
     rows = []
     for budget in dict.fromkeys(each.budget for each in latencies):
         own = [found[budget, size] for size in sizes]
-        rows.append(
-            [
-                f"budget {budget:g}",
-                *(f"{each.latency_ms_p50:.2f}" for each in own),
-                *(f"{each.speedup:.2f}x" for each in own),
-            ]
-        )
+        cells = [f"{each.latency_ms_p50:.2f}" for each in own] + [f"{each.speedup:.2f}x" for each in own]
+        rows.append([f"budget {budget:g}", *cells])
     return table(header, rows)
 
 
@@ -124,13 +115,8 @@ def layer_table(shares: dict[float, dict[str, dict[str, float]]]) -> str:
 
 def calibration_table(reports: Mapping[float, Report]) -> str:
     """What each budget came to on the calibration pictures, in MMAC per image."""
-    rows = [
-        [
-            f"{budget:g}",
-            *(f"{value / 1e6:.1f}" for value in (each.mean, each.p95, each.max, each.full)),
-            f"{each.threshold:.2f}",
-            "yes" if each.met else "no",
-        ]
-        for budget, each in reports.items()
-    ]
+    rows = []
+    for budget, each in reports.items():
+        mmacs = [f"{value / 1e6:.1f}" for value in (each.mean, each.p95, each.max, each.full)]
+        rows.append([f"{budget:g}", *mmacs, f"{each.threshold:.2f}", "yes" if each.met else "no"])
     return table(["on calibration", "mean MMAC", "p95", "max", "all kept", "threshold", "met"], rows)

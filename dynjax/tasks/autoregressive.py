@@ -17,7 +17,7 @@ from dynjax.core import budget
 from dynjax.core.training import Predicts
 from dynjax.models.likelihoods import Encodes, OfIntegers, quantise
 from dynjax.ops.doubt import PixelExits
-from dynjax.tasks.task import Batch, Loss, Player, Progress, Scores, Shown
+from dynjax.tasks.task import Batch, Loss, OnePlayer, Progress, Scores, Shown
 
 
 def integers(model: OfIntegers, image: Array) -> Array:
@@ -59,7 +59,7 @@ def training_nats(model: OfIntegers, image: Array, label: Array, key: PRNGKeyArr
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoregressiveTask:
+class AutoregressiveTask(OnePlayer[OfIntegers]):
     """The bits of a picture (see `Task`): batches are {"image" (B, H, W, 3), "label" (B,)}.
 
     Bits per dimension are -log2 p(picture) / (H W C), of the integers that the model has: of black and white pictures
@@ -72,10 +72,6 @@ class AutoregressiveTask:
     timed: ClassVar[tuple[int, ...]] = ()
     """How long drawing takes is a matter of samplers."""
     budget: ClassVar[None] = None
-
-    @property
-    def players(self) -> tuple[Player, ...]:
-        return (Player("model", self.loss),)
 
     def loss(self, model: OfIntegers, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
         """Bits per dimension, and metrics."""

@@ -20,7 +20,7 @@ from dynjax.config import BudgetConfig, LossConfig
 from dynjax.show import gallery
 from dynjax.tasks import anytime
 from dynjax.tasks.objective import objective
-from dynjax.tasks.task import Batch, Loss, Player, Progress, Scores, Shown
+from dynjax.tasks.task import Batch, Loss, OnePlayer, Progress, Scores, Shown
 
 
 def cross_entropy(logits: Float[Array, "B K"], label: Int[Array, " B"], smoothing: float = 0.0) -> Float[Array, " B"]:
@@ -58,7 +58,7 @@ def scores(confusion: Num[np.ndarray, "K K"]) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassificationTask:
+class ClassificationTask(OnePlayer[nnx.Module]):
     """A label for a picture (see `Task`): batches are {"image" (B, H, W, 3), "label" (B,)}.
 
     A model with a method `predictions` (exits, PonderNet) trains on all that it gives, others on what they return.
@@ -75,10 +75,6 @@ class ClassificationTask:
     score_name: ClassVar[str] = "accuracy"
     percent: ClassVar[bool] = True
     timed: ClassVar[tuple[int, ...]] = (1, 8, 32)
-
-    @property
-    def players(self) -> tuple[Player, ...]:
-        return (Player("model", self.loss),)
 
     def loss(self, model: nnx.Module, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
         """Loss and metrics of a batch: see `objective`."""
@@ -105,9 +101,6 @@ class ClassificationTask:
         each = [self.correct(logits, batch).sum() / count for logits in outputs]
         several = {f"accuracy_exit_{number}": accuracy for number, accuracy in enumerate(each)}
         return {"accuracy": each[-1]} | (several if len(each) > 1 else {})
-
-    def prepare(self, model: nnx.Module, batch: Batch) -> Batch:
-        return batch
 
     def infer(self, model: nnx.Module, batch: Batch) -> Float[Array, "B K"]:
         """The logits of a batch."""

@@ -1,5 +1,6 @@
 """What a task is: players that learn, and an evaluation. Letters: B examples, N pictures of a split."""
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -93,6 +94,21 @@ class Task(Learns, Evaluates[M], Protocol[M]):
 
     def show(self, folder: Path, shown: "Shown", /) -> str:
         """Draw into the folder what there is to see, and say it in a line: files and figures."""
+
+
+class OnePlayer(abc.ABC, Generic[M]):
+    """What tasks share in which the model learns as a whole, from batches as they come."""
+
+    @abc.abstractmethod
+    def loss(self, model: M, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
+        """Loss and metrics of a batch."""
+
+    @property
+    def players(self) -> tuple[Player, ...]:
+        return (Player("model", self.loss),)
+
+    def prepare(self, model: M, batch: Batch) -> Batch:
+        return batch
 
 
 @dataclasses.dataclass(frozen=True)
