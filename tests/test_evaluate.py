@@ -19,7 +19,7 @@ from dynjax.tasks.segmentation import SegmentationTask
 
 pytestmark = pytest.mark.xdist_group("evaluate")
 
-TASK = SegmentationTask(3, ("a", "b", "c"), losses=LossConfig())
+TASK = SegmentationTask(("a", "b", "c"), losses=LossConfig())
 
 
 class Net(nnx.Module):

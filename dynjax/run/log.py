@@ -29,12 +29,10 @@ def read_metrics(workdir: str | Path) -> list[dict]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError):
             record = files.parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            records.append(record)
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                records.append(record)
     return records
 
 

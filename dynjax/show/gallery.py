@@ -46,22 +46,21 @@ def plot_classes(
 
 def plot_extremes(
     path: str | os.PathLike,
-    images: Mapping[str, Sequence[UInt8[np.ndarray, "H W 3"]]],
-    captions: Mapping[str, Sequence[str]],
+    rows: Mapping[str, Sequence[tuple[UInt8[np.ndarray, "H W 3"], str]]],
     *,
     title: str = "",
 ) -> None:
-    """Rows of pictures under a name each (the easiest, the hardest), every one with a caption."""
-    columns = max(len(each) for each in images.values())
-    figure = Figure(figsize=(1.25 * columns + 0.6, 1.6 * len(images) + 0.5), layout="constrained")
+    """Rows of pictures and their captions, under a name each (the easiest, the hardest)."""
+    columns = max(len(each) for each in rows.values())
+    figure = Figure(figsize=(1.25 * columns + 0.6, 1.6 * len(rows) + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    grid = figure.subplots(len(images), columns, squeeze=False)
-    for (name, row), axes in zip(images.items(), grid, strict=True):
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for (name, row), axes in zip(rows.items(), grid, strict=True):
         axes[0].set_ylabel(name, fontsize=10)
         for panel in axes:
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
-        for panel, image, caption in zip(axes, row, captions[name], strict=False):
+        for panel, (image, caption) in zip(axes, row, strict=False):
             panel.imshow(image, interpolation="nearest")
             panel.set_xlabel(caption, fontsize=8)
     figure.savefig(path, dpi=130)

@@ -47,12 +47,6 @@ def paint(mask: Integer[np.ndarray, "H W"], classes: int) -> UInt8[np.ndarray, "
     return np.where(inside[..., None], palette(classes)[np.where(inside, mask, 0)], np.uint8(IGNORED[0]))
 
 
-def _share(colour: Sequence[int] | UInt8[np.ndarray, "3"]) -> tuple[float, float, float]:
-    """A colour of bytes, for Matplotlib."""
-    red, green, blue = (float(byte) / 255 for byte in colour)
-    return red, green, blue
-
-
 def overlay(
     image: UInt8[np.ndarray, "H W 3"], mask: Integer[np.ndarray, "H W"], classes: int, strength: float = 0.55
 ) -> UInt8[np.ndarray, "H W 3"]:
@@ -291,11 +285,11 @@ def plot_heatmaps(
         axes.set_title(name, fontsize=10)
     figure.colorbar(shown, ax=list(grid[:, 3]), label=f"{prefix}MAC per pixel", shrink=0.9)
     patches = [
-        Patch(facecolor=_share(colour), label=name)
+        Patch(facecolor=f"#{bytes(colour).hex()}", label=name)
         for colour, name in zip(palette(len(class_names)), class_names, strict=True)
     ]
     if any((example.mask < 0).any() for example in examples):
-        patches.append(Patch(facecolor=_share(IGNORED), label="ignored"))
+        patches.append(Patch(facecolor=f"#{bytes(IGNORED).hex()}", label="ignored"))
     figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
 
