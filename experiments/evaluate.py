@@ -29,10 +29,10 @@ from dynjax.data.source import Source, read, shape_of, stack
 from dynjax.run import checkpoint, files, log
 from dynjax.run.build import build
 from dynjax.run.checks import LARGEST_SIDE
-from dynjax.run.curve import Point, calibration_table, curve_table, latency_table, layer_table, read_curve
 from dynjax.run.evaluate import Evaluation, evaluate, make_runner, score, shown, steers
 from dynjax.run.workdir import other_classes, read_config
 from dynjax.show import report
+from dynjax.show.curve import Point, calibration_table, curve_table, latency_table, layer_table, plot_curve, read_curve
 from dynjax.tasks import Task, make_task
 from experiments import cli
 
@@ -267,33 +267,14 @@ def budgets_of(arguments: Arguments, row: str, static: bool, steers: bool) -> li
 
 
 def draw(
-    workdir: Path,
-    row: str,
-    found: Evaluation,
-    controls: Mapping[str, Sequence[Point]],
-    task: Task,
-    twin: float | None,
-    title: str,
+    workdir: Path, curves: Mapping[str, Sequence[Point]], found: Evaluation, task: Task, twin: float | None, title: str
 ) -> list[str]:
-    """The tables and pictures that every row has; their names."""
-    times = 100 if task.percent else 1
-    marks = {
-        label: [
-            report.Mark(point.budget, point.macs / points[0].static_macs, point.latency_ms_p50, times * point.score)
-            for point in points
-        ]
-        for label, points in {row: found.points, **controls}.items()
-    }
+    """The tables and pictures that every row has; their names. The first of the curves is what was found."""
     report.write_points(workdir / "curve.csv", found.points)
     if found.latencies:
         report.write_points(workdir / "latency.csv", found.latencies)
-    report.plot_curve(
-        workdir / "curve.png",
-        marks,
-        twin=(found.points[0].static_latency_ms_p50, None if twin is None else times * twin),
-        score_name=f"{task.score_name}, %" if task.percent else task.score_name,
-        title=title,
-    )
+    name, percent = task.score_name, task.percent
+    plot_curve(workdir / "curve.png", curves, twin=twin, score_name=name, percent=percent, title=title)
     macs = {budget: each.macs for budget, each in found.scored.items()}
     report.plot_histogram(workdir / "compute_histogram.png", macs, found.points[0].static_macs, title=title)
     return ["curve.csv", *(["latency.csv"] if found.latencies else []), "curve.png", "compute_histogram.png"]
@@ -354,7 +335,7 @@ def main(raw: list[str]) -> None:
     seen = shown(found, middle, source, val, batches, title=titled, twin=twin_point, batch_size=arguments.batch_size)
     workdir = Path(arguments.workdir)
     with files.writing(f"in workdir {workdir}"):
-        written = draw(workdir, config.row, found, controls, task, twin_score, title)
+        written = draw(workdir, {config.row: found.points, **controls}, found, task, twin_score, title)
         said = task.show(workdir, seen)
         (workdir / "table.txt").write_text("\n".join(lines) + "\n")
         (workdir / "evaluation.json").write_text(json.dumps(log.finite(record), indent=1) + "\n")

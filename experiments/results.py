@@ -22,8 +22,8 @@ import tyro
 
 from dynjax.config import UserError
 from dynjax.run import files
-from dynjax.run.curve import Point, read_curve
 from dynjax.run.workdir import FREE_TO_CHANGE, config_to_dict, flat, read_config
+from dynjax.show.curve import Point, read_curve
 from experiments import cli, render, table
 from experiments.evaluate import Record, read_record
 from experiments.rows import ROWS

@@ -11,7 +11,7 @@ import test_commands
 from PIL import Image
 
 from dynjax.config import UserError
-from dynjax.run.curve import read_curve
+from dynjax.show.curve import read_curve
 from experiments import evaluate, results, sample, table
 
 pytestmark = pytest.mark.xdist_group("sample")  # one worker, so that each row is trained once

@@ -11,9 +11,9 @@ import dynjax as dj
 from dynjax.config import LossConfig, UserError
 from dynjax.data import make_loader
 from dynjax.data.source import picture_spec, read, stack
-from dynjax.run.curve import Point, curve_table, read_curve
 from dynjax.run.evaluate import alternate, evaluate, make_runner, score, shown, solve, static_macs, steers
 from dynjax.show import report
+from dynjax.show.curve import Point, curve_table, read_curve
 from dynjax.show.report import write_points
 from dynjax.tasks.segmentation import SegmentationTask
 

@@ -11,9 +11,9 @@ import pytest
 
 from dynjax.config import UserError
 from dynjax.run import checkpoint, files, log
-from dynjax.run.curve import Point
 from dynjax.run.workdir import read_config, write_config
 from dynjax.show import report
+from dynjax.show.curve import Point
 from experiments import evaluate, predict, results, rows, table
 
 

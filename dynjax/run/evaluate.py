@@ -20,7 +20,7 @@ from dynjax.core.deploy import Deployed, Report, Solver
 from dynjax.core.gates import Threshold
 from dynjax.core.trace import traced
 from dynjax.data.source import Source, read, size_of, stack
-from dynjax.run.curve import Latency, Point
+from dynjax.show.curve import Latency, Point
 from dynjax.tasks.task import Batch, Evaluates, Output, Scores, Shown
 
 Arrays: TypeAlias = Mapping[str, ArrayLike]

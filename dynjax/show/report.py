@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -127,85 +127,6 @@ def plot(width: float, height: float, title: str) -> tuple[Figure, Axes]:
 def line(index: int) -> dict[str, str]:
     """Colour and marker of a curve, for Matplotlib."""
     return {"color": LINES[index % len(LINES)], "marker": MARKERS[index % len(MARKERS)]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Mark:
-    """A model at one budget, as `plot_curve` wants it."""
-
-    budget: float
-    macs: float
-    """Share of the static twin's."""
-    ms: float
-    """nan where nothing was timed."""
-    score: float
-    """As it is written at the axis, which `score_name` is the name of."""
-
-
-def plot_curve(
-    path: str | os.PathLike,
-    curves: Mapping[str, Sequence[Mark]],
-    *,
-    twin: tuple[float, float | None],
-    score_name: str = "mIoU, %",
-    title: str = "",
-) -> None:
-    """Score over MACs and over latency, one line per curve (the first is the model's own), the static twin as a star.
-
-    `twin` is its latency and its score, which is unknown (None) when no trained twin was given; then only its MACs and
-    latency are marked. Without latencies only the MACs are shown.
-    """
-    timed = not math.isnan(twin[0])
-    figure = Figure(figsize=(10 if timed else 5.5, 4.6), layout="constrained")
-    if title:
-        figure.suptitle(title, fontsize=11)
-    panels = figure.subplots(1, 1 + timed, sharey=True, squeeze=False)[0]
-    marks = ["macs", "ms"][: len(panels)]
-    for axes, place, of_twin in zip(panels, marks, (100.0, twin[0]), strict=False):
-        style(axes)
-        for index, (label, points) in enumerate(curves.items()):
-            points = sorted(points, key=lambda point: point.macs)
-            at = [100 * point.macs if place == "macs" else point.ms for point in points]
-            axes.plot(
-                at,
-                [point.score for point in points],
-                markersize=7,
-                linewidth=2 if index == 0 else 1.4,
-                linestyle="-" if index == 0 else "--",
-                label=label,
-                zorder=3,
-                **line(index),
-            )
-            if index == 0 and len(points) > 1:
-                _name_budgets(axes, at, points)
-        if twin[1] is None:
-            axes.axvline(of_twin, color="#555555", linestyle=":", label="static twin (not trained)")
-        else:
-            axes.axhline(twin[1], color="#555555", linestyle=":", linewidth=1)
-            axes.plot([of_twin], [twin[1]], "*", color="black", markersize=14, label="static twin", zorder=4)
-        axes.set_xlim(0, 1.05 * axes.dataLim.x1)  # room for the marker of the largest
-        axes.margins(y=0.15)
-        axes.set_xlabel(
-            "MACs per image, % of the static twin" if place == "macs" else "latency per image at batch 1, ms (median)"
-        )
-    panels[0].set_ylabel(score_name)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
-    )
-    figure.savefig(path, dpi=150)
-
-
-def _name_budgets(axes: Axes, at: Sequence[float], points: Sequence[Mark]) -> None:
-    for x, point in zip(at, points, strict=True):
-        axes.annotate(
-            f"{point.budget:g}",
-            (x, point.score),
-            xytext=(6, -12),
-            textcoords="offset points",
-            fontsize=9,
-            color=LINES[0],
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
-        )
 
 
 def engineering(values: float) -> tuple[float, str]:
