@@ -192,12 +192,6 @@ def split_labels(compare: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def calibration_size(available: int, arguments: Arguments) -> tuple[int, int]:
-    """Batch size and number of batches."""
-    size = min(arguments.batch_size, available)
-    return size, -(-min(arguments.calibration, available) // size)
-
-
 def commit() -> str:
     """The commit of the code that runs, with + when files differ from it; empty outside a repository."""
     here = Path(__file__).parent
@@ -298,7 +292,7 @@ def main(raw: list[str]) -> None:
     def batches(source: Source) -> Iterable[dict[str, np.ndarray]]:
         return make_loader(source, arguments.batch_size, seed=0, augment=None, shuffle=False, repeat=False)
 
-    given = arguments.timing_batches
+    given, size = arguments.timing_batches, min(arguments.batch_size, len(val))
     sizes = (1, *given) if task.timed and given is not None else task.timed
     found = evaluate(
         model,
@@ -306,7 +300,7 @@ def main(raw: list[str]) -> None:
         task,
         static=static,
         budgets=budgets_of(arguments, config.row, static, steers(model)),
-        calibration=[] if static else calibration_batches(val, *calibration_size(len(val), arguments)),
+        calibration=[] if static else calibration_batches(val, size, -(-min(arguments.calibration, len(val)) // size)),
         batches=lambda: batches(source),
         timing=timing_inputs(source, arguments.timing, sizes),
     )

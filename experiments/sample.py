@@ -14,6 +14,7 @@ the blocks that it took), and calls.csv (per picture: label, calls or refined ti
 budget steers, milliseconds, size as PNG, pixels that differ).
 """
 
+import csv
 import dataclasses
 import functools
 import time
@@ -39,7 +40,7 @@ from dynjax.ops.sampling import SAMPLERS, InScales, Known, Sampled, make_noise
 from dynjax.run import checkpoint, files
 from dynjax.run.evaluate import solve, static_macs, steers
 from dynjax.run.workdir import read_config
-from dynjax.show import film, report
+from dynjax.show import film
 from dynjax.tasks.autoregressive import integers
 from experiments import cli
 from experiments.evaluate import Place, fresh_twin, with_path
@@ -255,21 +256,6 @@ class Job:
         return np.stack([np.asarray(self.to_pictures(each))[0] for each in moments])
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One picture's line of calls.csv; empty where nobody looked."""
-
-    picture: int
-    label: int | str
-    calls: int
-    evaluations_per_pixel: str
-    macs: int | str
-    ms: str
-    png_bytes: int
-    flipped: int | str
-    rank_correlation: str
-
-
 def make_job(arguments: Arguments) -> tuple[Job, str]:
     """The job, and the title of what comes of it. Raises UserError."""
     config, names = read_config(arguments.workdir)
@@ -319,27 +305,26 @@ def main(raw: list[str]) -> None:
     correlation = film.rank_correlation(shown[1], np.array(sizes))
     # The most, the least and what is between: pictures over the whole range of calls.
     order = np.argsort(shown[1], kind="stable")[np.linspace(0, number - 1, min(SHOWN, number)).round().astype(int)]
-    lines = [
-        Line(
-            index,
-            "" if job.label is None else int(job.label[index]),
-            int(drawn.calls[index]),
-            f"{visits[index]:.3f}",
-            "" if macs is None else round(float(macs[index])),
-            f"{took[index]:.3f}",
-            sizes[index],
-            "" if flips is None else int(flips[index]),
-            f"{correlation:.4f}",
-        )
-        for index in range(number)
-    ]
+    unknown = [""] * number
+    columns = {
+        "picture": range(number),
+        "label": unknown if job.label is None else job.label,
+        "calls": drawn.calls,
+        "evaluations_per_pixel": [f"{each:.3f}" for each in visits],
+        "macs": unknown if macs is None else [round(float(each)) for each in macs],
+        "ms": [f"{each:.3f}" for each in took],
+        "png_bytes": sizes,
+        "flipped": unknown if flips is None else flips,
+        "rank_correlation": [f"{correlation:.4f}"] * number,
+    }
     with files.writing(f"in {out}"):
         film.save_grid(out / "grid.png", images)
         film.save_film(out / "film.png", moments)
         film.plot_calls(
             out / "calls.png", images[order], shown[0][order], shown[1][order], shown[2], counted=shown[3], title=title
         )
-        report.write_points(out / "calls.csv", lines)
+        with open(out / "calls.csv", "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([columns, *zip(*columns.values(), strict=True)])
     calls = f"{drawn.calls.mean():.1f} {what} ({drawn.calls.min()} to {drawn.calls.max()})"
     print(f"{title}: {number} pictures, {calls}, {visits.mean():.1f} evaluations of a pixel, {took.mean():.2f} ms each")
     if macs is not None:

@@ -174,7 +174,9 @@ def fit(
                     said.pause()
                 if last or stopping:
                     break
-                batch = meshes.share(mesh, _next(batches, step, config.steps))
+                if (batch := next(batches, None)) is None:
+                    raise UserError(f"the data ended after {step} of {config.steps} batches: the loader must repeat")
+                batch = meshes.share(mesh, batch)
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
                 if step == start:
@@ -199,12 +201,6 @@ def _held(workdir: str | Path | None, run: Run) -> Iterator[None]:
                 if jax.process_index() == 0:
                     stack.enter_context(lock.hold(workdir))
         yield
-
-
-def _next(batches: Iterator, step: int, steps: int) -> dict:
-    if (batch := next(batches, None)) is None:
-        raise UserError(f"the data ended after {step} of {steps} batches: the loader must repeat")
-    return batch
 
 
 def _say(text: str) -> None:
