@@ -190,7 +190,7 @@ class Untimed(SegmentationTask):
 def test_a_task_that_is_not_timed_has_no_latency_and_what_it_prepares_costs_nothing():
     model, twin = (Net(adaptive=adaptive, rngs=nnx.Rngs(0)) for adaptive in (True, False))
     model = nnx.view(model, deterministic=True, execution="masked", raise_if_not_found=False)
-    task = Untimed(3, ("a", "b", "c"), losses=LossConfig())
+    task = Untimed(("a", "b", "c"), losses=LossConfig())
     found = evaluate(
         model, twin, task, static=False, budgets=(0.8,), calibration=[pictures(7)], batches=batches(), timing=[]
     )
