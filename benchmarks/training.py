@@ -30,7 +30,7 @@ def stepper(config: Config) -> Callable[[], jax.Array]:
     height, width = config.data.size or (96, 96)
     model = models.build(config.model, CLASSES, rngs=nnx.Rngs(0))
     spends = None if models.is_static(config.model) else config.budget
-    task = SegmentationTask(CLASSES, tuple(map(str, range(CLASSES))), config.loss, None, spends)
+    task = SegmentationTask(tuple(map(str, range(CLASSES))), config.loss, None, spends)
     state, step = make_step(model, task, config, budget.gate_filter)
     state = dataclasses.replace(state, ema=jax.tree.map(jnp.copy, state.ema))  # donated: nothing may be there twice
     step = jax.jit(step, donate_argnums=0)

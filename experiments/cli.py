@@ -10,8 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import jax
+import tyro
+
 from dynjax.config import UserError
-from dynjax.run import files
+from dynjax.run import files, mesh
 
 T = TypeVar("T")
 
@@ -20,8 +23,6 @@ BAD_INPUT, STOPPED = 2, 130
 
 def parse(kind: type[T], arguments: Sequence[str], *, command: str, default: T | None = None) -> T:
     """The dataclass `kind` from arguments (tyro). --help prints and exits; raises UserError in one line."""
-    import tyro
-
     said = io.StringIO()
     given = {} if default is None else {"default": default}
     try:
@@ -48,8 +49,6 @@ def _one_line(box: str) -> str:
 
 def use_compilation_cache() -> None:
     """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/dynjax/xla, if that can be made."""
-    import jax
-
     try:
         folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "dynjax" / "xla")
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,8 +63,6 @@ def use_all_cores(batch_size: int, accumulate: int = 1) -> None:
     XLA's gradients of convolutions use one core of a CPU device. Does nothing where the number of CPU devices is given
     (XLA_FLAGS, JAX_NUM_CPU_DEVICES) or training is distributed, whose processes bring their own.
     """
-    import jax
-
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     distributed = os.environ.get("JAX_NUM_PROCESSES") or os.environ.get("DYNJAX_DISTRIBUTED")
     if given or distributed or jax.config.jax_num_cpu_devices != -1:
@@ -79,6 +76,13 @@ def use_all_cores(batch_size: int, accumulate: int = 1) -> None:
 def printable(text: Any) -> str:
     """As text that any UTF-8 file or terminal takes: bytes of a file's name that are not UTF-8 become \\udcXX."""
     return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def check_least(arguments: object, *names: str) -> None:
+    """Raises UserError for an option that is given and is less than 1."""
+    for name in names:
+        if (value := vars(arguments)[name]) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
 def check_folder(path: str, option: str) -> None:
@@ -129,8 +133,6 @@ def _leave_the_others(status: int) -> None:
 
     The first process ends last, since with it all the others end.
     """
-    import jax
-
     if jax.distributed.is_initialized():
         time.sleep(2 if jax.process_index() == 0 else 0)
         sys.stderr.flush()
@@ -139,12 +141,8 @@ def _leave_the_others(status: int) -> None:
 
 def _blame_the_others(error: Exception) -> None:
     """Where an error may come from another process that is gone, wait for JAX, which finds out and ends this one."""
-    import jax
-
     if not jax.distributed.is_initialized():
         return
-    from dynjax.run import mesh
-
     traceback.print_exc()
     said = "".join(traceback.format_exception(error))
     if any(word in said for word in ("Gloo", "NCCL", "UNAVAILABLE", "coordination", "DEADLINE_EXCEEDED")):

@@ -12,12 +12,28 @@ import json
 import math
 import shlex
 import subprocess
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import numpy as np
+from flax import nnx
+
+from dynjax import models
 from dynjax.config import Config, UserError
-from dynjax.run import files
+from dynjax.core import views
+from dynjax.core.deploy import Report
+from dynjax.data import calibration_batches, make_loader, make_source
+from dynjax.data.source import Source, read, shape_of, stack
+from dynjax.run import checkpoint, files, log
+from dynjax.run.build import build
 from dynjax.run.checks import LARGEST_SIDE
+from dynjax.run.evaluate import Evaluation, evaluate, make_runner, score, shown, steers
+from dynjax.run.workdir import other_classes, read_config
+from dynjax.show import report
+from dynjax.show.curve import Point, calibration_table, curve_table, latency_table, layer_table, plot_curve, read_curve
+from dynjax.tasks import Task, make_task
 from experiments import cli
 
 COMMAND = "experiments.evaluate"
@@ -61,8 +77,7 @@ class Spent:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What is read again of an evaluation.json. By budget: `thresholds`, `calibration`, and `scores` as the task has
-    them."""
+    """What is read again of an evaluation.json; `thresholds` and `calibration` by budget."""
 
     row: str
     data: str
@@ -74,7 +89,6 @@ class Record:
     command: str
     size: tuple[int, ...]
     """Height and width of pictures; of texts and films what they have."""
-    scores: dict[str, dict[str, Any]]
     calibration: dict[str, Spent] = dataclasses.field(default_factory=dict)
     thresholds: dict[str, float] = dataclasses.field(default_factory=dict)
     score: str = "mIoU"
@@ -87,11 +101,9 @@ def read_record(workdir: str | Path) -> Record | None:
         return None
     try:
         record = files.typed(files.read_json(path), Record, more=True)
-        budgets = [*record.scores, *record.calibration, *record.thresholds]
+        budgets = [*record.calibration, *record.thresholds]
         if wrong := [name for name in budgets if not is_budget(name)]:
             raise ValueError(f"{wrong[0]!r} is no budget, a share of the MACs in (0, 1]")
-        if not record.scores:
-            raise ValueError("scores is empty")
         if not all(1 <= side <= LARGEST_SIDE for side in record.size):
             raise ValueError(
                 f"size is {list(record.size)}: it must be height and width in pixels, or what else an example has"
@@ -113,13 +125,16 @@ def check(arguments: Arguments) -> None:
     if not arguments.budgets:
         raise UserError("--budgets is empty: give shares of the static twin's MACs, each in (0, 1]")
     for budget in arguments.budgets:
-        if not 0 < budget <= 1:
-            raise UserError(f"--budgets {budget:g}: a budget is a share of the static twin's MACs, in (0, 1]")
+        check_budget("budgets", budget)
     if min(arguments.timing_batches or (2,)) < 2:
         raise UserError(f"--timing-batches {arguments.timing_batches}: each must be at least 2; 1 is always timed")
-    for name in ("batch_size", "calibration", "timing"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    cli.check_least(arguments, "batch_size", "calibration", "timing")
+
+
+def check_budget(option: str, budget: float) -> None:
+    """Raises UserError."""
+    if not 0 < budget <= 1:
+        raise UserError(f"--{option} {budget:g}: a budget is a share of the static twin's MACs, in (0, 1]")
 
 
 def with_path(config: Config, path: str) -> Config:
@@ -127,21 +142,17 @@ def with_path(config: Config, path: str) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path)) if path else config
 
 
-def source_of(config: Config, split: str, classes: tuple[str, ...]) -> Any:
+def source_of(config: Config, split: str, classes: tuple[str, ...]) -> Source:
     """A split of the data, with the classes of the run: a split need not have all of them. Raises UserError where it
     has others."""
-    from dynjax.data import make_source
-    from dynjax.run.workdir import other_classes
-
     source = make_source(config.data, split, classes=classes)
     if classes and (different := other_classes(classes, tuple(source.classes))):
         raise UserError(f"the run was trained for other classes than {source.name} has: {different}")
     return source
 
 
-def unmet(row: str, budget: float, spent: Any, whole: float) -> str:
-    """What is to be said of a budget that `spent` (`met`, and `mean` MACs) did not meet; empty where it did. `whole`:
-    the static twin's MACs."""
+def unmet(row: str, budget: float, spent: Spent | Report, whole: float) -> str:
+    """What is to be said of a budget that was not met; empty where it was. `whole`: the static twin's MACs."""
     if spent.met:
         return ""
     least = math.ceil(1000 * spent.mean / whole) / 1000  # rounded up, so that this budget can be met
@@ -149,27 +160,25 @@ def unmet(row: str, budget: float, spent: Any, whole: float) -> str:
     return f"budget {budget:g} is not met: {said}"
 
 
-def find_twin(config: Config, classes: int, workdir: str) -> tuple[Any, bool]:
-    """The static twin of a row's model, and whether it is trained: from `workdir`, from --init-from, or fresh."""
-    from dynjax import models
-    from dynjax.core import views
-    from dynjax.run import checkpoint
-    from dynjax.run.build import build
-    from dynjax.run.workdir import read_config
+def fresh_twin(config: Config, classes: int) -> nnx.Module:
+    """The static twin of a row's model, not trained."""
+    return views.still(build(dataclasses.replace(config, model=models.static_twin(config.model)), classes))
 
-    static = dataclasses.replace(config, model=models.static_twin(config.model))
+
+def find_twin(config: Config, classes: int, workdir: str) -> tuple[nnx.Module, bool]:
+    """The static twin of a row's model, and whether it is trained: from `workdir`, from --init-from, or fresh."""
     if not workdir and config.init_from and (Path(config.init_from) / "config.json").exists():
         other, _ = read_config(config.init_from)
         # A model of codes starts from the weights of its VQ-VAE, which is no twin.
         workdir = config.init_from if other.model.family == config.model.family else ""
-    if workdir:
-        found, twin, _ = checkpoint.load(workdir)
-        if different := models.difference(found.model, config.model):
-            raise UserError(f"--twin {workdir}: row {found.row} is another net than row {config.row}: {different}")
-        if not models.is_static(found.model):
-            raise UserError(f"--twin {workdir}: row {found.row} is {models.dynamics_of(found.model)}, not static")
-        return twin, True
-    return views.still(build(static, classes)), False
+    if not workdir:
+        return fresh_twin(config, classes), False
+    found, twin, _ = checkpoint.load(workdir)
+    if different := models.difference(found.model, config.model):
+        raise UserError(f"--twin {workdir}: row {found.row} is another net than row {config.row}: {different}")
+    if not models.is_static(found.model):
+        raise UserError(f"--twin {workdir}: row {found.row} is {models.dynamics_of(found.model)}, not static")
+    return twin, True
 
 
 def split_labels(compare: tuple[str, ...]) -> dict[str, str]:
@@ -181,12 +190,6 @@ def split_labels(compare: tuple[str, ...]) -> dict[str, str]:
             raise UserError(f"--compare {each}: give LABEL=WORKDIR")
         found[label] = folder
     return found
-
-
-def calibration_size(available: int, arguments: Arguments) -> tuple[int, int]:
-    """Batch size and number of batches."""
-    size = min(arguments.batch_size, available)
-    return size, -(-min(arguments.calibration, available) // size)
 
 
 def commit() -> str:
@@ -202,13 +205,10 @@ def commit() -> str:
     return name.stdout.strip() + ("+" if changed.returncode else "")
 
 
-def timing_inputs(source: Any, single: int, sizes: tuple[int, ...]) -> list[list[Any]]:
+def timing_inputs(source: Source, single: int, sizes: tuple[int, ...]) -> list[list[dict[str, np.ndarray]]]:
     """Batches of `source` to time, of each size: `single` examples at least, in 3 batches at least, from all over."""
-    import numpy as np
 
-    from dynjax.data.source import read, stack
-
-    def batch(size: int, number: int, count: int) -> Any:
+    def batch(size: int, number: int, count: int) -> dict[str, np.ndarray]:
         places = ((number + np.arange(size) * count) * len(source) // (size * count)) % len(source)
         return stack([read(source, place) for place in places.tolist()])
 
@@ -216,21 +216,16 @@ def timing_inputs(source: Any, single: int, sizes: tuple[int, ...]) -> list[list
     return [[batch(size, number, count) for number in range(count)] for size, count in counts.items()]
 
 
-def summarise(title: str, row: str, found: Any, task: Any, twin_score: float | None, static: bool) -> list[str]:
+def summarise(title: str, row: str, found: Evaluation, task: Task, twin_score: float | None, static: bool) -> list[str]:
     """The lines that the command ends in."""
-    import jax
-
-    from dynjax.run.curve import curve_table, latency_table
-
-    points = found.points
-    lines = [title, curve_table(points, task.score_name, task.percent)]
+    lines = [title, curve_table(found.points, task.score_name, task.percent)]
     if len({each.batch for each in found.latencies}) > 1:
         lines.append(latency_table(found.latencies))
     if jax.default_backend() == "cpu" and found.cores < BUSY:
         lines.append(
             f"latencies are not to be trusted: others left this process {found.cores:.1f} cores while it was timed"
         )
-    whole = points[0].static_macs
+    whole = found.points[0].static_macs
     if twin_score is None:
         timed = "timed with" if found.latencies else "counted on"
         lines.append(f"static twin: {timed} fresh weights; --twin WORKDIR scores a trained one")
@@ -240,39 +235,16 @@ def summarise(title: str, row: str, found: Any, task: Any, twin_score: float | N
     return lines + [said for budget, each in found.reports.items() if (said := unmet(row, budget, each, whole))]
 
 
-def about(config: Config, source: Any, task: Any, split: str, step: int, raw: list[str]) -> dict[str, Any]:
-    """What evaluation.json says of every evaluation, whatever was found."""
-    from dynjax.data.source import shape_of
-    from dynjax.show import report
-
-    return {
-        "row": config.row,
-        "data": source.name,
-        "split": split,
-        "seed": config.seed,
-        "step": step,
-        "hardware": report.hardware(),
-        "commit": commit(),
-        "command": f"python -m {COMMAND} {shlex.join(raw)}",
-        "size": list(shape_of(source)),
-        "score": task.score_name,
-    }
-
-
-def measured(found: Any, task: Any, twin_score: float | None) -> dict[str, Any]:
-    """What evaluation.json says of what was found; of a task that is not timed, what curve.csv has as well."""
-    scores = {point.budget: found.scored[point.budget].scores for point in found.points}
-    if not found.latencies:
-        for point in found.points:
-            more = {"score": point.score, "macs": point.macs, "macs_fraction": point.macs_fraction}
-            scores[point.budget] = scores[point.budget] | more
+def measured(found: Evaluation, twin_score: float | None) -> dict[str, Any]:
+    """What evaluation.json says of what was found, beside curve.csv."""
+    reports, scored = ({f"{budget:g}": each for budget, each in x.items()} for x in (found.reports, found.scored))
     return {
         "cores": found.cores,
         "static_score": twin_score,
-        "thresholds": {f"{budget:g}": float(each.threshold) for budget, each in found.reports.items()},
-        "calibration": {f"{budget:g}": dataclasses.asdict(each) for budget, each in found.reports.items()},
-        "scores": {f"{budget:g}": each for budget, each in scores.items()},
-        "layers": {f"{budget:g}": each.shares for budget, each in found.scored.items()},
+        "thresholds": {budget: float(each.threshold) for budget, each in reports.items()},
+        "calibration": {budget: dataclasses.asdict(each) for budget, each in reports.items()},
+        "scores": {budget: each.scores for budget, each in scored.items()},
+        "layers": {budget: each.shares for budget, each in scored.items()},
     }
 
 
@@ -288,28 +260,15 @@ def budgets_of(arguments: Arguments, row: str, static: bool, steers: bool) -> li
     return budgets
 
 
-def draw(workdir: Path, row: str, found: Any, controls: dict[str, Any], task: Any, twin: float | None, title: str):
-    """The tables and pictures that every row has."""
-    from dynjax.show import report
-
-    times = 100 if task.percent else 1
-    marks = {
-        label: [
-            report.Mark(point.budget, point.macs / points[0].static_macs, point.latency_ms_p50, times * point.score)
-            for point in points
-        ]
-        for label, points in {row: found.points, **controls}.items()
-    }
+def draw(
+    workdir: Path, curves: Mapping[str, Sequence[Point]], found: Evaluation, task: Task, twin: float | None, title: str
+) -> list[str]:
+    """The tables and pictures that every row has; their names. The first of the curves is what was found."""
     report.write_points(workdir / "curve.csv", found.points)
     if found.latencies:
         report.write_points(workdir / "latency.csv", found.latencies)
-    report.plot_curve(
-        workdir / "curve.png",
-        marks,
-        twin=(found.points[0].static_latency_ms_p50, None if twin is None else times * twin),
-        score_name=f"{task.score_name}, %" if task.percent else task.score_name,
-        title=title,
-    )
+    name, percent = task.score_name, task.percent
+    plot_curve(workdir / "curve.png", curves, twin=twin, score_name=name, percent=percent, title=title)
     macs = {budget: each.macs for budget, each in found.scored.items()}
     report.plot_histogram(workdir / "compute_histogram.png", macs, found.points[0].static_macs, title=title)
     return ["curve.csv", *(["latency.csv"] if found.latencies else []), "curve.png", "compute_histogram.png"]
@@ -318,17 +277,6 @@ def draw(workdir: Path, row: str, found: Any, controls: dict[str, Any], task: An
 def main(raw: list[str]) -> None:
     arguments = cli.parse(Arguments, raw, command=COMMAND)
     check(arguments)
-    from flax import nnx
-
-    from dynjax import models
-    from dynjax.data import calibration_batches, make_loader
-    from dynjax.run import checkpoint, log
-    from dynjax.run.curve import calibration_table, layer_table, read_curve
-    from dynjax.run.evaluate import evaluate, make_runner, score, shown, steers
-    from dynjax.run.workdir import read_config
-    from dynjax.show import report
-    from dynjax.tasks import make_task
-
     controls = {
         label: read_curve(Path(folder) / "curve.csv") for label, folder in split_labels(arguments.compare).items()
     }
@@ -341,10 +289,10 @@ def main(raw: list[str]) -> None:
     static = models.is_static(config.model)
     twin, trained = (model, True) if static else find_twin(config, len(classes), arguments.twin)
 
-    def batches(source: Any) -> Any:
+    def batches(source: Source) -> Iterable[dict[str, np.ndarray]]:
         return make_loader(source, arguments.batch_size, seed=0, augment=None, shuffle=False, repeat=False)
 
-    given = arguments.timing_batches
+    given, size = arguments.timing_batches, min(arguments.batch_size, len(val))
     sizes = (1, *given) if task.timed and given is not None else task.timed
     found = evaluate(
         model,
@@ -352,7 +300,7 @@ def main(raw: list[str]) -> None:
         task,
         static=static,
         budgets=budgets_of(arguments, config.row, static, steers(model)),
-        calibration=[] if static else calibration_batches(val, *calibration_size(len(val), arguments)),
+        calibration=[] if static else calibration_batches(val, size, -(-min(arguments.calibration, len(val)) // size)),
         batches=lambda: batches(source),
         timing=timing_inputs(source, arguments.timing, sizes),
     )
@@ -362,20 +310,29 @@ def main(raw: list[str]) -> None:
 
     title = f"{config.row}, {source.name} {arguments.split}, {len(source)} pictures"
     lines = summarise(f"{title}; step {step}; {report.hardware()}", config.row, found, task, twin_score, static)
-    record = about(config, source, task, arguments.split, step, raw) | {"classes": list(classes)}
-    record |= measured(found, task, twin_score)
+    record = {
+        "row": config.row,
+        "data": source.name,
+        "split": arguments.split,
+        "seed": config.seed,
+        "step": step,
+        "hardware": report.hardware(),
+        "commit": commit(),
+        "command": f"python -m {COMMAND} {shlex.join(raw)}",
+        "size": list(shape_of(source)),
+        "score": task.score_name,
+        "classes": list(classes),
+    } | measured(found, twin_score)
     middle = min(found.states, key=lambda budget: abs(budget - 0.5))
     twin_point = None if twin_score is None else (found.points[0].static_macs, twin_score)
     titled = f"{title}, budget {middle:g}"
     seen = shown(found, middle, source, val, batches, title=titled, twin=twin_point, batch_size=arguments.batch_size)
     workdir = Path(arguments.workdir)
-    try:
-        written = draw(workdir, config.row, found, controls, task, twin_score, title)
+    with files.writing(f"in workdir {workdir}"):
+        written = draw(workdir, {config.row: found.points, **controls}, found, task, twin_score, title)
         said = task.show(workdir, seen)
         (workdir / "table.txt").write_text("\n".join(lines) + "\n")
         (workdir / "evaluation.json").write_text(json.dumps(log.finite(record), indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write in workdir {workdir}: {error.strerror or error}") from None
     if not static:
         layers = {budget: each.shares for budget, each in found.scored.items()}
         print(f"\n{layer_table(layers)}\n\n{calibration_table(found.reports)}")

@@ -11,15 +11,30 @@ import csv
 import dataclasses
 import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+import jax
+import numpy as np
 import tyro
+from flax import nnx
+from PIL import Image
+from tqdm.auto import tqdm
 
+from dynjax import models
 from dynjax.config import Config, UserError
+from dynjax.core.budget import set_threshold
+from dynjax.core.trace import traced
+from dynjax.core.views import compact
+from dynjax.data import calibration_batches
+from dynjax.data.pictures import BadFile, read_image
+from dynjax.data.source import size_of
+from dynjax.run import checkpoint, files
+from dynjax.run.evaluate import solve, static_macs
+from dynjax.run.workdir import read_config
+from dynjax.show import report
 from experiments import cli
-from experiments.evaluate import Place, Record, find_twin, read_record, source_of, unmet, with_path
+from experiments.evaluate import Place, Record, check_budget, fresh_twin, read_record, source_of, unmet, with_path
 
 COMMAND = "experiments.predict"
 OF_A_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)  # errors of one file's name, and not of the folder
@@ -50,21 +65,10 @@ def read_evaluation(workdir: str, step: int) -> Record | None:
 
 
 def at_budget(
-    model: Any, config: Config, classes: tuple[str, ...], budget: float | None, known: Record | None
-) -> tuple[Any, str]:
+    model: nnx.Module, config: Config, classes: tuple[str, ...], budget: float | None, known: Record | None
+) -> tuple[nnx.Module, str]:
     """The model as it skips: with the threshold that evaluate solved, otherwise solved on val now; and what is to be
     said where that spends more than the budget. Raises UserError."""
-    import jax
-    import numpy as np
-    from flax import nnx
-
-    from dynjax import models
-    from dynjax.core.budget import set_threshold
-    from dynjax.core.views import compact
-    from dynjax.data import calibration_batches
-    from dynjax.data.source import size_of
-    from dynjax.run.evaluate import solve, static_macs
-
     if models.is_static(config.model):
         if budget not in (None, 1.0):
             raise UserError(f"--budget {budget:g}: row {config.row} is static, it always spends all of its MACs")
@@ -86,8 +90,7 @@ def at_budget(
         wanted, count = CALIBRATION
         pictures = calibration_batches(val, min(wanted, len(val)), count)
         spent, size = None, size_of(val)
-    twin, _ = find_twin(dataclasses.replace(config, init_from=""), len(classes), "")
-    whole = static_macs(twin, jax.ShapeDtypeStruct((1, *size, 3), np.uint8))
+    whole = static_macs(fresh_twin(config, len(classes)), jax.ShapeDtypeStruct((1, *size, 3), np.uint8))
     if spent is None:
         found = solve(model, whole, [budget], [batch["image"] for batch in pictures])[budget]
         model, spent = found.model, found.report
@@ -98,8 +101,6 @@ def picture_size(config: Config, classes: tuple[str, ...], known: Record | None)
     """Height and width that the model works at."""
     if config.data.size is not None:
         return config.data.size
-    from dynjax.data.source import size_of
-
     if known is None:
         return size_of(source_of(config, "val", classes))
     if len(known.size) != 2:
@@ -127,18 +128,13 @@ def check(arguments: Arguments) -> None:
     """Raises UserError."""
     if not arguments.images:
         raise UserError("no picture given: python -m experiments.predict --workdir W --out DIR IMAGE ...")
-    if arguments.budget is not None and not 0 < arguments.budget <= 1:
-        raise UserError(f"--budget {arguments.budget:g}: a budget is a share of the static twin's MACs, in (0, 1]")
+    if arguments.budget is not None:
+        check_budget("budget", arguments.budget)
     cli.check_folder(arguments.out, "out")
 
 
-def make_run(model: Any, size: tuple[int, int], segments: bool) -> Any:
+def make_run(model: nnx.Module, size: tuple[int, int], segments: bool) -> Callable[[np.ndarray], tuple]:
     """`run(image (H, W, 3))`: prediction, its probability, heat map (of a mask), MACs, all MACs; compiled."""
-    import jax
-    from flax import nnx
-
-    from dynjax.core.trace import traced
-
     graphdef, state = nnx.split(model)
 
     @jax.jit
@@ -151,13 +147,10 @@ def make_run(model: Any, size: tuple[int, int], segments: bool) -> Any:
     return lambda image: jax.device_get(run(state, image[None]))
 
 
-def draw(out: Path, name: str, picture: Any, prediction: Any, heat: Any, classes: int, title: str) -> None:
+def draw(
+    out: Path, name: str, picture: Image.Image, prediction: np.ndarray, heat: np.ndarray, classes: int, title: str
+) -> None:
     """The three files of one picture. The mask is as large as the picture; what is only to be looked at is not."""
-    import numpy as np
-    from PIL import Image
-
-    from dynjax.show import report
-
     ids = Image.fromarray(prediction.astype(np.uint8))
     report.save_mask(out / f"{name}_mask.png", np.asarray(ids.resize(picture.size, Image.Resampling.NEAREST)), classes)
     image = np.asarray(report.preview(picture))
@@ -166,16 +159,10 @@ def draw(out: Path, name: str, picture: Any, prediction: Any, heat: Any, classes
     report.plot_compute(out / f"{name}_compute.png", image, heat, title=title)
 
 
-def predict(run: Any, images: tuple[str, ...], size: tuple[int, int], classes: tuple[str, ...], out: Path) -> int:
+def predict(run: Callable, images: tuple[str, ...], size: tuple[int, int], classes: tuple[str, ...], out: Path) -> int:
     """Masks and maps, or with a `run` without heat maps the table, of all pictures; how many could not be done."""
-    import numpy as np
-    from PIL import Image
-    from tqdm.auto import tqdm
-
-    from dynjax.data.pictures import BadFile, read_image
-
     failed, table = 0, None
-    with contextlib.ExitStack() as files:
+    with contextlib.ExitStack() as stack:
         for path, name in tqdm(list(stems(images)), unit="picture", disable=len(images) < 4 or None):
             try:
                 picture = Image.fromarray(read_image(path))
@@ -186,7 +173,10 @@ def predict(run: Any, images: tuple[str, ...], size: tuple[int, int], classes: t
                     draw(out, name, picture, prediction, heat, len(classes), title)
                     continue
                 # Line by line, so that nothing is lost whatever a later picture does.
-                table = table or open_table(out, files)
+                if table is None:
+                    file = open(out / "predictions.csv", "w", newline="", encoding="utf-8", buffering=1)
+                    table = csv.writer(stack.enter_context(file), lineterminator="\n")
+                    table.writerow(("picture", "class", "probability", "macs"))
                 told = cli.printable(path), cli.printable(classes[int(prediction)]), f"{sure:.4f}"
                 table.writerow((*told, f"{macs:.0f}"))
                 tqdm.write("{}: {} ({})".format(*told))
@@ -202,21 +192,9 @@ def predict(run: Any, images: tuple[str, ...], size: tuple[int, int], classes: t
     return failed
 
 
-def open_table(out: Path, files: contextlib.ExitStack) -> Any:
-    """The writer of predictions.csv."""
-    file = open(out / "predictions.csv", "w", newline="", encoding="utf-8", buffering=1)
-    writer = csv.writer(files.enter_context(file), lineterminator="\n")
-    writer.writerow(("picture", "class", "probability", "macs"))
-    return writer
-
-
 def main(raw: list[str]) -> int:
     arguments = cli.parse(Arguments, raw, command=COMMAND)
     check(arguments)
-    from dynjax import models
-    from dynjax.run import checkpoint
-    from dynjax.run.workdir import read_config
-
     _, classes = read_config(arguments.workdir)
     config, model, step = checkpoint.load(arguments.workdir)
     config = with_path(config, arguments.data.path)
@@ -227,10 +205,8 @@ def main(raw: list[str]) -> int:
     size = picture_size(config, classes, known)
     run = make_run(model, size, models.task_of(config.model) == "segmentation")
     out, number = cli.make_folder(arguments.out, "out"), len(arguments.images)
-    try:
+    with files.writing(f"in {out}"):
         failed = predict(run, arguments.images, size, classes, out)
-    except OSError as error:
-        raise UserError(f"cannot write in {out}: {error.strerror or error}") from None
     print(f"{out}: {number - failed} of {number} pictures done")
     return cli.BAD_INPUT if failed else 0
 

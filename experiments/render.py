@@ -44,22 +44,29 @@ def _section(lines: list[Result]) -> list[str]:
         rows = dict.fromkeys(f"`{result.row}`" for result in lines if result.protocol == protocol)
         parts.append(f"{', '.join(rows)}: {protocol}")
     metric = " or ".join(dict.fromkeys(line.metric for line in lines))
-    header = (
-        f"| row | budget | {metric} | paper | seeds | MMAC | % | ms | static ms | speed-up | at 32 | met | commit |"
-    )
-    table = [header, "|---|" + "---:|" * 10 + "---|---|"]
+    names = f"row|budget|{metric}|paper|seeds|MMAC|%|ms|static ms|speed-up|at 32|met|commit".split("|")
+    table = [_cells(names), "|---|" + "---:|" * 10 + "---|---|"]
     for line in lines:
-        score = f"{line.score} ± {line.score_std}" if line.score_std else line.score
         paper = f"{line.paper_score} ({line.paper_mmacs} MMAC)" if line.paper_mmacs else line.paper_score
-        cells = [f"`{line.row}`", line.budget, score, paper, line.seeds, line.mmacs, line.macs_percent]
-        cells += [line.latency_ms, line.static_latency_ms, f"{line.speedup}x" if line.speedup else ""]
-        cells += [f"{line.batch32_speedup}x" if line.batch32_speedup else "", line.met, line.commit]
-        table.append(f"| {' | '.join(cells)} |")
+        cells = [f"`{line.row}`", line.budget, _score(line), paper, line.seeds, line.mmacs, line.macs_percent]
+        table.append(_cells([*cells, *_times(line), line.met, line.commit]))
     parts.append("\n".join(table))
-    for hardware in dict.fromkeys(line.hardware for line in lines):
-        parts.append(f"Measured on {hardware}.")
+    parts += [f"Measured on {hardware}." for hardware in dict.fromkeys(line.hardware for line in lines)]
     parts.append("\n".join(["```", *dict.fromkeys(line.command for line in lines), "```"]))
     return parts
+
+
+def _cells(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _score(line: Result) -> str:
+    return f"{line.score} ± {line.score_std}" if line.score_std else line.score
+
+
+def _times(line: Result) -> list[str]:
+    ratios = (line.speedup, line.batch32_speedup)
+    return [line.latency_ms, line.static_latency_ms, *(f"{ratio}x" if ratio else "" for ratio in ratios)]
 
 
 def fill_readme(readme: str, results: list[Result]) -> str:
@@ -79,17 +86,7 @@ def fill_readme(readme: str, results: list[Result]) -> str:
         "|---|---|" + "---:|" * 7,
     ]
     for r in shown:
-        cells = [
-            f"`{r.row}`",
-            f"{r.data}, {r.split}",
-            r.budget,
-            f"{r.metric} {r.score} ± {r.score_std}" if r.score_std else f"{r.metric} {r.score}",
-            r.macs_percent,
-            r.latency_ms,
-            r.static_latency_ms,
-            f"{r.speedup}x" if r.speedup else "",
-            f"{r.batch32_speedup}x" if r.batch32_speedup else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [f"`{r.row}`", f"{r.data}, {r.split}", r.budget, f"{r.metric} {_score(r)}", r.macs_percent]
+        lines.append(_cells([*cells, *_times(r)]))
     before, after = readme.split(begin)[0], readme.split(end)[1]
     return before + "\n".join([begin, "", *lines, "", end]) + after

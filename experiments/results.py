@@ -13,17 +13,20 @@ A figure that nobody ran is empty.
 import csv
 import dataclasses
 import inspect
-import math
 import shutil
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 
 from dynjax.config import UserError
 from dynjax.run import files
+from dynjax.run.workdir import FREE_TO_CHANGE, config_to_dict, flat, read_config
+from dynjax.show.curve import Point, read_curve
 from experiments import cli, render, table
 from experiments.evaluate import Record, read_record
+from experiments.rows import ROWS
 from experiments.table import Result
 
 COMMAND = "experiments.results"
@@ -41,18 +44,8 @@ FEW = ("curve", "heatmaps", "extremes")
 # Lines of evaluated workdirs
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """One seed at one budget. MACs are per image; times are ms per image and the static twin's, None where nothing was
-    timed, as of rows that draw pictures or give them back."""
-
-    score: float
-    macs: float
-    macs_fraction: float
-    met: bool = True
-    pixel_accuracy: float = math.nan
-    latency: tuple[float, float] | None = None
-    batch32: tuple[float, float] | None = None
+Times = dict[float, tuple[float, float]]
+"""By budget, ms per image and the static twin's."""
 
 
 def collect(workdirs: tuple[str, ...], protocol: str, paper_score: str = "", paper_mmacs: str = "") -> list[Result]:
@@ -65,23 +58,23 @@ def collect(workdirs: tuple[str, ...], protocol: str, paper_score: str = "", pap
     seeds = [record.seed for record in records]
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{' '.join(workdirs)}: seeds {seeds} must differ")
-    points = [_read_points(Path(workdir), record) for workdir, record in zip(workdirs, records, strict=True)]
-    budgets = [tuple(each) for each in points]
+    curves = [{point.budget: point for point in read_curve(Path(workdir) / "curve.csv")} for workdir in workdirs]
+    budgets = [tuple(each) for each in curves]
     if len(set(budgets)) > 1:
         raise UserError(f"{' '.join(workdirs)} were evaluated at different budgets: {budgets}")
+    batches = [_read_batches(Path(workdir) / "latency.csv") for workdir in workdirs]
     about = dict(protocol=protocol, paper_score=paper_score, paper_mmacs=paper_mmacs)
-    return [_line(records, budget, [each[budget] for each in points], about) for budget in budgets[0]]
+    return [_line(records, [each[budget] for each in curves], batches, about) for budget in budgets[0]]
 
 
-def _line(records: list[Record], budget: float, seeds: list[Measured], about: dict[str, str]) -> Result:
-    import numpy as np
-
-    first = records[0]
+def _line(records: list[Record], seeds: list[Point], batches: list[Times], about: dict[str, str]) -> Result:
+    first, budget = records[0], seeds[0].budget
     percent = 100 if first.score in SHARES else 1
     digits = 2 if first.score in SHARES or first.score == "PSNR" else 4
     scores = [percent * each.score for each in seeds]
     accuracy = float(np.mean([each.pixel_accuracy for each in seeds]))
-    times = _times([each.latency for each in seeds], 2) | _times([each.batch32 for each in seeds], 3, "batch32_")
+    ones = [(each.latency_ms_p50, each.static_latency_ms_p50) for each in seeds]
+    of_32 = [each[budget] for each in batches if budget in each]
     return Result(
         row=first.row,
         data=f"{first.data} {'x'.join(map(str, first.size))}",
@@ -99,15 +92,13 @@ def _line(records: list[Record], budget: float, seeds: list[Measured], about: di
         commit=" ".join(sorted({record.commit for record in records})),
         command=first.command,
         **about,
-        **times,
+        **_times([pair for pair in ones if not np.isnan(pair).any()], 2),
+        **_times(of_32, 3, "batch32_"),
     )
 
 
-def _times(pairs: list[tuple[float, float] | None], digits: int, prefix: str = "") -> dict[str, str]:
+def _times(timed: list[tuple[float, float]], digits: int, prefix: str = "") -> dict[str, str]:
     """Columns of median latencies; none where nothing was timed."""
-    import numpy as np
-
-    timed = [pair for pair in pairs if pair is not None]
     if not timed:
         return {}
     own, static = (float(np.median(values)) for values in zip(*timed, strict=True))
@@ -116,29 +107,8 @@ def _times(pairs: list[tuple[float, float] | None], digits: int, prefix: str = "
     return {f"{prefix}{name}": cell for name, cell in zip(names, cells, strict=True)}
 
 
-def _read_points(workdir: Path, record: Record) -> dict[float, Measured]:
-    """By budget, what was measured: of curve.csv and latency.csv, or, of a row that draws pictures and has none, of
-    evaluation.json. Raises UserError."""
-    from dynjax.run.curve import read_curve
-
-    if "score" in next(iter(record.scores.values())):
-        try:
-            drawn = {name: files.typed(each, Measured, name, more=True) for name, each in record.scores.items()}
-        except ValueError as error:
-            raise UserError(f"{workdir / 'evaluation.json'} cannot be read: {error}") from None
-        met = {name: spent.met for name, spent in record.calibration.items()}
-        return {float(name): dataclasses.replace(each, met=met.get(name, True)) for name, each in drawn.items()}
-    batches = _read_batches(workdir / "latency.csv")
-    found = {}
-    for p in read_curve(workdir / "curve.csv"):
-        times = (p.latency_ms_p50, p.static_latency_ms_p50), batches.get(p.budget)
-        found[p.budget] = Measured(p.score, p.macs, p.macs_fraction, p.met, p.pixel_accuracy, *times)
-    return found
-
-
-def _read_batches(path: Path) -> dict[float, tuple[float, float]]:
-    """By budget, ms per image and the static twin's in batches of 32; empty where they were not timed. Raises
-    UserError."""
+def _read_batches(path: Path) -> Times:
+    """Those of batches of 32; empty where they were not timed. Raises UserError."""
     if not path.exists():
         return {}
     names = ("budget", "latency_ms_p50", "static_latency_ms_p50")
@@ -190,8 +160,6 @@ Choice = Annotated[Add, tyro.conf.subcommand("add")] | Annotated[Render, tyro.co
 
 def row_protocol(row: str) -> str:
     """The paragraph of a row's docstring that begins with Protocol."""
-    from experiments.rows import ROWS
-
     said = inspect.cleandoc(ROWS[row].__doc__ or "") if row in ROWS else ""
     paragraphs = [" ".join(part.split()) for part in said.split("\n\n")]
     return next((part.removeprefix("Protocol: ") for part in paragraphs if part.startswith("Protocol: ")), "")
@@ -199,9 +167,6 @@ def row_protocol(row: str) -> str:
 
 def changes(workdir: str) -> str:
     """Where a run is otherwise than its row says: "Run with --steps 100. Stopped at step 60." or nothing."""
-    from dynjax.run.workdir import FREE_TO_CHANGE, config_to_dict, flat, read_config
-    from experiments.rows import ROWS
-
     if not (Path(workdir) / "config.json").exists():
         return ""
     config, _ = read_config(workdir)
@@ -238,15 +203,13 @@ def main(raw: list[str]) -> None:
         new = collect(choice.workdir, protocol, choice.paper_score, choice.paper_mmacs)
         pictures = _pictures(choice, row, len(new))
         results = table.merge(results, new)
-    try:
+    with files.writing(f"in {folder}"):
         if new:
             table.write(folder / "results.csv", results)
             (folder / "figures").mkdir(exist_ok=True)
             for picture in pictures:
                 shutil.copyfile(picture, folder / "figures" / f"{row}_{picture.name}")
         render.write_pages(folder, results)
-    except OSError as error:
-        raise UserError(f"cannot write in {folder}: {error.strerror or error}") from None
     print(f"{folder / 'RESULTS.md'}: {len(results)} lines")
 
 

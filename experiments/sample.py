@@ -14,14 +14,38 @@ the blocks that it took), and calls.csv (per picture: label, calls or refined ti
 budget steers, milliseconds, size as PNG, pixels that differ).
 """
 
+import csv
 import dataclasses
+import functools
 import time
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm.auto import tqdm
+
+from dynjax import models
 from dynjax.config import Config, UserError
+from dynjax.core import views
+from dynjax.core.budget import LOWEST, set_threshold
+from dynjax.core.decision import PREFIX
+from dynjax.core.trace import traced
+from dynjax.data import make_source
+from dynjax.data.source import size_of
+from dynjax.models.likelihoods import Encodes, OfIntegers, to_bytes
+from dynjax.ops.sampling import SAMPLERS, InScales, Known, Sampled, make_noise
+from dynjax.run import checkpoint, files
+from dynjax.run.evaluate import solve, static_macs, steers
+from dynjax.run.workdir import read_config
+from dynjax.show import film
+from dynjax.tasks.autoregressive import integers
 from experiments import cli
-from experiments.evaluate import Place, find_twin, with_path
+from experiments.evaluate import Place, fresh_twin, with_path
 
+T = TypeVar("T")
 COMMAND = "experiments.sample"
 FILMED, MOMENTS, SHOWN = 6, 10, 8
 
@@ -57,11 +81,7 @@ class Arguments:
 
 def check(arguments: Arguments) -> None:
     """Raises UserError."""
-    for name in ("n", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
-    if arguments.window is not None and arguments.window < 1:
-        raise UserError(f"--window {arguments.window} must be at least 1")
+    cli.check_least(arguments, "n", "batch_size", "window")
     if arguments.window is not None and arguments.sampler not in (None, "fixed-point"):
         raise UserError(f"--window is of --sampler fixed-point; {arguments.sampler} has none")
     if arguments.budget is not None and not 0 < arguments.budget <= 1:
@@ -70,10 +90,8 @@ def check(arguments: Arguments) -> None:
         raise UserError(f"--seed {arguments.seed} must be in 0 to 4294967295")
 
 
-def labels_of(arguments: Arguments, config: Config, classes: int) -> Any:
+def labels_of(arguments: Arguments, config: Config, classes: int) -> np.ndarray | None:
     """The class of every picture (N,), or None for a row without. Raises UserError."""
-    import numpy as np
-
     if not classes:
         if arguments.label is not None:
             raise UserError(f"--label {arguments.label}: row {config.row} was not trained by label")
@@ -85,95 +103,58 @@ def labels_of(arguments: Arguments, config: Config, classes: int) -> Any:
     return np.full(arguments.n, arguments.label, np.int32)
 
 
-def given_of(arguments: Arguments, config: Config, model: Any) -> Any:
-    """Pictures of test (N, H, W, C), which pixels are given (N, H, W), and labels (N,); None without --complete. Of a
-    model of codes: codes of pictures, and which are given."""
-    import jax.numpy as jnp
-    import numpy as np
-
-    from dynjax.data import make_source
-    from dynjax.data.source import size_of
-    from dynjax.tasks.autoregressive import integers
-
-    if not arguments.complete:
-        return None
+def given_of(arguments: Arguments, config: Config, model: OfIntegers) -> tuple[Known, np.ndarray]:
+    """Pictures of test of which the upper half is given, or their codes, and their labels (N,)."""
     source = make_source(with_path(config, arguments.data.path).data, "test")
-    if size_of(source) != config.model.shape[:2]:
-        raise UserError(
-            f"--complete: row {config.row} draws {config.model.shape[:2]} pixels, test has {size_of(source)}"
-        )
+    if size_of(source) != (shape := config.model.shape[:2]):
+        raise UserError(f"--complete: row {config.row} draws {shape} pixels, test has {size_of(source)}")
     chosen = [source[index % len(source)] for index in range(arguments.n)]
     image = np.asarray(integers(model, jnp.asarray(np.stack([each["image"] for each in chosen]))))
     upper = np.arange(model.shape[0])[:, None] < model.shape[0] // 2
-    return image, np.broadcast_to(upper, image.shape[:3]), np.array([each["label"] for each in chosen], np.int32)
+    return Known(image, np.broadcast_to(upper, image.shape[:3])), np.array([x["label"] for x in chosen], np.int32)
 
 
-def make_draw(model: Any, name: str, seed: int, batch: int, **options: Any) -> Any:
-    """`draw(first, label, known, limit)`: a batch of pictures from number `first` on, compiled."""
-    import jax
-    from flax import nnx
+def sampler(name: str, window: int | None = None) -> Callable[..., Sampled]:
+    """One of SAMPLERS; all but fixed-point disregard `limit`."""
+    if name == "fixed-point":
+        return functools.partial(SAMPLERS[name], window=window)
+    return lambda model, noise, *, limit, **given: SAMPLERS[name](model, noise, **given)
 
-    from dynjax.ops import sampling
 
+def make_draw(model: OfIntegers, sample: Callable[..., T], seed: int, batch: int) -> Callable[..., T]:
+    """`draw(first, label, known, limit)`: what `sample` gives of a batch from picture number `first` on, compiled."""
     graphdef, state = nnx.split(model)
 
     @jax.jit
-    def run(state: nnx.State, first: Any, label: Any, known: Any, limit: Any) -> Any:
+    def run(state, first, label, known, limit):
         model = nnx.merge(graphdef, state)
-        noise = sampling.make_noise(model, jax.random.key(seed), batch, first)
-        more = options | ({"limit": limit} if name == "fixed-point" else {})
-        return sampling.SAMPLERS[name](model, noise, label=label, known=known, **more)
+        noise = make_noise(model, jax.random.key(seed), batch, first)
+        return sample(model, noise, label=label, known=known, limit=limit)
 
     return lambda first, label, known, limit=2**30: jax.block_until_ready(run(state, first, label, known, limit))
-
-
-def make_steps(model: Any, seed: int) -> Any:
-    """`steps(first, label, known)`: how picture number `first` of a *_nextscale model comes to be, compiled."""
-    import jax
-    from flax import nnx
-
-    from dynjax.ops import sampling
-
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def run(state: nnx.State, first: Any, label: Any, known: Any) -> Any:
-        model = nnx.merge(graphdef, state)
-        return model.draw(sampling.make_noise(model, jax.random.key(seed), 1, first), label, known)[3]
-
-    return lambda first, label, known: run(state, first, label, known)
 
 
 CALIBRATION = 256
 """Pictures that the model draws to solve its threshold on; their numbers are beyond those of all that are kept."""
 
 
-def within_budget(model: Any, budget: float | None, seed: int, config: Config, classes: int) -> Any:
+def within_budget(model: OfIntegers, budget: float | None, seed: int, config: Config, classes: int) -> OfIntegers:
     """The model, compact, whose pictures take a share `budget` of the static twin's MACs on average; None keeps all.
 
     Raises UserError.
     """
-    import jax
-    import numpy as np
-    from flax import nnx
-
-    from dynjax.core.budget import LOWEST, set_threshold
-    from dynjax.core.views import compact
-    from dynjax.run.evaluate import solve, static_macs, steers
-
     if not steers(model):
         if budget is not None and budget < 1:
             raise UserError(f"--budget {budget:g}: row {config.row} has no gates and no exits that a budget could move")
         return model
     if budget is None:
-        model = nnx.clone(compact(model))
+        model = nnx.clone(views.compact(model))
         set_threshold(model, LOWEST)
         return model
-    static, _ = find_twin(dataclasses.replace(config, init_from=""), classes, "")
-    twin = static_macs(static, jax.ShapeDtypeStruct((1, *model.shape), np.int32))
+    twin = static_macs(fresh_twin(config, classes), jax.ShapeDtypeStruct((1, *model.shape), np.int32))
     size = CALIBRATION // 4
     label = np.arange(size, dtype=np.int32) % model.classes if model.classes else None
-    draw = make_draw(model, "coarse-to-fine" if hasattr(model, "draw") else "cached", seed, size)
+    draw = make_draw(model, sampler("coarse-to-fine" if isinstance(model, InScales) else "cached"), seed, size)
     drawn = [jax.device_get(draw(2**30 + k * size, label, None).image) for k in range(4)]
     found = solve(model, twin, [budget], drawn)[budget]
     told, met = found.report, "met" if found.report.met else "NOT met"
@@ -184,21 +165,13 @@ def within_budget(model: Any, budget: float | None, seed: int, config: Config, c
     return found.model
 
 
-def spent_on(model: Any, images: Any, batch: int) -> Any:
+def spent_on(model: OfIntegers, images: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray | None]:
     """MACs that each picture (N, H, W, C) of a model with a budget took, (N,), and of a model with exits the blocks of
     each pixel (N, H, W), else None: they are a function of the picture."""
-    import jax
-    import numpy as np
-    from flax import nnx
-
-    from dynjax.core import views
-    from dynjax.core.decision import PREFIX
-    from dynjax.core.trace import traced
-
     graphdef, state = nnx.split(views.masked(model))
 
     @jax.jit
-    def run(state: nnx.State, x: Any) -> Any:
+    def run(state, x):
         trace = traced(nnx.merge(graphdef, state))(x)[1]
         blocks = [each.keep.sum(-1) for each in trace.decisions.values() if (each.place, each.rule) == ("tile", PREFIX)]
         return trace.macs(), *blocks
@@ -215,11 +188,11 @@ class Job:
     """What is to be drawn, by which model, and how."""
 
     arguments: Arguments
-    model: Any
-    to_pictures: Any
+    model: OfIntegers
+    to_pictures: Callable[[jax.Array], jax.Array]
     """Of what the model draws, pixels or codes."""
-    label: Any
-    given: Any
+    label: np.ndarray | None
+    given: Known | None
 
     @property
     def batch(self) -> int:
@@ -229,28 +202,15 @@ class Job:
     def refines(self) -> bool:
         return self.arguments.sampler == "coarse-to-fine"
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"window": self.arguments.window} if self.arguments.sampler == "fixed-point" else {}
-
-    def part(self, first: int, size: int) -> tuple:
+    def part(self, first: int, size: int) -> tuple[int, np.ndarray | None, Known | None]:
         """What a batch is drawn from; the last one is filled up with pictures that are drawn and not kept."""
-        import numpy as np
-
-        from dynjax.ops.sampling import Known
-
         index = np.minimum(np.arange(first, first + size), self.arguments.n - 1)
-        known = None if self.given is None else Known(self.given[0][index], self.given[1][index])
-        return first, None if self.label is None else self.label[index], known
+        return first, *jax.tree.map(lambda each: each[index], (self.label, self.given))
 
-    def draw(self, model: Any, name: str, **options: Any) -> tuple[Any, Any]:
+    def draw(self, model: OfIntegers, name: str) -> tuple[Sampled, np.ndarray]:
         """What a sampler gives of all pictures, and the milliseconds of each."""
-        import jax
-        import numpy as np
-        from tqdm.auto import tqdm
-
-        number, batch = self.arguments.n, self.batch
-        draw, found, took = make_draw(model, name, self.arguments.seed, batch, **options), [], []
+        number, batch, found, took = self.arguments.n, self.batch, [], []
+        draw = make_draw(model, sampler(name, self.arguments.window), self.arguments.seed, batch)
         draw(*self.part(0, batch))  # compiles
         for first in tqdm(range(0, number, batch), desc=name, unit="batch", disable=None):
             began = time.perf_counter()
@@ -258,10 +218,8 @@ class Job:
             took += [1e3 * (time.perf_counter() - began) / batch] * batch
         return jax.tree.map(lambda *each: np.concatenate(each)[:number], *found), np.array(took[:number])
 
-    def flips(self, drawn: Any) -> Any:
+    def flips(self, drawn: Sampled) -> np.ndarray | None:
         """How many pixels of each picture another way of drawing has otherwise (N,); None where none is asked for."""
-        from dynjax.core import views
-
         check = self.arguments.check
         if check in ("none", self.arguments.sampler):
             return None
@@ -269,65 +227,45 @@ class Job:
         other, _ = self.draw(model, "coarse-to-fine" if self.refines else check)
         return (drawn.image != other.image).any(-1).sum((1, 2))
 
-    def films(self, drawn: Any, images: Any) -> Any:
+    def films(self, drawn: Sampled, images: np.ndarray) -> np.ndarray:
         """How the first pictures come to be, (N, T, H, W, 3)."""
-        import numpy as np
+        return np.stack([self._film(index, drawn, images) for index in range(min(FILMED, self.arguments.n))])
 
-        from dynjax.show import film
+    @functools.cached_property
+    def _moments(self) -> Callable[..., list[jax.Array] | Sampled]:
+        """Of one picture: the states between scales, or what is there after so many calls."""
+        scales = lambda model, noise, *, label, known, limit: model.draw(noise, label, known)[3]  # noqa: E731
+        way = scales if self.refines else sampler(self.arguments.sampler, self.arguments.window)
+        return make_draw(self.model, way, self.arguments.seed, 1)
 
-        draw = make_draw(self.model, self.arguments.sampler, self.arguments.seed, 1, **self.options)
-        steps = make_steps(self.model, self.arguments.seed) if self.refines else None
-        found = []
-        for index in range(min(FILMED, self.arguments.n)):
-            if steps is not None:
-                frames = [np.asarray(self.to_pictures(each))[0] for each in steps(*self.part(index, 1))]
-            elif self.options:
-                limits = np.linspace(0, drawn.calls[index], MOMENTS).round().astype(int)
-                moments = [draw(*self.part(index, 1), int(limit)).image for limit in limits]
-                frames = [np.asarray(self.to_pictures(each))[0] for each in moments]
-            else:
-                # What is not drawn yet is grey. Pixels, or codes, come in the order of rows.
-                order = np.arange(drawn.visits[0].size).reshape(drawn.visits.shape[1:])
-                there = [order < share * order.size for share in np.linspace(0, 1, MOMENTS)]
-                there = there if self.given is None else [each | self.given[1][index] for each in there]
-                side = images.shape[1] // order.shape[0]
-                there = [each.repeat(side, 0).repeat(side, 1) for each in there]
-                frames = [np.where(each[..., None], images[index], np.uint8(film.PAPER)) for each in there]
-            found.append(np.stack(frames))
-        return np.stack(found)
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One picture's line of calls.csv; empty where nobody looked."""
-
-    picture: int
-    label: int | str
-    calls: int
-    evaluations_per_pixel: str
-    macs: int | str
-    ms: str
-    png_bytes: int
-    flipped: int | str
-    rank_correlation: str
+    def _film(self, index: int, drawn: Sampled, images: np.ndarray) -> np.ndarray:
+        part = self.part(index, 1)
+        if self.refines:
+            moments = self._moments(*part)
+        elif self.arguments.sampler == "fixed-point":
+            limits = np.linspace(0, drawn.calls[index], MOMENTS).round().astype(int)
+            moments = [self._moments(*part, int(limit)).image for limit in limits]
+        else:
+            # What is not drawn yet is grey. Pixels, or codes, come in the order of rows.
+            order = np.arange(drawn.visits[0].size).reshape(drawn.visits.shape[1:])
+            there = [order < share * order.size for share in np.linspace(0, 1, MOMENTS)]
+            there = there if self.given is None else [each | self.given.where[index] for each in there]
+            side = images.shape[1] // order.shape[0]
+            there = [each.repeat(side, 0).repeat(side, 1) for each in there]
+            return np.stack([np.where(each[..., None], images[index], np.uint8(film.PAPER)) for each in there])
+        return np.stack([np.asarray(self.to_pictures(each))[0] for each in moments])
 
 
 def make_job(arguments: Arguments) -> tuple[Job, str]:
     """The job, and the title of what comes of it. Raises UserError."""
-    import jax
-
-    from dynjax import models
-    from dynjax.models.likelihoods import to_bytes
-    from dynjax.run import checkpoint
-    from dynjax.run.workdir import read_config
-
     config, names = read_config(arguments.workdir)
     if models.task_of(config.model) != "autoregressive":
         raise UserError(
             f"--workdir {arguments.workdir}: row {config.row} draws no pictures; the rows *_pixelcnn, "
             "*_transformer, *_codes and *_nextscale do"
         )
-    scales = config.model.family == "nextscale"
+    config, whole, step = checkpoint.load(arguments.workdir)
+    scales = isinstance(whole, InScales)
     own = "coarse-to-fine" if scales else "fixed-point"
     arguments = dataclasses.replace(arguments, sampler=arguments.sampler or own)
     refines = arguments.sampler == "coarse-to-fine"
@@ -336,31 +274,25 @@ def make_job(arguments: Arguments) -> tuple[Job, str]:
     if refines != scales:
         way = "coarse-to-fine and by no other sampler" if not refines else "pixel, cached or fixed-point"
         raise UserError(f"--sampler {arguments.sampler}: row {config.row} is drawn by {way}")
-    config, whole, step = checkpoint.load(arguments.workdir)
-    label, given = labels_of(arguments, config, whole.classes), given_of(arguments, config, whole)
-    if given is not None and label is not None and arguments.label is None:
-        label = given[2]
-    codes = config.model.family == "codes"
-    model = whole.prior if codes else whole
-    values = model.likelihood.values
-    to_pictures = jax.jit(whole.decode if codes else lambda x: to_bytes(x, values))
+    label, given = labels_of(arguments, config, whole.classes), None
+    if arguments.complete:
+        given, labels = given_of(arguments, config, whole)
+        label = labels if label is not None and arguments.label is None else label
+    model, decode = whole, functools.partial(to_bytes, values=whole.likelihood.values)
+    if isinstance(whole, Encodes):
+        model, decode = whole.prior, whole.decode
     model = within_budget(model, arguments.budget, arguments.seed, config, len(names))
     title = f"{config.row}, step {step}, {arguments.sampler}, seed {arguments.seed}"
-    return Job(arguments, model, to_pictures, label, given), title
+    return Job(arguments, model, jax.jit(decode), label, given), title
 
 
 def main(raw: list[str]) -> None:
     arguments = cli.parse(Arguments, raw, command=COMMAND)
     check(arguments)
-    import numpy as np
-
-    from dynjax.run.evaluate import steers
-    from dynjax.show import film, report
-
     cli.check_folder(arguments.out, "out")
     job, title = make_job(arguments)
     out, number = cli.make_folder(arguments.out, "out"), arguments.n
-    drawn, took = job.draw(job.model, job.arguments.sampler, **job.options)
+    drawn, took = job.draw(job.model, job.arguments.sampler)
     flips, images = job.flips(drawn), np.asarray(job.to_pictures(drawn.image))
     moments = job.films(drawn, images)
     sizes = [film.png_bytes(image) for image in images]
@@ -373,29 +305,26 @@ def main(raw: list[str]) -> None:
     correlation = film.rank_correlation(shown[1], np.array(sizes))
     # The most, the least and what is between: pictures over the whole range of calls.
     order = np.argsort(shown[1], kind="stable")[np.linspace(0, number - 1, min(SHOWN, number)).round().astype(int)]
-    lines = [
-        Line(
-            index,
-            "" if job.label is None else int(job.label[index]),
-            int(drawn.calls[index]),
-            f"{visits[index]:.3f}",
-            "" if macs is None else round(float(macs[index])),
-            f"{took[index]:.3f}",
-            sizes[index],
-            "" if flips is None else int(flips[index]),
-            f"{correlation:.4f}",
-        )
-        for index in range(number)
-    ]
-    try:
+    unknown = [""] * number
+    columns = {
+        "picture": range(number),
+        "label": unknown if job.label is None else job.label,
+        "calls": drawn.calls,
+        "evaluations_per_pixel": [f"{each:.3f}" for each in visits],
+        "macs": unknown if macs is None else [round(float(each)) for each in macs],
+        "ms": [f"{each:.3f}" for each in took],
+        "png_bytes": sizes,
+        "flipped": unknown if flips is None else flips,
+        "rank_correlation": [f"{correlation:.4f}"] * number,
+    }
+    with files.writing(f"in {out}"):
         film.save_grid(out / "grid.png", images)
         film.save_film(out / "film.png", moments)
         film.plot_calls(
             out / "calls.png", images[order], shown[0][order], shown[1][order], shown[2], counted=shown[3], title=title
         )
-        report.write_points(out / "calls.csv", lines)
-    except OSError as error:
-        raise UserError(f"cannot write in {out}: {error.strerror or error}") from None
+        with open(out / "calls.csv", "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([columns, *zip(*columns.values(), strict=True)])
     calls = f"{drawn.calls.mean():.1f} {what} ({drawn.calls.min()} to {drawn.calls.max()})"
     print(f"{title}: {number} pictures, {calls}, {visits.mean():.1f} evaluations of a pixel, {took.mean():.2f} ms each")
     if macs is not None:

@@ -9,7 +9,11 @@ import json
 import sys
 from typing import Annotated
 
+import tyro
+
 from dynjax.config import Config, UserError
+from dynjax.models import registry
+from dynjax.run import log, mesh, train
 from experiments import cli, rows
 
 COMMAND = "experiments.train"
@@ -17,10 +21,6 @@ COMMAND = "experiments.train"
 
 def parse(arguments: list[str]) -> tuple[Config, str]:
     """Configuration and workdir. Raises UserError."""
-    import tyro
-
-    from dynjax.models import registry
-
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"the first argument must be a row: python -m {COMMAND} ROW --workdir W; --list names the rows")
     row = rows.get_row(arguments[0])
@@ -49,8 +49,6 @@ def main(arguments: list[str]) -> int | None:
         print(f"{__doc__.strip()}\n\nrows: {' '.join(rows.ROWS)}\npython -m {COMMAND} ROW --help lists its fields.")
         return None
     config, workdir = parse(arguments)
-    from dynjax.run import log, mesh, train
-
     cli.use_all_cores(config.batch_size, config.optimizer.accumulate)
     mesh.initialize()
     try:

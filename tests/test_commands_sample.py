@@ -11,6 +11,7 @@ import test_commands
 from PIL import Image
 
 from dynjax.config import UserError
+from dynjax.show.curve import read_curve
 from experiments import evaluate, results, sample, table
 
 pytestmark = pytest.mark.xdist_group("sample")  # one worker, so that each row is trained once
@@ -120,18 +121,22 @@ def test_evaluate_says_psnr_and_bits_of_codes(codes, capsys):
     evaluate.main(["--workdir", str(codes[0])])
     assert "PSNR" in capsys.readouterr().out
     scores = json.loads((codes[0] / "evaluation.json").read_text())["scores"]["1"]
-    assert scores["score"] == scores["psnr"] and scores["macs"] > 0 and scores["perplexity"] >= 1
+    (point,) = read_curve(codes[0] / "curve.csv")
+    assert point.score == pytest.approx(scores["psnr"], rel=1e-5) and point.macs > 0 and scores["perplexity"] >= 1
     evaluate.main(["--workdir", str(codes[1]), "--budgets", "0.1", "0.8", "1"])
     said = capsys.readouterr().out
     assert "bits/dim of 4 values" in said and "budget 0.1 is not met: " in said and "budget 0.8 is" not in said
     record = json.loads((codes[1] / "evaluation.json").read_text())
-    for budget, found in record["scores"].items():
-        assert found["macs"] == pytest.approx(found["macs_fraction"] * CODES_TWIN, rel=1e-6)
-        assert record["calibration"][budget]["met"] == (budget != "0.1")
-        if budget == "0.1":
-            assert found["macs"] == pytest.approx(CODES_TWIN + HEAD - 16 * BLOCK, rel=1e-6)  # all leave
+    points = read_curve(codes[1] / "curve.csv")
+    assert [point.budget for point in points] == [0.1, 0.8, 1]
+    for point in points:  # of six digits
+        spent = record["calibration"][f"{point.budget:g}"]
+        assert point.macs == pytest.approx(point.macs_fraction * CODES_TWIN, rel=1e-5)
+        assert spent["met"] == point.met == (point.budget != 0.1)
+        if point.budget == 0.1:
+            assert point.macs == pytest.approx(CODES_TWIN + HEAD - 16 * BLOCK, rel=1e-5)  # all leave
         else:
-            assert record["calibration"][budget]["mean"] <= float(budget) * CODES_TWIN * (1 + 1e-6)
+            assert spent["mean"] <= point.budget * CODES_TWIN * (1 + 1e-6)
 
 
 def test_pixels_leave_early_within_a_budget(tmp_path):
@@ -141,8 +146,8 @@ def test_pixels_leave_early_within_a_budget(tmp_path):
     assert "budget 80% met" in said and "MMAC a picture" in said
     assert all(int(line["macs"]) > 0 for line in lines)
     evaluate.main(["--workdir", str(folder), "--budgets", "0.8", "1"])
-    scores = json.loads((folder / "evaluation.json").read_text())["scores"]
-    assert scores["0.8"]["macs"] < scores["1"]["macs"]
+    few, all_ = read_curve(folder / "curve.csv")
+    assert few.macs < all_.macs
 
 
 def test_codes_without_their_vqvae(tmp_path):
@@ -180,7 +185,8 @@ def test_evaluate_says_bits_per_dimension(workdir, capsys):
     assert "bits/dim of 16 values" in capsys.readouterr().out
     record = json.loads((workdir / "evaluation.json").read_text())
     assert record["score"] == "bits/dim" and 0 < record["scores"]["1"]["bits_per_dim"] < 20
-    assert record["scores"]["1"]["macs_fraction"] == 1 and record["scores"]["1"]["macs"] > 1000
+    (point,) = read_curve(workdir / "curve.csv")
+    assert point.macs_fraction == 1 and point.macs > 1000
 
 
 def test_evaluate_says_bits_at_each_budget(scales, tmp_path, capsys):
@@ -201,7 +207,7 @@ def test_evaluate_says_bits_at_each_budget(scales, tmp_path, capsys):
         ("0.7", "bits/dim", "", "yes"),
         ("1", "bits/dim", "", "yes"),
     ]
-    few, all_ = record["scores"]["0.7"], record["scores"]["1"]
-    assert float(kept[0].score) == pytest.approx(few["bits_per_dim"], abs=1e-4)
-    assert few["macs"] < all_["macs"] and few["bits_per_dim"] != all_["bits_per_dim"]
+    assert float(kept[0].score) == pytest.approx(record["scores"]["0.7"]["bits_per_dim"], abs=1e-4)
+    few, all_ = read_curve(scales / "curve.csv")
+    assert few.macs < all_.macs and few.score != all_.score
     assert record["calibration"]["0.7"]["met"]

@@ -11,15 +11,15 @@ import dynjax as dj
 from dynjax.config import LossConfig, UserError
 from dynjax.data import make_loader
 from dynjax.data.source import picture_spec, read, stack
-from dynjax.run.curve import Point, curve_table, read_curve
 from dynjax.run.evaluate import alternate, evaluate, make_runner, score, shown, solve, static_macs, steers
 from dynjax.show import report
+from dynjax.show.curve import Point, curve_table, read_curve
 from dynjax.show.report import write_points
 from dynjax.tasks.segmentation import SegmentationTask
 
 pytestmark = pytest.mark.xdist_group("evaluate")
 
-TASK = SegmentationTask(3, ("a", "b", "c"), losses=LossConfig())
+TASK = SegmentationTask(("a", "b", "c"), losses=LossConfig())
 
 
 class Net(nnx.Module):
@@ -190,7 +190,7 @@ class Untimed(SegmentationTask):
 def test_a_task_that_is_not_timed_has_no_latency_and_what_it_prepares_costs_nothing():
     model, twin = (Net(adaptive=adaptive, rngs=nnx.Rngs(0)) for adaptive in (True, False))
     model = nnx.view(model, deterministic=True, execution="masked", raise_if_not_found=False)
-    task = Untimed(3, ("a", "b", "c"), losses=LossConfig())
+    task = Untimed(("a", "b", "c"), losses=LossConfig())
     found = evaluate(
         model, twin, task, static=False, budgets=(0.8,), calibration=[pictures(7)], batches=batches(), timing=[]
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from math import nan
 from typing import Literal
 
 import damage_json
@@ -11,6 +12,8 @@ import pytest
 from dynjax.config import UserError
 from dynjax.run import checkpoint, files, log
 from dynjax.run.workdir import read_config, write_config
+from dynjax.show import report
+from dynjax.show.curve import Point
 from experiments import evaluate, predict, results, rows, table
 
 
@@ -127,12 +130,15 @@ RECORD = {
     "score": "bits/dim",
     "thresholds": {"0.5": 0.25},
     "calibration": {"0.5": {"met": True, "mean": 3.0}},
-    "scores": {"0.5": {"score": 1.5, "macs": 3.0, "macs_fraction": 0.5, "iou": [None, 0.5]}},
+    "scores": {"0.5": {"bits_per_dim": 1.5, "iou": [None, 0.5]}},
     "more": 1,
 }
+POINT = Point(0.5, 1.5, nan, 3.0, 0.5, nan, nan, nan, nan, True, 3.0, 3.0, 6.0, images=2)
 
 
 def test_damaged_evaluations(tmp_path, capsys):
+    report.write_points(tmp_path / "curve.csv", [POINT])
+
     def read(content):
         (tmp_path / "evaluation.json").write_bytes(content)
         known = predict.read_evaluation(str(tmp_path), 2)

@@ -30,8 +30,8 @@ def test_extremes_of_any_number(tmp_path, size):
     path = tmp_path / "extremes.png"
     picture = np.zeros((4, 4, 3), np.uint8)
     for count in (1, 3):
-        images = {"easiest": [picture] * count, "hardest": [picture + 255] * count}
-        gallery.plot_extremes(path, images, {name: ["label"] * count for name in images})
+        rows = {"easiest": [(picture, "label")] * count, "hardest": [(picture + 255, "label")] * count}
+        gallery.plot_extremes(path, rows)
         with Image.open(path) as found:
             assert (np.asarray(found)[..., :3] == 0).all(-1).any()  # the black pictures are there
     assert size(path)[0] > size(path)[1]

@@ -1,11 +1,12 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from dynjax.core.deploy import Report
-from dynjax.run import curve
-from dynjax.run.curve import Point
-from dynjax.show import report
+from dynjax.show import curve, report
+from dynjax.show.curve import Point, plot_curve
 
 
 def point(budget, score=0.5):
@@ -68,12 +69,13 @@ def test_calibration_table_is_in_millions():
 
 
 def test_curve_shows_every_curve_and_the_twin(tmp_path):
-    own = [report.Mark(0.25, 0.25, 2.5, 50.0), report.Mark(1.0, 1.0, 10.0, 60.0)]
-    report.plot_curve(tmp_path / "one.png", {"own": own}, twin=(9.0, None))
-    others = {"own": own, "random": [report.Mark(0.5, 0.5, 5.0, 30.0)]}
-    report.plot_curve(tmp_path / "two.png", others, twin=(9.0, 65.0), title="a row")
-    untimed = [report.Mark(1.0, 1.0, float("nan"), 3.5)]
-    report.plot_curve(tmp_path / "half.png", {"own": untimed}, twin=(float("nan"), 3.4), score_name="bits/dim")
+    own = [point(0.25), point(1.0, 0.6)]
+    plot_curve(tmp_path / "one.png", {"own": own}, twin=None)
+    others = {"own": own, "random": [point(0.5, 0.3)]}
+    plot_curve(tmp_path / "two.png", others, twin=0.65, title="a row")
+    nan = float("nan")
+    untimed = dataclasses.replace(point(1.0, 3.5), latency_ms_p50=nan, static_latency_ms_p50=nan)
+    plot_curve(tmp_path / "half.png", {"own": [untimed]}, twin=3.4, score_name="bits/dim", percent=False)
     assert read(tmp_path / "half.png").shape[1] < 0.6 * read(tmp_path / "one.png").shape[1]
     one, two = read(tmp_path / "one.png"), read(tmp_path / "two.png")
 

@@ -205,7 +205,7 @@ def tile_gate():
 
 def test_loss_of_a_static_model_is_the_weighted_sum(batch):
     weights = (1.0, 2.0, 0.5)
-    task = SegmentationTask(3, NAMES, LossConfig(cross_entropy=0.5, dice=2.0), weights)
+    task = SegmentationTask(NAMES, LossConfig(cross_entropy=0.5, dice=2.0), weights)
 
     @nnx.jit
     def run(model):
@@ -223,7 +223,7 @@ def test_loss_of_a_static_model_is_the_weighted_sum(batch):
 
 def test_loss_under_a_fixed_budget(batch):
     gate = dj.FixedGate(np.array([[[1, 0], [0, 0]]]), size=8)
-    task = SegmentationTask(3, NAMES, LossConfig(), None, BudgetConfig(target=0.5, sampled=False, weight=10.0))
+    task = SegmentationTask(NAMES, LossConfig(), None, BudgetConfig(target=0.5, sampled=False, weight=10.0))
 
     @nnx.jit
     def run(model):
@@ -242,7 +242,7 @@ def test_loss_under_a_fixed_budget(batch):
 
 @pytest.mark.parametrize("sampled", [True, False])
 def test_a_sampled_target_moves_the_threshold_and_puts_it_back(batch, sampled):
-    task = SegmentationTask(3, NAMES, LossConfig(), None, BudgetConfig(target=0.25, sampled=sampled))
+    task = SegmentationTask(NAMES, LossConfig(), None, BudgetConfig(target=0.25, sampled=sampled))
     graphdef, state = nnx.split(Net(tile_gate()))
 
     @jax.jit
@@ -267,7 +267,7 @@ def test_a_sampled_target_moves_the_threshold_and_puts_it_back(batch, sampled):
 
 
 def test_gradients_reach_gates_and_weights(batch):
-    task = SegmentationTask(3, NAMES, LossConfig(dice=1.0), None, BudgetConfig(target=0.3))
+    task = SegmentationTask(NAMES, LossConfig(dice=1.0), None, BudgetConfig(target=0.3))
 
     @nnx.jit
     def gradients(model):
@@ -289,7 +289,7 @@ def test_smooth_labels_and_branches_used_alike(batch):
     model.middle = dj.Select(
         [nnx.Linear(4, 4, rngs=nnx.Rngs(2)), model.middle.block], dj.BranchGate(4, 2, rngs=nnx.Rngs(3))
     )
-    task = SegmentationTask(3, NAMES, LossConfig(load_balance=0.5), None, BudgetConfig())
+    task = SegmentationTask(NAMES, LossConfig(load_balance=0.5), None, BudgetConfig())
     _, metrics = nnx.jit(lambda model: task.loss(model, batch, jax.random.key(0), 0.5))(model)
     assert 0 < metrics["load_balance"] < 1
     whole = metrics["task_loss"] + metrics["budget_loss"] + metrics["load_balance"]
@@ -335,7 +335,7 @@ class Policied(Net):
 )
 def test_what_dynamics_need_in_training_comes_from_their_modules(batch, make, terms):
     losses = LossConfig(load_balance=0.5, router_z=0.25, dice=1.0)
-    task = SegmentationTask(3, NAMES, losses, None, BudgetConfig(target=0.5))
+    task = SegmentationTask(NAMES, losses, None, BudgetConfig(target=0.5))
 
     @nnx.jit
     def step(model):
@@ -355,7 +355,7 @@ def test_outputs_that_nobody_weighs_count_alike(batch):
         def predictions(self, image):
             return [self(image), 2 * self(image)]
 
-    task, model = SegmentationTask(3, NAMES, LossConfig(dice=1.0)), Exiting()
+    task, model = SegmentationTask(NAMES, LossConfig(dice=1.0)), Exiting()
     loss, _ = task.loss(model, batch, jax.random.key(0), 0.5)
     each = [task.task_loss(logits, batch["mask"]) for logits in model.predictions(batch["image"])]
     assert float(loss) == pytest.approx(float(sum(each)) / 2, rel=1e-5)

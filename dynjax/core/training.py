@@ -52,6 +52,15 @@ class Call:
 
 
 @runtime_checkable
+class Predicts(Protocol):
+    """A model that has several predictions of one thing, and is trained on all of them: exits, steps, networks."""
+
+    def predictions(self, *inputs: Array) -> list[Array]:
+        """The first first; the last is that of the whole model."""
+        ...
+
+
+@runtime_checkable
 class Scheduled(Protocol):
     """A module that trains differently in the course of the training."""
 

@@ -11,8 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from dynjax.config import ModelConfig
+from dynjax.core.training import Predicts
 from dynjax.models import registry, rules
-from dynjax.models.likelihoods import Likelihood, OfIntegers, Predicts
+from dynjax.models.likelihoods import Likelihood, OfIntegers
 from dynjax.models.registry import Family, register
 from dynjax.models.rules import Rule
 from dynjax.models.vqvae import VQVAE, VQVAEConfig

@@ -182,11 +182,14 @@ class OfIntegers(Autoregressive, Protocol):
 
 
 @runtime_checkable
-class Predicts(Protocol):
-    """A model that has several predictions of one thing, and is trained on all of them: exits, steps, networks."""
+class Encodes(Protocol):
+    """A model of codes of pictures, which samplers draw from its `prior`."""
 
-    def predictions(self, *inputs: Array) -> list[Array]:
-        """The first first; the last is that of the whole model."""
+    prior: OfIntegers
+
+    def encode(self, image: Array, /) -> Array: ...
+
+    def decode(self, x: Array, /) -> Array: ...
 
 
 def make_likelihood(kind: str, values: int, channels: int, components: int = 5) -> Likelihood:

@@ -203,16 +203,15 @@ def _seal(folder: Path) -> None:
     os.replace(part, folder / SEAL)
 
 
-def _check_seal(folder: Path) -> None:
-    """Raises ValueError naming the first file that is not as it was written; orbax itself is loud about damage."""
+def _fault(folder: Path) -> str | None:
+    """The first file that is not as it was written; orbax itself is loud about damage. None where all are."""
     try:
         wanted = files.typed(files.read_json(folder / SEAL), dict[str, list[int]])
         found = _sums(folder)
-        changed = [name for name, sums in wanted.items() if found.get(name) != sums]
     except (OSError, ValueError) as error:
-        raise ValueError(f"{SEAL}: {error}") from None
-    if changed:
-        raise ValueError(f"{changed[0]} is {'damaged' if changed[0] in found else 'missing'}")
+        return f"{SEAL}: {error}"
+    changed = (name for name, sums in wanted.items() if found.get(name) != sums)
+    return next((f"{name} is {'damaged' if name in found else 'missing'}" for name in changed), None)
 
 
 def read(workdir: str | Path, step: int, sharding: Any = None) -> tuple[dict[str, jax.Array], Any]:
@@ -221,7 +220,8 @@ def read(workdir: str | Path, step: int, sharding: Any = None) -> tuple[dict[str
     The position is what this process saved, or process 0 where there were fewer.
     """
     folder = Path(workdir).resolve() / "checkpoints" / str(step)
-    _check_seal(folder)
+    if fault := _fault(folder):
+        raise ValueError(fault)
     return _read_sealed(folder, sharding)
 
 
@@ -290,14 +290,6 @@ def read_newest(
             f"no checkpoint of {workdir} can be read (steps {damaged}): "
             f"remove {Path(workdir) / 'checkpoints'} to train again"
         )
-    return None
-
-
-def _fault(folder: Path) -> str | None:
-    try:
-        _check_seal(folder)
-    except ValueError as error:
-        return str(error)
     return None
 
 

@@ -20,7 +20,7 @@ from dynjax.core.deploy import Deployed, Report, Solver
 from dynjax.core.gates import Threshold
 from dynjax.core.trace import traced
 from dynjax.data.source import Source, read, size_of, stack
-from dynjax.run.curve import Latency, Point
+from dynjax.show.curve import Latency, Point
 from dynjax.tasks.task import Batch, Evaluates, Output, Scores, Shown
 
 Arrays: TypeAlias = Mapping[str, ArrayLike]
@@ -206,12 +206,8 @@ def evaluate(
         for milliseconds, size in zip(times, sizes, strict=True)
         for budget in scored
     ]
-    points = [
-        _point(
-            float(budget), found, task, whole, times[0] if times else None, budget not in reports or reports[budget].met
-        )
-        for budget, found in scored.items()
-    ]
+    single = times[0] if times else None
+    points = [_point(float(b), found, task, whole, single, reports.get(b)) for b, found in scored.items()]
     return Evaluation(points, latencies, scored, reports, runner, one, states, cores)
 
 
@@ -224,7 +220,12 @@ def _medians(milliseconds: dict[Any, np.ndarray], budget: float, batch: int) -> 
 
 
 def _point(
-    budget: float, found: Scored, task: Evaluates, whole: float, times: dict[Any, np.ndarray] | None, met: bool
+    budget: float,
+    found: Scored,
+    task: Evaluates,
+    whole: float,
+    times: dict[Any, np.ndarray] | None,
+    report: Report | None,
 ) -> Point:
     nan = float("nan")
     middle, twin, speedup = (nan, nan, nan) if times is None else _medians(times, budget, 1)
@@ -238,7 +239,7 @@ def _point(
         latency_ms_p95=nan if times is None else float(np.percentile(times.get(budget, times["static"]), 95)),
         static_latency_ms_p50=twin,
         speedup=speedup,
-        met=bool(met),
+        met=report is None or bool(report.met),
         macs_p95=float(np.percentile(found.macs, 95)),
         macs_max=float(found.macs.max()),
         static_macs=float(whole),

@@ -1,6 +1,7 @@
 """Files that anybody may have changed: JSON documents, whose types are checked against type hints; and folders to
 write in."""
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -8,9 +9,11 @@ import json
 import os
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dynjax.config import UserError
 from dynjax.models import registry
 
 LARGEST = 64 << 20
@@ -26,6 +29,15 @@ def folder_trouble(path: str | Path) -> str | None:
     if not there.is_dir():
         return os.strerror(errno.ENOTDIR)
     return None if os.access(there, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
+
+
+@contextlib.contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Raises UserError, "cannot write WHAT: why", for an OSError inside this."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {what}: {error.strerror or error}") from None
 
 
 def read_json(path: str | Path) -> Any:
@@ -80,7 +92,10 @@ def typed(value: Any, hint: Any, where: str = "", *, more: bool = False) -> Any:
         return _dataclass(value, hint, where, more)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return _union(value, arguments, where, more)
+        if value is None and type(None) in arguments:
+            return None
+        (kind,) = (each for each in arguments if each is not type(None))
+        return typed(value, kind, where, more=more)
     if origin is typing.Literal:
         if not any(type(value) is type(each) and value == each for each in arguments):
             raise ValueError(f"{at} is {_shown(value)}: it must be one of {', '.join(map(str, arguments))}")
@@ -122,20 +137,10 @@ def _family(value: Any, families: dict[str, registry.Family], where: str, more: 
     return typed(value, families[family].config, where, more=more)
 
 
-def _union(value: Any, kinds: tuple, where: str, more: bool) -> Any:
-    if value is None and type(None) in kinds:
-        return None
-    (kind,) = (each for each in kinds if each is not type(None))
-    return typed(value, kind, where, more=more)
-
-
 def _sequence(value: Any, kind: type, arguments: tuple, where: str, more: bool) -> Any:
     if not isinstance(value, list):
         raise ValueError(f"{where} is {_shown(value)}: it must be a list")
-    if kind is list or arguments[-1] is Ellipsis:
-        hints = arguments[:1] * len(value)
-    else:
-        hints = arguments
+    hints = arguments[:1] * len(value) if kind is list or arguments[-1] is Ellipsis else arguments
     if len(hints) != len(value):
         raise ValueError(f"{where} is {_shown(value)}: it must be a list of {len(hints)} values")
     return kind(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dynjax.config import UserError
+from dynjax.run import files
 
 if sys.platform != "win32":
     import fcntl
@@ -26,7 +27,7 @@ def hold(workdir: str | Path) -> Iterator[None]:
     """
     path = Path(workdir) / FILE
     with contextlib.ExitStack() as stack:
-        try:
+        with files.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(path, "a+b", buffering=0))
             if not _locked(file):
@@ -36,8 +37,6 @@ def hold(workdir: str | Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             stack.callback(_empty, file)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
         yield
 
 

@@ -29,12 +29,10 @@ def read_metrics(workdir: str | Path) -> list[dict]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError):
             record = files.parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            records.append(record)
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                records.append(record)
     return records
 
 
@@ -185,7 +183,7 @@ class Log:
     def _write(self, step: int, record: Mapping[str, float]) -> None:
         if self.file is None or self.board is None:
             return
-        try:
+        with files.writing(self.file.name):
             if os.fstat(self.file.fileno()).st_nlink == 0:
                 raise UserError(f"{self.file.name} was removed while training")
             line = json.dumps(finite({"step": step, "time": round(time.time(), 3), **record})) + "\n"
@@ -193,17 +191,12 @@ class Log:
             for name, value in record.items():
                 if isinstance(value, int | float) and math.isfinite(value):
                     self.board.add(name if "/" in name else f"train/{name}", value, step)
-        except OSError as error:
-            raise UserError(f"cannot write {self.file.name}: {error.strerror or error}") from None
 
     def flush(self) -> None:
         """Write what TensorBoard still waits for. Raises UserError."""
-        if self.board is None:
-            return
-        try:
-            self.board.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self.board.file.name}: {error.strerror or error}") from None
+        if self.board is not None:
+            with files.writing(self.board.file.name):
+                self.board.flush()
 
     def close(self) -> None:
         """Without a word about what cannot be written: by then it was said, or `flush` says it."""

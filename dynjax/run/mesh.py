@@ -74,11 +74,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: its first axis over the devices."""
-    return NamedSharding(mesh, PartitionSpec(AXIS))
-
-
 def replicate(mesh: Mesh, tree: Any) -> Any:
     """Put every array of `tree`, the same on all processes, on all devices as a fresh copy (safe to donate)."""
     sharding = replicated(mesh)
@@ -96,7 +91,7 @@ def share(mesh: Mesh, batch: Any) -> Any:
 
     The global batch is the parts of process 0, 1, ... one after the other.
     """
-    sharding = split(mesh)
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 

@@ -109,10 +109,8 @@ def make_step(model: nnx.Module, task: Learns, config: Config, gates: nnx.filter
             config, optimizer=player.optimizer or config.optimizer, steps=-(-config.steps // player.every)
         )
         optimizer = make_optimizer(mine, own, gates)
-        plays[player.name], optimizers[player.name] = (
-            _play(graphdef, player, optimizer, config, mine),
-            optimizer.init(own),
-        )
+        plays[player.name] = _play(graphdef, player, optimizer, config, mine)
+        optimizers[player.name] = optimizer.init(own)
     average = config.optimizer.ema
     state = TrainState(jnp.int32(0), params, rest, optimizers, params if average else None, jax.random.key(config.seed))
 

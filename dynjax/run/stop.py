@@ -48,10 +48,6 @@ class Stop:
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
         def ask(number: int, frame: Any) -> None:
             self._asked.set()
             # Python's own, and not those of before: a command's ends it at once, also for this signal, at which it may
@@ -64,4 +60,5 @@ class Stop:
         try:
             yield
         finally:
-            restore()
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -54,9 +54,18 @@ def check(config: Config) -> None:
 # The loop
 
 
+@runtime_checkable
+class Resumes(Protocol):
+    """An iterator that says where it is, in JSON types, and goes there, as grain's do."""
+
+    def get_state(self) -> Any: ...
+
+    def set_state(self, state: Any, /) -> None: ...
+
+
 def _position(batches: Iterator, step: int) -> dict:
     """Where in the data a run is that has had `step` batches, for how many processes."""
-    own = batches.get_state() if hasattr(batches, "get_state") else step
+    own = batches.get_state() if isinstance(batches, Resumes) else step
     return {"processes": jax.process_count(), "loader": own}
 
 
@@ -66,7 +75,7 @@ def _go_to(batches: Iterator, position: Any, step: int) -> None:
     A state that is a whole number counts batches of all processes, and any number of processes can go on from there;
     any other holds for as many processes as saved it.
     """
-    if not (hasattr(batches, "get_state") and hasattr(batches, "set_state")):
+    if not isinstance(batches, Resumes):
         for _ in range(step):
             next(batches)
     elif isinstance(batches.get_state(), int):
@@ -80,10 +89,10 @@ def _go_to(batches: Iterator, position: Any, step: int) -> None:
 
 
 def _resume(
-    state: TrainState, batches: Iterator, about: Run, workdir: str | Path, sharding: Any
+    state: TrainState, batches: Iterator, run: Run, workdir: str | Path, sharding: jax.sharding.Sharding
 ) -> tuple[TrainState, int, bool]:
     """State, step and whether its evaluation is still to be done (a run asked to stop saves first)."""
-    config, start, behind = about.config, 0, False
+    config, start, behind = run.config, 0, False
     if newest := checkpoint.read_newest(workdir, sharding, _say):
         start, arrays, position = newest
         state = checkpoint.fill_model(state, arrays, workdir, start, config.row)
@@ -98,7 +107,7 @@ def _resume(
         behind = bool(start) and not meshes.of_first(log.evaluated(workdir, start))
         _say(f"{workdir}: going on from step {start} of {config.steps}")
     with meshes.together():
-        write_config(workdir, config, about.classes, about.examples)
+        write_config(workdir, config, run.classes, run.examples)
     checkpoint.tidy(workdir, start)
     return state, start, behind
 
@@ -130,37 +139,14 @@ def fit(
     finite) and, asked to stop when the first step is done, Interrupted; before that a signal acts as usual.
     """
     check(config)
-    about = Run(config, classes, examples)
-    with contextlib.ExitStack() as stack:
-        if workdir is not None:
-            with meshes.together():
-                check_workdir(workdir, config, classes, examples)
-                if jax.process_index() == 0:
-                    stack.enter_context(lock.hold(workdir))
-        return _fit(model, task, loader, about, workdir, evaluate, gates, stop or Stop(), quiet)
-
-
-def _fit(
-    model: nnx.Module,
-    task: Learns,
-    loader: Iterable,
-    about: Run,
-    workdir: str | Path | None,
-    evaluate: Callable[[nnx.Module], Scores] | None,
-    gates: nnx.filterlib.Filter,
-    stop: Stop,
-    quiet: bool,
-) -> Fitted:
-    """`fit` once the workdir is this run's."""
-    config = about.config
-    mesh = meshes.make_mesh()
+    run, mesh, stop = Run(config, classes, examples), meshes.make_mesh(), stop or Stop()
     everywhere = meshes.replicated(mesh)
-    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    with _held(workdir, run), jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         graphdef = nnx.graphdef(model)
         state, step_of = make_step(model, task, config, gates)
         state, batches, start, behind = meshes.replicate(mesh, state), iter(loader), 0, False
         if workdir is not None:
-            state, start, behind = _resume(state, batches, about, workdir, everywhere)
+            state, start, behind = _resume(state, batches, run, workdir, everywhere)
         step_fn = jax.jit(step_of, donate_argnums=0, out_shardings=everywhere)
 
         def averaged() -> nnx.Module:
@@ -188,7 +174,9 @@ def _fit(
                     said.pause()
                 if last or stopping:
                     break
-                batch = meshes.share(mesh, _next(batches, step, config.steps))
+                if (batch := next(batches, None)) is None:
+                    raise UserError(f"the data ended after {step} of {config.steps} batches: the loader must repeat")
+                batch = meshes.share(mesh, batch)
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
                 if step == start:
@@ -203,10 +191,16 @@ def _fit(
         return Fitted(averaged(), scores, step)
 
 
-def _next(batches: Iterator, step: int, steps: int) -> dict:
-    if (batch := next(batches, None)) is None:
-        raise UserError(f"the data ended after {step} of {steps} batches: the loader must repeat")
-    return batch
+@contextlib.contextmanager
+def _held(workdir: str | Path | None, run: Run) -> Iterator[None]:
+    """Inside this the workdir is this run's alone. Raises UserError where it is another's."""
+    with contextlib.ExitStack() as stack:
+        if workdir is not None:
+            with meshes.together():
+                check_workdir(workdir, run.config, run.classes, run.examples)
+                if jax.process_index() == 0:
+                    stack.enter_context(lock.hold(workdir))
+        yield
 
 
 def _say(text: str) -> None:
@@ -327,8 +321,7 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> Scores
     loader = make_loader(source, config.batch_size, seed=config.seed, augment=augment, **meshes.processes())
     stop = Stop()
     evaluate = validator(task, val, config, stop)
-    examples = len(source)
-    found = fit(
-        model, task, loader, config, workdir, evaluate, classes=classes, examples=examples, stop=stop, quiet=quiet
-    )
-    return found.scores
+    size = len(source)
+    return fit(
+        model, task, loader, config, workdir, evaluate, classes=classes, examples=size, stop=stop, quiet=quiet
+    ).scores

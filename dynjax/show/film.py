@@ -12,7 +12,7 @@ from jaxtyping import Float, Integer, Num, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dynjax.show.report import style
+from dynjax.show.report import plot
 
 GAP, PAPER = 2, 128  # pixels between pictures, and their grey
 
@@ -61,8 +61,7 @@ def plot_calls(
     top = max(2, int(visits.max()))
     for column in range(number):
         for axes in grid[:, column]:
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set(xticks=[], yticks=[])
         grid[0, column].imshow(images[column], interpolation="nearest")
         shown = grid[1, column].imshow(visits[column], cmap="viridis", vmin=1, vmax=top, interpolation="nearest")
         grid[1, column].set_xlabel(f"{calls[column]} {what}", fontsize=9)
@@ -72,16 +71,12 @@ def plot_calls(
 
 def plot_histogram(path: str | os.PathLike, calls: dict[str, Integer[np.ndarray, " N"]], *, title: str = "") -> None:
     """How many pictures took so many calls, for each sampler."""
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    style(axes)
+    figure, axes = plot(6.4, 4.0, title)
     top = max(int(each.max()) for each in calls.values())
     bins = np.linspace(0, top + 1, min(40, top + 2))
     axes.hist(list(calls.values()), bins=bins.tolist(), label=list(calls))
-    axes.set_xlabel("calls of a picture")
-    axes.set_ylabel("pictures")
+    axes.set(xlabel="calls of a picture", ylabel="pictures")
     axes.legend(frameon=False, fontsize=9)
-    axes.set_title(title, fontsize=10)
     figure.savefig(path, dpi=130)
 
 

@@ -3,15 +3,15 @@
 Letters: H W picture, N pictures.
 """
 
-import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
 from matplotlib.figure import Figure
 
-from dynjax.show.report import LINES, MARKERS, engineering, style
+from dynjax.show.report import LINES, engineering, line, plot
 
 
 def plot_classes(
@@ -23,12 +23,10 @@ def plot_classes(
     title: str = "",
 ) -> None:
     """How the MACs spread over the pictures of each class: median, quartiles, 5th and 95th percentile, and mean."""
-    figure = Figure(figsize=(7, 1.6 + 0.34 * len(class_names)), layout="constrained")
-    axes = figure.subplots()
-    style(axes)
+    figure, axes = plot(7.0, 1.6 + 0.34 * len(class_names), title)
     scale, prefix = engineering(float(macs.max()))
-    order = sorted(range(len(class_names)), key=lambda k: macs[labels == k].mean() if (labels == k).any() else math.inf)
-    order = [k for k in order if (labels == k).any()]
+    seen = [k for k in range(len(class_names)) if (labels == k).any()]
+    order = sorted(seen, key=lambda k: macs[labels == k].mean())
     axes.boxplot(
         [macs[labels == k] / scale for k in order],
         orientation="horizontal",
@@ -43,29 +41,26 @@ def plot_classes(
     axes.set_xlim(left=0)
     axes.set_xlabel(f"{prefix}MAC per image (diamond: mean of the class)")
     axes.legend(frameon=False, fontsize=9, loc="center left")
-    axes.set_title(title, fontsize=10)
     figure.savefig(path, dpi=130)
 
 
 def plot_extremes(
     path: str | os.PathLike,
-    images: Mapping[str, Sequence[UInt8[np.ndarray, "H W 3"]]],
-    captions: Mapping[str, Sequence[str]],
+    rows: Mapping[str, Sequence[tuple[UInt8[np.ndarray, "H W 3"], str]]],
     *,
     title: str = "",
 ) -> None:
-    """Rows of pictures under a name each (the easiest, the hardest), every one with a caption."""
-    columns = max(len(each) for each in images.values())
-    figure = Figure(figsize=(1.25 * columns + 0.6, 1.6 * len(images) + 0.5), layout="constrained")
+    """Rows of pictures and their captions, under a name each (the easiest, the hardest)."""
+    columns = max(len(each) for each in rows.values())
+    figure = Figure(figsize=(1.25 * columns + 0.6, 1.6 * len(rows) + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    grid = figure.subplots(len(images), columns, squeeze=False)
-    for (name, row), axes in zip(images.items(), grid, strict=True):
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for (name, row), axes in zip(rows.items(), grid, strict=True):
         axes[0].set_ylabel(name, fontsize=10)
         for panel in axes:
-            panel.set_xticks([])
-            panel.set_yticks([])
+            panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
-        for panel, image, caption in zip(axes, row, captions[name], strict=False):
+        for panel, (image, caption) in zip(axes, row, strict=False):
             panel.imshow(image, interpolation="nearest")
             panel.set_xlabel(caption, fontsize=8)
     figure.savefig(path, dpi=130)
@@ -79,27 +74,16 @@ def plot_exits(
     title: str = "",
 ) -> None:
     """Accuracy over mean MACs: a line for each curve of (MACs, accuracy), and the static twin as a star."""
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
-    axes = figure.subplots()
-    style(axes)
+    figure, axes = plot(6.4, 4.6, title)
     scale, prefix = engineering(max(macs for points in curves.values() for macs, _ in points))
     for index, (label, points) in enumerate(curves.items()):
-        many = len(points) > 12
-        axes.plot(
-            [macs / scale for macs, _ in points],
-            [100 * score for _, score in points],
-            color=LINES[index % len(LINES)],
-            marker=None if many else MARKERS[index % len(MARKERS)],
-            drawstyle="default",
-            linewidth=2 if many else 1.2,
-            linestyle="-" if many else "--",
-            label=label,
-        )
+        look: dict[str, Any] = {**line(index), "linewidth": 1.2, "linestyle": "--"}
+        if len(points) > 12:
+            look |= {"marker": None, "linewidth": 2, "linestyle": "-"}
+        axes.plot([macs / scale for macs, _ in points], [100 * score for _, score in points], label=label, **look)
     if static is not None:
         axes.plot([static[0] / scale], [100 * static[1]], "*", color="black", markersize=14, label="static twin")
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"{prefix}MAC per image, mean")
-    axes.set_ylabel("accuracy, %")
-    axes.set_title(title, fontsize=10)
+    axes.set(xlabel=f"{prefix}MAC per image, mean", ylabel="accuracy, %")
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     figure.savefig(path, dpi=150)

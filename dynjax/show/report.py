@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -45,12 +45,6 @@ def paint(mask: Integer[np.ndarray, "H W"], classes: int) -> UInt8[np.ndarray, "
     """The mask in class colours; labels outside the classes (ignored pixels are -1) in grey."""
     inside = (mask >= 0) & (mask < classes)
     return np.where(inside[..., None], palette(classes)[np.where(inside, mask, 0)], np.uint8(IGNORED[0]))
-
-
-def _share(colour: Sequence[int] | UInt8[np.ndarray, "3"]) -> tuple[float, float, float]:
-    """A colour of bytes, for Matplotlib."""
-    red, green, blue = (float(byte) / 255 for byte in colour)
-    return red, green, blue
 
 
 def overlay(
@@ -121,84 +115,18 @@ def style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Mark:
-    """A model at one budget, as `plot_curve` wants it."""
-
-    budget: float
-    macs: float
-    """Share of the static twin's."""
-    ms: float
-    """nan where nothing was timed."""
-    score: float
-    """As it is written at the axis, which `score_name` is the name of."""
+def plot(width: float, height: float, title: str) -> tuple[Figure, Axes]:
+    """A figure with one plot, in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    style(axes)
+    axes.set_title(title, fontsize=10)
+    return figure, axes
 
 
-def plot_curve(
-    path: str | os.PathLike,
-    curves: Mapping[str, Sequence[Mark]],
-    *,
-    twin: tuple[float, float | None],
-    score_name: str = "mIoU, %",
-    title: str = "",
-) -> None:
-    """Score over MACs and over latency, one line per curve (the first is the model's own), the static twin as a star.
-
-    `twin` is its latency and its score, which is unknown (None) when no trained twin was given; then only its MACs and
-    latency are marked. Without latencies only the MACs are shown.
-    """
-    timed = not math.isnan(twin[0])
-    figure = Figure(figsize=(10 if timed else 5.5, 4.6), layout="constrained")
-    if title:
-        figure.suptitle(title, fontsize=11)
-    panels = figure.subplots(1, 1 + timed, sharey=True, squeeze=False)[0]
-    marks = ["macs", "ms"][: len(panels)]
-    for axes, place, of_twin in zip(panels, marks, (100.0, twin[0]), strict=False):
-        style(axes)
-        for index, (label, points) in enumerate(curves.items()):
-            points = sorted(points, key=lambda point: point.macs)
-            at = [100 * point.macs if place == "macs" else point.ms for point in points]
-            axes.plot(
-                at,
-                [point.score for point in points],
-                color=LINES[index % len(LINES)],
-                marker=MARKERS[index % len(MARKERS)],
-                markersize=7,
-                linewidth=2 if index == 0 else 1.4,
-                linestyle="-" if index == 0 else "--",
-                label=label,
-                zorder=3,
-            )
-            if index == 0 and len(points) > 1:
-                _name_budgets(axes, at, points)
-        if twin[1] is None:
-            axes.axvline(of_twin, color="#555555", linestyle=":", label="static twin (not trained)")
-        else:
-            axes.axhline(twin[1], color="#555555", linestyle=":", linewidth=1)
-            axes.plot([of_twin], [twin[1]], "*", color="black", markersize=14, label="static twin", zorder=4)
-        axes.set_xlim(0, 1.05 * axes.dataLim.x1)  # room for the marker of the largest
-        axes.margins(y=0.15)
-        axes.set_xlabel(
-            "MACs per image, % of the static twin" if place == "macs" else "latency per image at batch 1, ms (median)"
-        )
-    panels[0].set_ylabel(score_name)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
-    )
-    figure.savefig(path, dpi=150)
-
-
-def _name_budgets(axes: Axes, at: Sequence[float], points: Sequence[Mark]) -> None:
-    for x, point in zip(at, points, strict=True):
-        axes.annotate(
-            f"{point.budget:g}",
-            (x, point.score),
-            xytext=(6, -12),
-            textcoords="offset points",
-            fontsize=9,
-            color=LINES[0],
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
-        )
+def line(index: int) -> dict[str, str]:
+    """Colour and marker of a curve, for Matplotlib."""
+    return {"color": LINES[index % len(LINES)], "marker": MARKERS[index % len(MARKERS)]}
 
 
 def engineering(values: float) -> tuple[float, str]:
@@ -273,17 +201,16 @@ def plot_heatmaps(
         shown = _show_compute(axes[3], example.image, example.heat / scale, top / scale)
         axes[0].set_ylabel(f"{example.name}: {example.macs / 1e6:.1f} MMAC", fontsize=9)
         for panel in axes:
-            panel.set_xticks([])
-            panel.set_yticks([])
+            panel.set(xticks=[], yticks=[])
     for axes, name in zip(grid[0], ("picture", "truth", "prediction", "compute"), strict=True):
         axes.set_title(name, fontsize=10)
     figure.colorbar(shown, ax=list(grid[:, 3]), label=f"{prefix}MAC per pixel", shrink=0.9)
     patches = [
-        Patch(facecolor=_share(colour), label=name)
+        Patch(facecolor=f"#{bytes(colour).hex()}", label=name)
         for colour, name in zip(palette(len(class_names)), class_names, strict=True)
     ]
     if any((example.mask < 0).any() for example in examples):
-        patches.append(Patch(facecolor=_share(IGNORED), label="ignored"))
+        patches.append(Patch(facecolor=f"#{bytes(IGNORED).hex()}", label="ignored"))
     figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
 
@@ -300,8 +227,7 @@ def plot_compute(
     scale, prefix = engineering(top)
     stretched = np.asarray(Image.fromarray(heat.astype(np.float32)).resize((width, height), Image.Resampling.NEAREST))
     shown = _show_compute(axes, image, stretched / scale, top / scale)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=10)
     figure.colorbar(shown, ax=axes, label=f"{prefix}MAC per pixel", shrink=0.9)
     figure.savefig(path, dpi=130)

@@ -1,7 +1,8 @@
 """Tasks: what is to be predicted, its loss and its scores. A training loop takes any of them."""
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from dynjax import models
 from dynjax.config import BudgetConfig, Config, UserError
@@ -24,12 +25,8 @@ class OfShape(Protocol):
     def shape(self) -> tuple[int, int, int]: ...
 
 
-@runtime_checkable
-class Make(Protocol):
-    """Makes the task of a row from a source of its data, for training or only to evaluate. Raises UserError."""
-
-    def __call__(self, config: Config, source: Source, training: bool, /) -> Task: ...
-
+Make: TypeAlias = Callable[[Config, Source, bool], Task]
+"""Makes the task of a row from a source of its data, for training or only to evaluate. Raises UserError."""
 
 _TASKS: dict[str, tuple[Make, frozenset[str]]] = {}
 
@@ -87,7 +84,7 @@ def _segmentation(config: Config, source: Source, training: bool) -> Task:
     _check_target(config, source, "mask", "pictures with masks", training)
     classes, kind = tuple(source.classes), config.loss.class_weights
     weights = class_weights(kind, class_frequencies(source)) if training and kind != "none" else None
-    return SegmentationTask(len(classes), classes, config.loss, weights, _spends(config))
+    return SegmentationTask(classes, config.loss, weights, _spends(config))
 
 
 _OF_CLASSES = frozenset({"loss.cross_entropy", "loss.label_smoothing"})

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float
 from dynjax.core import views
 from dynjax.core.budget import solve_threshold
 from dynjax.core.trace import traced
+from dynjax.core.training import Predicts
 from dynjax.ops import Exits
 from dynjax.show import gallery, report
-from dynjax.tasks.objective import Predicts
 from dynjax.tasks.task import Shown
 
 
@@ -70,7 +70,6 @@ def read_exits(model: nnx.Module, batches: Iterable[dict]) -> ExitOutputs:
     if find_exits(model) is None or not isinstance(model, Predicts):
         raise ValueError(f"{type(model).__name__} has no method `predictions`, or does not stop at one of its exits")
     graphdef, state = nnx.split(model)
-    costs: list[np.ndarray] = []
 
     @jax.jit
     def run(state: nnx.State, image: jax.Array) -> tuple:
@@ -82,15 +81,14 @@ def read_exits(model: nnx.Module, batches: Iterable[dict]) -> ExitOutputs:
 
     correct, doubt = [], []
     for batch in batches:
-        if not costs:
-            image = jax.ShapeDtypeStruct((1, *batch["image"].shape[1:]), batch["image"].dtype)
-            trace = jax.eval_shape(lambda image: traced(nnx.merge(graphdef, state))(image)[1], image)
-            (decision,) = trace.decisions.values()
-            costs.append(trace.static_macs + np.cumsum(decision.cost.unit))
         predicted, unsure = jax.device_get(run(state, batch["image"]))
         correct.append((predicted == batch["label"])[:, batch["valid"]])
         doubt.append(unsure[:, batch["valid"]])
-    return ExitOutputs(np.concatenate(correct, 1), np.concatenate(doubt, 1), costs[0])
+    image = jax.ShapeDtypeStruct((1, *batch["image"].shape[1:]), batch["image"].dtype)
+    trace = jax.eval_shape(lambda image: traced(nnx.merge(graphdef, state))(image)[1], image)
+    (decision,) = trace.decisions.values()
+    macs = trace.static_macs + np.cumsum(decision.cost.unit)
+    return ExitOutputs(np.concatenate(correct, 1), np.concatenate(doubt, 1), macs)
 
 
 def _point(outputs: ExitOutputs, stops: np.ndarray, **what: float) -> ExitPoint:

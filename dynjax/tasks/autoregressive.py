@@ -14,20 +14,21 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dynjax.core import budget
-from dynjax.models.likelihoods import OfIntegers, quantise
-from dynjax.tasks.task import Batch, Loss, Player, Progress, Scores, Shown
+from dynjax.core.training import Predicts
+from dynjax.models.likelihoods import Encodes, OfIntegers, quantise
+from dynjax.ops.doubt import PixelExits
+from dynjax.tasks.task import Batch, Loss, OnePlayer, Progress, Scores, Shown
 
 
 def integers(model: OfIntegers, image: Array) -> Array:
     """Pictures of bytes (B, H, W, 3) as the integers that the model has: values of pixels, or codes."""
-    if hasattr(model, "encode"):
+    if isinstance(model, Encodes):
         return model.encode(image)
     return quantise(image, model.likelihood.values, model.shape[2])
 
 
-def nats(model: OfIntegers, x: Array, label: Array) -> Float[Array, " B"]:
-    """-log p of each picture x of integers that the model has; `label` -1 is no class."""
-    params = model(x, label) if model.classes else model(x)
+def nats(model: OfIntegers, params: Float[Array, "B H W P"], x: Array) -> Float[Array, " B"]:
+    """-log p of each picture x of integers, by what the model gives of it."""
     return -model.likelihood.log_prob(params, x).sum((1, 2))
 
 
@@ -36,28 +37,29 @@ DOUBT = (-8.0, 3.0)
 
 
 def training_nats(model: OfIntegers, image: Array, label: Array, key: PRNGKeyArray) -> Float[Array, " B"]:
-    """As `nats`; of a model that has several `predictions` of every pixel, their mean.
+    """As `nats`, label -1 being no class; of a model that has several `predictions` of every pixel, their mean.
 
     Of a model with exits the mean of this and of `nats` under a threshold drawn from `key`: who comes later must have
     learnt to look at those who left early. The model is left with all going on.
     """
     x = integers(model, image)
-    if not hasattr(model, "predictions"):
-        return nats(model, x, label)
-    each = model.predictions(x, label) if model.classes else model.predictions(x)
-    first, *others = [-model.likelihood.log_prob(params, x).sum((1, 2)) for params in each]
+    given = (x, label) if model.classes else (x,)
+    if not isinstance(model, Predicts):
+        return nats(model, model(*given), x)
+    each = model.predictions(*given)
+    first, *others = [nats(model, params, x) for params in each]
     mean = sum(others, first) / len(each)
-    if getattr(getattr(model, "prior", model), "exits", None) is None:
-        return mean
     assert isinstance(model, nnx.Module)
+    if not any(isinstance(op, PixelExits) for _, op in nnx.iter_modules(model)):
+        return mean
     budget.set_threshold(model, jax.random.uniform(key, minval=DOUBT[0], maxval=DOUBT[1]))
-    leaving = nats(model, x, label)
+    leaving = nats(model, model(*given), x)
     budget.set_threshold(model, jnp.float32(budget.LOWEST))
     return (mean + leaving) / 2
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoregressiveTask:
+class AutoregressiveTask(OnePlayer[OfIntegers]):
     """The bits of a picture (see `Task`): batches are {"image" (B, H, W, 3), "label" (B,)}.
 
     Bits per dimension are -log2 p(picture) / (H W C), of the integers that the model has: of black and white pictures
@@ -70,10 +72,6 @@ class AutoregressiveTask:
     timed: ClassVar[tuple[int, ...]] = ()
     """How long drawing takes is a matter of samplers."""
     budget: ClassVar[None] = None
-
-    @property
-    def players(self) -> tuple[Player, ...]:
-        return (Player("model", self.loss),)
 
     def loss(self, model: OfIntegers, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
         """Bits per dimension, and metrics."""
@@ -91,8 +89,8 @@ class AutoregressiveTask:
     def counts(self, model: OfIntegers, output: Array, batch: Batch) -> Float[Array, "2"]:
         """Bits and dimensions of the batch's pictures; blank ones, with label -1, are not in them."""
         valid = batch["label"] >= 0
-        nats = -model.likelihood.log_prob(output, batch["x"]).sum((1, 2))
-        return jnp.stack([jnp.where(valid, nats, 0).sum() / np.log(2), valid.sum() * float(np.prod(model.shape))])
+        each = jnp.where(valid, nats(model, output, batch["x"]), 0)
+        return jnp.stack([each.sum() / np.log(2), valid.sum() * float(np.prod(model.shape))])
 
     def scores(self, counts: np.ndarray) -> Scores:
         """`bits_per_dim` of the sum of the batches' counts; nan without an example."""
@@ -103,5 +101,5 @@ class AutoregressiveTask:
         """No picture: `experiments.sample` draws them. The same in nats, and of how many values they are."""
         model, bits = shown.model, shown.scores["bits_per_dim"]
         assert isinstance(model, OfIntegers)
-        nats = bits * float(np.prod(model.shape)) * np.log(2)
-        return f"{bits:.4f} bits/dim of {model.likelihood.values} values are {nats:.2f} nats a picture"
+        whole = bits * float(np.prod(model.shape)) * np.log(2)
+        return f"{bits:.4f} bits/dim of {model.likelihood.values} values are {whole:.2f} nats a picture"

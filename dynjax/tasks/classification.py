@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from dynjax.config import BudgetConfig, LossConfig
 from dynjax.show import gallery
 from dynjax.tasks import anytime
-from dynjax.tasks.objective import objective
-from dynjax.tasks.task import Batch, Loss, Player, Progress, Scores, Shown
+from dynjax.tasks.objective import Supervised
+from dynjax.tasks.task import Batch, Scores, Shown
 
 
 def cross_entropy(logits: Float[Array, "B K"], label: Int[Array, " B"], smoothing: float = 0.0) -> Float[Array, " B"]:
@@ -58,7 +58,7 @@ def scores(confusion: Num[np.ndarray, "K K"]) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassificationTask:
+class ClassificationTask(Supervised):
     """A label for a picture (see `Task`): batches are {"image" (B, H, W, 3), "label" (B,)}.
 
     A model with a method `predictions` (exits, PonderNet) trains on all that it gives, others on what they return.
@@ -67,22 +67,11 @@ class ClassificationTask:
     class_names: tuple[str, ...]
     losses: LossConfig
     budget: BudgetConfig | None = None
-    """What the model may spend; None for a static model, which is not traced."""
     input: str = "image"
-    """The key of what the model looks at: a picture, a text or a film."""
 
     score: ClassVar[str] = "accuracy"
     score_name: ClassVar[str] = "accuracy"
-    percent: ClassVar[bool] = True
     timed: ClassVar[tuple[int, ...]] = (1, 8, 32)
-
-    @property
-    def players(self) -> tuple[Player, ...]:
-        return (Player("model", self.loss),)
-
-    def loss(self, model: nnx.Module, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
-        """Loss and metrics of a batch: see `objective`."""
-        return objective(self, model, batch, key, progress)
 
     def each(self, outputs: Sequence[Array], batch: Batch) -> Float[Array, "B outputs"]:
         """The weighted cross-entropy of every example; 0 where the label is -1."""
@@ -106,13 +95,6 @@ class ClassificationTask:
         several = {f"accuracy_exit_{number}": accuracy for number, accuracy in enumerate(each)}
         return {"accuracy": each[-1]} | (several if len(each) > 1 else {})
 
-    def prepare(self, model: nnx.Module, batch: Batch) -> Batch:
-        return batch
-
-    def infer(self, model: nnx.Module, batch: Batch) -> Float[Array, "B K"]:
-        """The logits of a batch."""
-        return model(batch[self.input])
-
     def counts(self, model: nnx.Module, output: Float[Array, "B K"], batch: Batch) -> Int[Array, "K K"]:
         """`confusion_matrix` of a batch."""
         return confusion_matrix(output, batch["label"])
@@ -132,17 +114,11 @@ class ClassificationTask:
         number = min(12, len(macs))
         low, high = np.sort(macs)[[number - 1, -number]]
         # Pictures that stop at one exit spend the same: from among equals, those spread over the split.
-        chosen = {
-            name: each[np.linspace(0, len(each) - 1, number).astype(int)].tolist()
-            for name, each in (("easiest", np.flatnonzero(macs <= low)), ("hardest", np.flatnonzero(macs >= high)))
-        }
-        gallery.plot_extremes(
-            folder / "extremes.png",
-            {name: [shown.source[index][self.input] for index in each] for name, each in chosen.items()},
-            {
-                name: [f"{self.class_names[labels[index]]}\n{macs[index] / 1e6:.1f} MMAC" for index in each]
-                for name, each in chosen.items()
-            },
-            title=shown.title,
-        )
+        rows = {}
+        for name, each in (("easiest", np.flatnonzero(macs <= low)), ("hardest", np.flatnonzero(macs >= high))):
+            rows[name] = [
+                (shown.source[index][self.input], f"{self.class_names[labels[index]]}\n{macs[index] / 1e6:.1f} MMAC")
+                for index in each[np.linspace(0, len(each) - 1, number).astype(int)].tolist()
+            ]
+        gallery.plot_extremes(folder / "extremes.png", rows, title=shown.title)
         return f"compute_by_class.png extremes.png{exits}"

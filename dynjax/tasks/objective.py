@@ -4,9 +4,10 @@ One for every task: what a kind of dynamics needs in training comes from its mod
 Letters: B examples.
 """
 
+import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,43 +17,45 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from dynjax.config import BudgetConfig, LossConfig
 from dynjax.core import budget, training, views
 from dynjax.core.trace import Trace, traced
-from dynjax.core.training import Call, Weighs
-from dynjax.models.likelihoods import Predicts
-from dynjax.tasks.task import Batch, Loss, Output, Progress
+from dynjax.core.training import Call, Predicts, Weighs
+from dynjax.tasks.task import Batch, Loss, OnePlayer, Output, Progress
 
 
-@runtime_checkable
-class Supervised(Protocol):
-    """What a task says of a model's outputs."""
+class Supervised(OnePlayer[nnx.Module]):
+    """What tasks share whose model decides, and is told what its outputs should have been."""
 
-    @property
-    def input(self) -> str:
-        """The key of what the model looks at."""
-        ...
+    input: str
+    """The key of what the model looks at."""
+    losses: LossConfig
+    budget: BudgetConfig | None
+    """What the model may spend; None for a static model, which is not traced."""
+    percent: ClassVar[bool] = True
 
-    @property
-    def losses(self) -> LossConfig: ...
-
-    @property
-    def budget(self) -> BudgetConfig | None: ...
-
-    def average(self, outputs: Sequence[Output], batch: Batch, /) -> Float[Array, ""]:
+    @abc.abstractmethod
+    def average(self, outputs: Sequence[Output], batch: Batch) -> Float[Array, ""]:
         """The loss, a mean over what counts of the batch and over the outputs."""
-        ...
 
-    def each(self, outputs: Sequence[Output], batch: Batch, /) -> Float[Array, "B outputs"]:
+    @abc.abstractmethod
+    def each(self, outputs: Sequence[Output], batch: Batch) -> Float[Array, "B outputs"]:
         """The loss of every example by itself."""
-        ...
 
-    def valid(self, batch: Batch, /) -> Bool[Array, " B"]:
+    @abc.abstractmethod
+    def valid(self, batch: Batch) -> Bool[Array, " B"]:
         """Which examples count."""
-        ...
 
-    def correct(self, output: Output, batch: Batch, /) -> Array:
+    @abc.abstractmethod
+    def correct(self, output: Output, batch: Batch) -> Array:
         """How right the output is for each example, (B,): true and false, or a share."""
-        ...
 
-    def metrics(self, outputs: Sequence[Output], batch: Batch, /) -> dict[str, Array]: ...
+    @abc.abstractmethod
+    def metrics(self, outputs: Sequence[Output], batch: Batch) -> dict[str, Array]: ...
+
+    def loss(self, model: nnx.Module, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
+        return objective(self, model, batch, key, progress)
+
+    def infer(self, model: nnx.Module, batch: Batch) -> Output:
+        """The logits of a batch."""
+        return model(batch[self.input])
 
 
 def run(model: nnx.Module, x: Array) -> list[Output]:

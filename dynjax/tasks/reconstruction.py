@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dynjax.models.vqvae import VQVAE, Reconstruction
-from dynjax.tasks.task import Batch, Loss, Player, Progress, Scores, Shown
+from dynjax.tasks.task import Batch, Loss, OnePlayer, Progress, Scores, Shown
 
 
 @dataclasses.dataclass(frozen=True)
-class ReconstructionTask:
+class ReconstructionTask(OnePlayer[VQVAE]):
     """The picture through a VQ-VAE (see `Task`): batches are {"image" (B, H, W, 3), "label" (B,)}.
 
     PSNR is 10 log10(1 / mean squared error) of pictures from 0 to 1, in dB. The codebook's perplexity is exp(entropy)
@@ -32,10 +32,6 @@ class ReconstructionTask:
     timed: ClassVar[tuple[int, ...]] = ()
     budget: ClassVar[None] = None
 
-    @property
-    def players(self) -> tuple[Player, ...]:
-        return (Player("model", self.loss),)
-
     def loss(self, model: VQVAE, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
         """Squared error, codebook and commitment (van den Oord et al. 2017, eq. 3), and metrics.
 
@@ -46,9 +42,6 @@ class ReconstructionTask:
         loss = error / (2 * 0.1**2) + found.codebook + self.commitment * found.commitment
         psnr = -10 * jnp.log10(error)
         return loss, {"loss": loss, "psnr": psnr, "commitment": found.commitment, "macs_fraction": jnp.float32(1)}
-
-    def prepare(self, model: VQVAE, batch: Batch) -> Batch:
-        return batch
 
     def infer(self, model: VQVAE, batch: Batch) -> Reconstruction:
         """The pictures once more."""

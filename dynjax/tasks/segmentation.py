@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from dynjax.config import BudgetConfig, LossConfig
 from dynjax.data.source import Source, read
 from dynjax.show import report
-from dynjax.tasks.objective import objective
-from dynjax.tasks.task import Batch, Loss, Player, Progress, Scores, Shown
+from dynjax.tasks.objective import Supervised
+from dynjax.tasks.task import Batch, Scores, Shown
 
 LARGEST_CLASS_WEIGHT = 10.0
 """A class's weight stops here, in units of the average pixel's, so that a few pixels do not rule a step's gradient."""
@@ -150,40 +150,27 @@ def class_weights(kind: str, frequencies: Float[np.ndarray, " C"]) -> tuple[floa
 
 
 @dataclasses.dataclass(frozen=True)
-class SegmentationTask:
+class SegmentationTask(Supervised):
     """A class for every pixel (see `Task`): batches are {"image" (B, H, W, 3), "mask" (B, H, W)}."""
 
-    num_classes: int
     class_names: tuple[str, ...]
     losses: LossConfig
     class_weights: tuple[float, ...] | None = None
     budget: BudgetConfig | None = None
-    """What the model may spend; None for a static model, which is not traced."""
+    input: str = "image"
 
-    input: ClassVar[str] = "image"
     score: ClassVar[str] = "miou"
     score_name: ClassVar[str] = "mIoU"
-    percent: ClassVar[bool] = True
     timed: ClassVar[tuple[int, ...]] = (1,)
-
-    @property
-    def players(self) -> tuple[Player, ...]:
-        return (Player("model", self.loss),)
-
-    def loss(self, model: nnx.Module, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
-        """Loss and metrics of a batch: see `objective`."""
-        return objective(self, model, batch, key, progress)
 
     def task_loss(self, logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -> Float[Array, ""]:
         """The weighted sum of cross-entropy and soft Dice."""
-        terms = [
-            (
-                self.losses.cross_entropy,
-                lambda: cross_entropy(logits, mask, self.class_weights, self.losses.label_smoothing),
-            ),
-            (self.losses.dice, lambda: soft_dice(logits, mask)),
-        ]
-        return sum((weight * term() for weight, term in terms if weight), jnp.float32(0))
+        loss = jnp.float32(0)
+        if weight := self.losses.cross_entropy:
+            loss += weight * cross_entropy(logits, mask, self.class_weights, self.losses.label_smoothing)
+        if weight := self.losses.dice:
+            loss += weight * soft_dice(logits, mask)
+        return loss
 
     def average(self, outputs: Sequence[Array], batch: Batch) -> Float[Array, ""]:
         """`task_loss` of the whole batch, the mean over outputs."""
@@ -203,13 +190,6 @@ class SegmentationTask:
 
     def metrics(self, outputs: Sequence[Array], batch: Batch) -> dict[str, Array]:
         return {"pixel_accuracy": _pixel_accuracy(outputs[-1], batch["mask"])}
-
-    def prepare(self, model: nnx.Module, batch: Batch) -> Batch:
-        return batch
-
-    def infer(self, model: nnx.Module, batch: Batch) -> Float[Array, "B H W C"]:
-        """The logits of a batch."""
-        return model(batch["image"])
 
     def counts(self, model: nnx.Module, output: Float[Array, "B H W C"], batch: Batch) -> Int[Array, "C C"]:
         """`confusion_matrix` of a batch."""

@@ -1,5 +1,6 @@
 """What a task is: players that learn, and an evaluation. Letters: B examples, N pictures of a split."""
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -49,7 +50,6 @@ class Learns(Protocol):
     @property
     def players(self) -> tuple[Player, ...]:
         """In the order in which they play in a step; each sees what those before it have learnt."""
-        ...
 
 
 @runtime_checkable
@@ -59,34 +59,27 @@ class Evaluates(Protocol[M]):
     @property
     def score(self) -> str:
         """The one of the `scores` that counts."""
-        ...
 
     @property
     def score_name(self) -> str:
         """Its name in tables."""
-        ...
 
     @property
     def percent(self) -> bool:
         """Whether it is a share, which tables show in percent."""
-        ...
 
     @property
     def timed(self) -> tuple[int, ...]:
         """Batch sizes at which `infer` is timed unless others are asked for; none where users do not run `infer`."""
-        ...
 
     def prepare(self, model: M, batch: Batch, /) -> Batch:
         """The batch with what is derived from it; no work of the model's."""
-        ...
 
     def infer(self, model: M, batch: Batch, /) -> Output:
         """What a user gets of a prepared batch: the only thing that is traced, costed and timed."""
-        ...
 
     def counts(self, model: M, output: Output, batch: Batch, /) -> Num[Array, "..."]:
         """What `scores` takes the sum of over batches, without the blank examples that fill the last one up."""
-        ...
 
     def scores(self, counts: np.ndarray, /) -> Scores: ...
 
@@ -98,11 +91,24 @@ class Task(Learns, Evaluates[M], Protocol[M]):
     @property
     def budget(self) -> BudgetConfig | None:
         """What the model may spend; None where no gates learn."""
-        ...
 
     def show(self, folder: Path, shown: "Shown", /) -> str:
         """Draw into the folder what there is to see, and say it in a line: files and figures."""
-        ...
+
+
+class OnePlayer(abc.ABC, Generic[M]):
+    """What tasks share in which the model learns as a whole, from batches as they come."""
+
+    @abc.abstractmethod
+    def loss(self, model: M, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
+        """Loss and metrics of a batch."""
+
+    @property
+    def players(self) -> tuple[Player, ...]:
+        return (Player("model", self.loss),)
+
+    def prepare(self, model: M, batch: Batch) -> Batch:
+        return batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,19 @@
-"""What an evaluation leaves: points of curve.csv and latency.csv, and tables for a terminal."""
+"""What an evaluation leaves: points of curve.csv and latency.csv, tables for a terminal, and the curve."""
 
 import csv
 import dataclasses
+import math
 import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 from dynjax.config import UserError
 from dynjax.core.deploy import Report
-from dynjax.show.report import table
+from dynjax.show.report import LINES, line, style, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +64,8 @@ def read_curve(path: str | os.PathLike) -> list[Point]:
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-        truth = {"True": True, "False": False}
-        read: dict[type, Callable[[str], Any]] = {
-            float: lambda text: float(text or "nan"),
-            int: int,
-            bool: truth.__getitem__,
-        }
+        truth = {"True": True, "False": False}.__getitem__
+        read: dict[type, Callable[[str], Any]] = {float: lambda text: float(text or "nan"), int: int, bool: truth}
         kinds = typing.get_type_hints(Point)
         points = [Point(**{name: read[kind](row[name]) for name, kind in kinds.items()}) for row in rows]
     except OSError as error:
@@ -105,13 +105,8 @@ def latency_table(latencies: Sequence[Latency]) -> str:
     rows = []
     for budget in dict.fromkeys(each.budget for each in latencies):
         own = [found[budget, size] for size in sizes]
-        rows.append(
-            [
-                f"budget {budget:g}",
-                *(f"{each.latency_ms_p50:.2f}" for each in own),
-                *(f"{each.speedup:.2f}x" for each in own),
-            ]
-        )
+        cells = [f"{each.latency_ms_p50:.2f}" for each in own] + [f"{each.speedup:.2f}x" for each in own]
+        rows.append([f"budget {budget:g}", *cells])
     return table(header, rows)
 
 
@@ -124,13 +119,77 @@ def layer_table(shares: dict[float, dict[str, dict[str, float]]]) -> str:
 
 def calibration_table(reports: Mapping[float, Report]) -> str:
     """What each budget came to on the calibration pictures, in MMAC per image."""
-    rows = [
-        [
-            f"{budget:g}",
-            *(f"{value / 1e6:.1f}" for value in (each.mean, each.p95, each.max, each.full)),
-            f"{each.threshold:.2f}",
-            "yes" if each.met else "no",
-        ]
-        for budget, each in reports.items()
-    ]
+    rows = []
+    for budget, each in reports.items():
+        mmacs = [f"{value / 1e6:.1f}" for value in (each.mean, each.p95, each.max, each.full)]
+        rows.append([f"{budget:g}", *mmacs, f"{each.threshold:.2f}", "yes" if each.met else "no"])
     return table(["on calibration", "mean MMAC", "p95", "max", "all kept", "threshold", "met"], rows)
+
+
+def plot_curve(
+    path: str | os.PathLike,
+    curves: Mapping[str, Sequence[Point]],
+    *,
+    twin: float | None,
+    score_name: str = "mIoU",
+    percent: bool = True,
+    title: str = "",
+) -> None:
+    """Score over MACs and over latency, one line per curve (the first is the model's own), the static twin as a star.
+
+    `twin` is its score, which is unknown (None) when no trained twin was given; then only its MACs and latency are
+    marked. Without latencies only the MACs are shown.
+    """
+    twin_ms, times = next(iter(curves.values()))[0].static_latency_ms_p50, 100 if percent else 1
+    timed = not math.isnan(twin_ms)
+    figure = Figure(figsize=(10 if timed else 5.5, 4.6), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(1, 1 + timed, sharey=True, squeeze=False)[0]
+    marks = ["macs", "ms"][: len(panels)]
+    for axes, place, of_twin in zip(panels, marks, (100.0, twin_ms), strict=False):
+        style(axes)
+        for index, (label, points) in enumerate(curves.items()):
+            points = sorted(points, key=lambda point: point.macs_fraction)
+            at = [100 * point.macs_fraction if place == "macs" else point.latency_ms_p50 for point in points]
+            scores = [times * point.score for point in points]
+            axes.plot(
+                at,
+                scores,
+                markersize=7,
+                linewidth=2 if index == 0 else 1.4,
+                linestyle="-" if index == 0 else "--",
+                label=label,
+                zorder=3,
+                **line(index),
+            )
+            if index == 0 and len(points) > 1:
+                _name_budgets(axes, at, scores, points)
+        if twin is None:
+            axes.axvline(of_twin, color="#555555", linestyle=":", label="static twin (not trained)")
+        else:
+            axes.axhline(times * twin, color="#555555", linestyle=":", linewidth=1)
+            axes.plot([of_twin], [times * twin], "*", color="black", markersize=14, label="static twin", zorder=4)
+        axes.set_xlim(0, 1.05 * axes.dataLim.x1)  # room for the marker of the largest
+        axes.margins(y=0.15)
+        axes.set_xlabel(
+            "MACs per image, % of the static twin" if place == "macs" else "latency per image at batch 1, ms (median)"
+        )
+    panels[0].set_ylabel(f"{score_name}, %" if percent else score_name)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )
+    figure.savefig(path, dpi=150)
+
+
+def _name_budgets(axes: Axes, at: Sequence[float], scores: Sequence[float], points: Sequence[Point]) -> None:
+    for x, y, point in zip(at, scores, points, strict=True):
+        axes.annotate(
+            f"{point.budget:g}",
+            (x, y),
+            xytext=(6, -12),
+            textcoords="offset points",
+            fontsize=9,
+            color=LINES[0],
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
+        )
