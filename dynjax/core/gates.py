@@ -68,7 +68,7 @@ def one_hot_argmax(logits: Float[Array, "... K"]) -> Float[Array, "... K"]:
 
 
 def content_chance(
-    content: Float[Array, "..."], start: Float[Array, "..."] | float = 0.0, turns: float = 97
+    content: Float[Array, "..."], start: Float[Array, "..."] | float = 0.0, turns: float | int = 97
 ) -> Float[Array, "..."]:
     """Looks drawn from [0, 1) by chance, and is a function of the content, so that every execution agrees.
 
