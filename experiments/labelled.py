@@ -88,7 +88,7 @@ def variants(
         steps, told = static.steps, f"as {static.row}, from nothing."
         if from_twin:
             steps = int(static.steps * length)
-            told = f"{steps} steps from the weights of {static.row} (--init-from), budgets from {target}."
+            told = f"{steps} steps from {static.row} (--init-from); a budget from [{target}, 1] is drawn at every step."
         for kind, dynamics in {**kinds, "random": kinds[first]}.items():
             gate = "random" if kind == "random" else "learned"
             # Chance has no logits that could grow.
