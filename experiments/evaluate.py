@@ -325,8 +325,7 @@ def main(raw: list[str]) -> None:
     } | measured(found, twin_score)
     middle = min(found.states, key=lambda budget: abs(budget - 0.5))
     twin_point = None if twin_score is None else (found.points[0].static_macs, twin_score)
-    titled = f"{title}, budget {middle:g}"
-    seen = shown(found, middle, source, val, batches, title=titled, twin=twin_point, batch_size=arguments.batch_size)
+    seen = shown(found, middle, source, val, batches, title=title, twin=twin_point, batch_size=arguments.batch_size)
     workdir = Path(arguments.workdir)
     with files.writing(f"in workdir {workdir}"):
         written = draw(workdir, {config.row: found.points, **controls}, found, task, twin_score, title)

@@ -277,4 +277,4 @@ def shown(
 
     model = nnx.merge(nnx.graphdef(found.model), found.states[budget])
     scored = found.scored[budget]
-    return Shown(title, source, calibration, model, scored.macs, scored.scores, twin, batches, examine)
+    return Shown(title, budget, source, calibration, model, scored.macs, scored.scores, twin, batches, examine)

@@ -141,6 +141,6 @@ def show(folder: Path, shown: Shown) -> str:
         folder / "exits.png",
         {labels[name]: [(point.macs, point.score) for point in each] for name, each in curves.items()},
         static=shown.twin,
-        title=shown.title,
+        title=shown.about,
     )
     return "budgeted.csv anytime.csv exits.png"

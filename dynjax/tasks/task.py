@@ -115,7 +115,9 @@ class OnePlayer(abc.ABC, Generic[M]):
 class Shown:
     """An evaluated model, as `Task.show` draws it: at one of its budgets."""
 
-    title: str
+    about: str
+    """What was evaluated on what."""
+    budget: float
     source: Source
     """The split that was evaluated."""
     calibration: Source
@@ -130,3 +132,8 @@ class Shown:
     """A pass over a source in batches."""
     examine: Callable[[list[int]], tuple[dict[str, np.ndarray], Output, Float[np.ndarray, "..."]]]
     """Some examples of the source, what the model gives of them, and of pictures `Trace.heatmap`."""
+
+    @property
+    def title(self) -> str:
+        """What was evaluated on what, and the budget."""
+        return f"{self.about}, budget {self.budget:g}"
