@@ -303,6 +303,8 @@ def test_mistakes_are_named():
         build(CondConv, 4, 5, feature_group_count=2)
     with pytest.raises(ValueError, match="kernels=0 must be at least 1"):
         build(DynamicConv, kernels=0)
+    with pytest.raises(ValueError, match="reduction=8 has no meaning for CondConv"):
+        build(CondConv, reduction=8)
     with pytest.raises(ValueError, match="from_input=False needs condition="):
         build(HyperConv, from_input=False)
     x = image(2, 4, 4, 4)

@@ -8,6 +8,7 @@ Letters: B examples, H W pixels, h w pixels of the output, C D channels in and o
 of a condition.
 """
 
+import abc
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -100,7 +101,10 @@ class _Mixture(_ExampleConv):
 
     Args:
         kernels: K, the number of kernels that are mixed.
-        reduction: r, by which the attention's hidden layer, if it has one, is smaller than the input.
+        reduction: r, by which the attention's hidden layer is smaller than the input; `CondConv` has none.
+
+    Raises:
+        ValueError: for a `reduction` where there is no hidden layer.
     """
 
     several = True
@@ -125,9 +129,9 @@ class _Mixture(_ExampleConv):
         heads, hidden = self._heads(kernels, reduction)
         self.attention = Attention(in_features, heads, hidden=hidden, random=random, rngs=rngs)
 
+    @abc.abstractmethod
     def _heads(self, kernels: int, reduction: int | None) -> tuple[list[tuple[int, Activation]], int | None]:
         """Heads of the attention, and units of its hidden layer."""
-        raise NotImplementedError
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         (weights,) = self.attention(_mean(x))
@@ -145,6 +149,8 @@ class CondConv(_Mixture):
     """
 
     def _heads(self, kernels: int, reduction: int | None) -> tuple[list[tuple[int, Activation]], int | None]:
+        if reduction is not None:
+            raise ValueError(f"reduction={reduction} has no meaning for CondConv: its attention has no hidden layer")
         return [(kernels, "sigmoid")], None
 
 
