@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
+from dynjax.core.arguments import name_of
 from dynjax.core.cost import jaxprs_in
 
 _EXAMPLES = 10007
@@ -39,7 +40,7 @@ def shape_apart(block: Callable[[Any], Any], x: Any) -> Any:
         return out  # for one number of examples only, as over several devices
     mixing = _mixing(closed.jaxpr)
     if mixing:
-        name = getattr(block, "__name__", type(block).__name__)
+        name = name_of(block)
         raise ValueError(
             f"{name} mixes the examples of a batch ({mixing} over them): where only some are computed the others "
             "would be missing in it; leave that outside of what is skipped, or keep running statistics"

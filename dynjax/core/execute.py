@@ -13,19 +13,18 @@ Letters: B examples, H W pixels, C channels, h w tiles, K branches.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from dynjax.core.arguments import Tree, first
 from dynjax.core.examples import shape_apart
 from dynjax.core.tiles import kept_tiles, tile_pixels
 
 Execution = Literal["masked", "compact"]
-Tree = Any
-"""An array, or a tree of arrays."""
 Strategy = Literal["auto", "loop", "buckets"]
 
 CAPACITIES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
@@ -88,12 +87,19 @@ def samples(
 ) -> Tree:
     """`block(x)` for the kept examples and `otherwise(x)` (default: `x` itself) for the others.
 
-    `x`, and what `block` gives, are arrays or trees of arrays whose first axis is the examples.
+    `x`, and what `block` gives, are arrays or trees of arrays whose first axis is the examples. Of `Examples` the first
+    alone passes on, or goes through `otherwise`.
 
     Raises:
         ValueError: if `block` and `otherwise` give different shapes, or `block`, compact, mixes the examples.
     """
-    other = x if otherwise is None else otherwise(x)
+    other = first(x) if otherwise is None else otherwise(first(x))
+    for leaf in jax.tree.leaves(other):
+        if leaf.shape[:1] != keep.shape:
+            raise ValueError(
+                f"{keep.shape[0]} examples are decided about, and an output has shape {leaf.shape}: all that a skipped "
+                "block gives must have the examples as its first axis; leave sums over them outside of it"
+            )
     if execution == "masked":
         return jax.tree.map(functools.partial(blend, keep), _like(block(x), other), other)
     block, other = _one_type(block, _like(shape_apart(block, x), other), other)
@@ -101,8 +107,8 @@ def samples(
 
 
 def tiles(
-    block: Callable[[Array], Array],
-    x: Float[Array, "B H W C"],
+    block: Callable[[Tree], Array],
+    x: Tree,
     keep: Float[Array, "B h w"],
     *,
     size: int,
@@ -114,27 +120,29 @@ def tiles(
     """`block(x)` on the kept tiles of `size` pixels and `otherwise(x)` (default: `x` itself) on the others.
 
     `block` must have stride 1, SAME padding and a receptive radius of at most `radius` pixels. The last row and column
-    of tiles are cut by the border where H or W is no multiple of `size`.
+    of tiles are cut by the border where H or W is no multiple of `size`. Of `Examples`, other maps are cut into windows
+    as `x` is, and anything else goes with the tiles of its example.
 
     Raises:
         ValueError: if `keep` has another number of tiles, or `block` and `otherwise` give different shapes.
     """
-    grid = tuple(-(-n // size) for n in x.shape[1:3])
-    if keep.shape != (x.shape[0], *grid):
+    own = first(x)
+    grid = tuple(-(-n // size) for n in own.shape[1:3])
+    if keep.shape != (own.shape[0], *grid):
         raise ValueError(
             f"keep has shape {keep.shape}; "
-            f"{x.shape[1]}x{x.shape[2]} pixels in tiles of {size} need {(x.shape[0], *grid)}"
+            f"{own.shape[1]}x{own.shape[2]} pixels in tiles of {size} need {(own.shape[0], *grid)}"
         )
-    other = x if otherwise is None else otherwise(x)
+    other = own if otherwise is None else otherwise(own)
     if execution == "masked":
-        return blend(tile_pixels(keep, size, x.shape[1:3]), _like(block(x), other), other)
+        return blend(tile_pixels(keep, size, own.shape[1:3]), _like(block(x), other), other)
     block, other = _one_type(block, _like(shape_of(block, x), other), other)
     return _tiles_compact(block, x, keep, other, size, radius, strategy)
 
 
 def branches(
-    blocks: Sequence[Callable[[Array], Array]],
-    x: Float[Array, "B ..."],
+    blocks: Sequence[Callable[[Tree], Array]],
+    x: Tree,
     choice: Float[Array, "B *tiles K"],
     *,
     size: int | None = None,
@@ -152,7 +160,7 @@ def branches(
     if execution == "masked":
         outs = [block(x) for block in blocks]
         weights = [choice[..., k] for k in range(len(blocks))]
-        weights = weights if size is None else [tile_pixels(w, size, x.shape[1:3]) for w in weights]
+        weights = weights if size is None else [tile_pixels(w, size, outs[0].shape[1:3]) for w in weights]
         zero = jnp.zeros_like(outs[0])
         return sum((blend(w, _like(y, zero), zero) for w, y in zip(weights, outs, strict=True)), zero)
     specs = [(shape_apart if size is None else shape_of)(block, x) for block in blocks]
@@ -203,7 +211,7 @@ def _samples_compact(block, x, keep, other, strategy):
 
         return smallest_bucket(number, examples, run, whole, other)
 
-    return by_platform(strategy, loop, buckets)
+    return jax.tree.map(_forward_only, by_platform(strategy, loop, buckets))
 
 
 # Tiles
@@ -214,7 +222,7 @@ def _tiles_compact(block, x, keep, other, size, radius, strategy):
     work = kept_tiles(block, x, keep, other, size, radius)
 
     def whole():
-        return blend(tile_pixels((keep > 0.5).astype(other.dtype), size, x.shape[1:3]), block(x), other)
+        return blend(tile_pixels((keep > 0.5).astype(other.dtype), size, other.shape[1:3]), block(x), other)
 
     if work is None:
         return whole()
@@ -227,7 +235,7 @@ def _tiles_compact(block, x, keep, other, size, radius, strategy):
     def buckets():
         return smallest_bucket(work.number, total, work.at_once, whole, other)
 
-    return by_platform(strategy, loop, buckets)
+    return _forward_only(by_platform(strategy, loop, buckets))
 
 
 def break_even(size: int, radius: int) -> float:
@@ -254,6 +262,19 @@ def by_platform(strategy: str, loop: Callable[[], Tree], buckets: Callable[[], T
     if strategy not in ("loop", "buckets"):
         raise ValueError(f"strategy={strategy!r} must be 'auto', 'loop' or 'buckets'")
     return loop() if strategy == "loop" else buckets()
+
+
+@jax.custom_jvp
+def _forward_only(x):
+    return x
+
+
+@_forward_only.defjvp
+def _no_derivative(primals, tangents):
+    raise ValueError(
+        "compact execution has no derivative, since what is not computed has none to give to the gates: take gradients "
+        "of the masked execution, nnx.view(model, execution='masked')"
+    )
 
 
 def shape_of(block: Callable, x: Tree) -> Tree:

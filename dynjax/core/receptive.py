@@ -1,5 +1,6 @@
 """How far an output pixel of a block reaches, and whether tiles of the block can be computed on their own."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from dynjax.core import cost, views, windows
+from dynjax.core.arguments import Tree, as_map, name_of
 
 _PROBES = (33, 73)
 """Sides of the maps on which a block is probed, smallest first. What crosses the first is not looked at further."""
@@ -40,8 +42,8 @@ _REMEMBERED = 256
 _answers: dict = {}
 
 
-def receptive_radius(block: Callable, x: jax.Array | jax.ShapeDtypeStruct) -> int:
-    """Pixels that one output pixel of `block` reaches to each side, at least 0.
+def receptive_radius(block: Callable, x: Tree) -> int:
+    """Pixels that one output pixel of `block` reaches to each side, at least 0. `x` is a map, or `Examples` with one.
 
     Blocks of convolutions and pointwise layers are read from their jaxpr. Others are probed: single pixels of a random
     map are changed, in its centre and in its corners, to see which outputs depend on them, and the block on windows cut
@@ -52,27 +54,32 @@ def receptive_radius(block: Callable, x: jax.Array | jax.ShapeDtypeStruct) -> in
         ValueError: if the block has a stride, reaches over the whole map or across its border, compares pixels with the
             whole map, mixes examples, or treats pixels differently by their place.
     """
-    block = views.still(block)
+    block, x, others = as_map(views.still(block), x)
+    more = tuple(jax.ShapeDtypeStruct((1, *other.shape[1:]), other.dtype) for other in others)
     try:
-        return _remembered(block, x.shape[-1], jnp.dtype(x.dtype))
+        return _remembered(block, x.shape[-1], jnp.dtype(x.dtype), more)
     except (TypeError, ValueError) as error:
-        name = type(block).__name__ if isinstance(block, nnx.Module) else getattr(block, "__name__", repr(block))
-        raise ValueError(f"{name} cannot be run on tiles: {error}") from error
+        raise ValueError(f"{name_of(block)} cannot be run on tiles: {error}") from error
 
 
-def _remembered(block: Callable, channels: int, dtype: np.dtype) -> int:
+Others = tuple[jax.ShapeDtypeStruct, ...]
+"""What else the block takes of one example."""
+
+
+def _remembered(block: Callable, channels: int, dtype: np.dtype, others: Others) -> int:
     """`_found`, once for blocks that differ in nothing but their parameters' values.
 
     The blocks of a model are alike, and are asked for whenever it is traced.
     """
     definition, leaves, tree = _parts(block)
-    key = (definition, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves), channels, dtype)
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in (*leaves, *others))
+    key = definition, tree, shapes, channels, dtype
     try:
         hash(key)
     except TypeError:
-        return _found(block, channels, dtype)
+        return _found(block, channels, dtype, others)
     if key not in _answers:
-        answer = _found(block, channels, dtype)
+        answer = _found(block, channels, dtype, others)
         while len(_answers) >= _REMEMBERED:
             _answers.pop(next(iter(_answers)))
         _answers[key] = answer
@@ -85,21 +92,21 @@ def _parts(block: Callable) -> tuple:
     return definition, *jax.tree.flatten(state)
 
 
-def _found(block: Callable, channels: int, dtype: np.dtype) -> int:
-    out = jax.eval_shape(lambda x: block(x), jax.ShapeDtypeStruct((1, 32, 32, channels), dtype)).shape
+def _found(block: Callable, channels: int, dtype: np.dtype, others: Others) -> int:
+    out = jax.eval_shape(lambda *x: block(*x), jax.ShapeDtypeStruct((1, 32, 32, channels), dtype), *others).shape
     if out[:3] != (1, 32, 32):
         raise ValueError(
             f"it turns a map of 32x32 pixels into {'x'.join(map(str, out[1:3])) or 'no map'}: tiles need stride 1 "
             "and SAME padding; wrap the layers around the stride instead"
         )
-    reach = windows.reach_of(block, channels, dtype)
-    return _probed(block, channels, dtype) if reach is None else reach
+    reach = windows.reach_of(block, channels, dtype, others)
+    return _probed(block, channels, dtype, others) if reach is None else reach
 
 
-def _probed(block: Callable, channels: int, dtype: np.dtype) -> int:
+def _probed(block: Callable, channels: int, dtype: np.dtype, others: Others = ()) -> int:
     for side in _PROBES:
         maps = _maps(side, channels, dtype)
-        run, y = _run_with_stand_ins(block, maps.values)
+        run, y = _run_with_stand_ins(block, maps.values, others)
         reach, furthest = _spread(y, maps, _tolerance(dtype) / 100)
         wide = 2 * reach + _INNER + 2 > side
         if not wide and furthest <= reach:
@@ -202,21 +209,25 @@ def _distance(place: tuple[int, int], differs: np.ndarray) -> int:
     return int(np.abs(found - place).max()) if len(found) else 0
 
 
-def _run_with_stand_ins(block: Callable, maps: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
-    """`block`, compiled, with random numbers for its parameters, since the real ones may be tracers; and its output."""
+def _run_with_stand_ins(
+    block: Callable, maps: np.ndarray, others: Others
+) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
+    """`block`, compiled, with random numbers for its parameters and what else it takes, since the real ones may be
+    tracers; and its output."""
     definition, leaves, tree = _parts(block)
 
     @jax.jit
-    def compiled(leaves, x):
+    def compiled(leaves, x, others):
         own = nnx.merge(definition, tree.unflatten(leaves)) if isinstance(block, nnx.Module) else block
-        return own(x)
+        return own(x, *(jnp.repeat(other, x.shape[0], 0) for other in others))
 
     for positive in (False, True):
 
         def run(x: np.ndarray, positive: bool = positive) -> np.ndarray:
             with jax.ensure_compile_time_eval():
                 stand_ins = [_stand_in(n, leaf.shape, leaf.dtype, positive) for n, leaf in enumerate(leaves)]
-                y = np.asarray(compiled(stand_ins, x).astype(jnp.float32))
+                more = [_stand_in(n, each.shape, each.dtype, positive) for n, each in enumerate(others, len(leaves))]
+                y = np.asarray(compiled(stand_ins, x, more).astype(jnp.float32))
             return y.reshape(*y.shape[:3], -1)
 
         y = run(maps)
@@ -253,11 +264,12 @@ def _culprit(block: Callable) -> str:
     return " (global pooling, attention, noise, or a normalisation over the map)"
 
 
-def window_macs(block: Callable, x: jax.Array | jax.ShapeDtypeStruct, size: int, radius: int) -> float:
-    """MACs that the compact execution spends on one tile of `size` pixels, its border included."""
-    block = views.still(block)
-    closed = windows.trace(block, x.shape, x.dtype)
-    window, inside = windows.window(closed, size, radius)
+def window_macs(block: Callable, x: Tree, size: int, radius: int) -> float:
+    """MACs that the compact execution spends on one tile of `size` pixels of `x`, its border included."""
+    block, x, others = as_map(views.still(block), x)
+    closed = windows.trace(block, x.shape, x.dtype, others)
+    window, inside, more = windows.window(closed, size, radius)
     if not windows.supported(closed, size=size, radius=radius):
-        return cost.macs(block, window)
-    return cost.macs(lambda w, i: windows.run_strip(closed, w, i, size=size, radius=radius), window, inside)
+        return cost.macs(block, window, *more)
+    run = functools.partial(windows.run_strip, closed, size=size, radius=radius)
+    return cost.macs(run, window, inside, more)

@@ -16,6 +16,7 @@ from jax.extend import core as jex
 from jaxtyping import Array, Float, Int
 
 from dynjax.core import windows
+from dynjax.core.arguments import Tree, as_map
 
 _Pixel = tuple[jax.Array, jax.Array]
 """Rows and columns, one a tile."""
@@ -31,10 +32,11 @@ def tile_pixels(keep: Float[Array, "B h w"], size: int, pixels: Sequence[int]) -
 class KeptTiles:
     """What `block` makes of the kept tiles of a map; the others have what `base` has. Made by `kept_tiles`."""
 
-    block: Callable[[Array], Array]
+    block: Callable[..., Array]
     closed: jex.ClosedJaxpr | None  # for strips; None runs the block on whole windows
     source: Float[Array, "B h_ w_ C"]  # the map, at least as large as a window
     base: Float[Array, "B h_ w_ D"]
+    others: tuple[Array, ...]  # what else the block takes, each with the examples as its first axis
     pixels: tuple[int, int]  # height and width of the map
     grid: tuple[int, int]
     order: Int[Array, " tiles"]  # all tiles, the kept ones first
@@ -87,12 +89,13 @@ class KeptTiles:
             windows.cut(self.source, example[k], top[k], left[k], shift=self.closed is not None, **ways)
             for k in range(tiles.size)
         ]
+        others = [other.at[example].get(mode="promise_in_bounds") for other in self.others]
         if self.closed is not None:
             inside = windows.inside(top, left, self.pixels, **ways)
-            y = windows.run_strip(self.closed, lax.concatenate(cuts, 2), inside, **ways)
+            y = windows.run_strip(self.closed, lax.concatenate(cuts, 2), inside, others, **ways)
             starts = [k * window + self.radius for k in range(tiles.size)]
             return [lax.slice_in_dim(y, start, start + self.size, axis=2) for start in starts]
-        y = self.block(lax.concatenate(cuts, 0))
+        y = self.block(lax.concatenate(cuts, 0), *others)
         skip = [
             first - jnp.clip(first - self.radius, 0, n - window)
             for first, n in zip((top, left), self.source.shape[1:3], strict=True)
@@ -115,18 +118,19 @@ class KeptTiles:
 
 
 def kept_tiles(
-    block: Callable[[Array], Array],
-    x: Float[Array, "B H W C"],
+    block: Callable[[Tree], Array],
+    x: Tree,
     keep: Float[Array, "B h w"],
     other: Float[Array, "B H W D"],
     size: int,
     radius: int,
 ) -> KeptTiles | None:
     """The tiles of `x` to compute, `other` elsewhere; None where the map has no room for a window of this block."""
+    block, x, others = as_map(block, x)
     (height, width), (rows, columns), window = x.shape[1:3], keep.shape[1:], size + 2 * radius
     kept = (keep > 0.5).reshape(-1)
     order = jnp.argsort(~kept, stable=True).astype(jnp.int32)
-    closed = windows.trace(block, x.shape, x.dtype)
+    closed = windows.trace(block, x.shape, x.dtype, others)
     stripped = windows.supported(closed, size=size, radius=radius)
     # A map smaller than one window grows to it; the strip's `inside` keeps what was added from counting. Whole windows
     # rely on the block's own padding at the border of the map, so they cannot be larger than the map.
@@ -137,4 +141,4 @@ def kept_tiles(
     source, base = (jnp.pad(a, grow) if grows else a for a in (x, other))
     number = kept.sum(dtype=jnp.int32)
     strips, pixels, grid = closed if stripped else None, (height, width), (rows, columns)
-    return KeptTiles(block, strips, source, base, pixels, grid, order, number, size, radius)
+    return KeptTiles(block, strips, source, base, others, pixels, grid, order, number, size, radius)

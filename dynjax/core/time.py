@@ -13,8 +13,8 @@ from flax import nnx
 from jax import lax
 
 from dynjax.core import views
+from dynjax.core.arguments import Tree
 from dynjax.core.decision import Decision, Linear, record_inside, seen, unseen
-from dynjax.core.execute import Tree
 
 
 @runtime_checkable

@@ -61,14 +61,34 @@ class _Uniform:
     value: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class _PerTile:
+    """A value of the tile's example, (T, ...), what it has for one example after that: the same at its every pixel."""
+
+    value: jax.Array
+
+
 def trace(
-    block: Callable, shape: tuple[int, ...], dtype, pixels: tuple[int, int, int] = (1, _HEIGHT, _WIDTH)
+    block: Callable,
+    shape: tuple[int, ...],
+    dtype,
+    others: Sequence = (),
+    pixels: tuple[int, int, int] = (1, _HEIGHT, _WIDTH),
 ) -> jex.ClosedJaxpr:
-    """The jaxpr of `block` on a map (1, H, W, C); `shape` (..., C) gives the channels."""
-    return jax.make_jaxpr(block)(jax.ShapeDtypeStruct((*pixels, shape[-1]), dtype))
+    """The jaxpr of `block` on a map (1, H, W, C), `shape` (..., C) gives the channels, and others of one example."""
+    more = [jax.ShapeDtypeStruct((pixels[0], *other.shape[1:]), other.dtype) for other in others]
+    return jax.make_jaxpr(block)(jax.ShapeDtypeStruct((*pixels, shape[-1]), dtype), *more)
 
 
-def run_strip(closed: jex.ClosedJaxpr, strip: jax.Array, inside: jax.Array, *, size: int, radius: int) -> jax.Array:
+def run_strip(
+    closed: jex.ClosedJaxpr,
+    strip: jax.Array,
+    inside: jax.Array,
+    others: Sequence[jax.Array] = (),
+    *,
+    size: int,
+    radius: int,
+) -> jax.Array:
     """The block's output (1, size, T * (size + 2 radius), C') on a strip of T windows.
 
     Args:
@@ -76,6 +96,7 @@ def run_strip(closed: jex.ClosedJaxpr, strip: jax.Array, inside: jax.Array, *, s
         strip: (1, size + 2 radius, T * (size + 2 radius), C), the windows side by side, zero outside the map: see
             `cut`.
         inside: same shape with one channel, True where the pixel lies in the map.
+        others: what else the block takes, (T, ...), of each tile's example.
         size: side of a tile, in pixels.
         radius: receptive radius of the block, in pixels.
 
@@ -83,11 +104,14 @@ def run_strip(closed: jex.ClosedJaxpr, strip: jax.Array, inside: jax.Array, *, s
         Unsupported: for an operation that mixes pixels in a way that is not a stride-1 SAME convolution.
         ValueError: if the block reaches further than `radius`.
     """
-    return _rows(_walked(closed, strip, inside, size, radius), 0, size).value
+    return _rows(_walked(closed, strip, inside, others, size, radius), 0, size).value
 
 
-def _walked(closed: jex.ClosedJaxpr, strip: jax.Array, inside: jax.Array, size: int, radius: int) -> _Strip:
-    (out,) = _Walk(inside, size, radius)(closed.jaxpr, closed.consts, [_Strip(strip, (radius, radius), clean=True)])
+def _walked(
+    closed: jex.ClosedJaxpr, strip: jax.Array, inside: jax.Array, others: Sequence, size: int, radius: int
+) -> _Strip:
+    args = [_Strip(strip, (radius, radius), clean=True), *(_PerTile(other[:, None]) for other in others)]
+    (out,) = _Walk(inside, size, radius)(closed.jaxpr, closed.consts, args)
     if not isinstance(out, _Strip):
         raise Unsupported("the block's output does not depend on its input pixel by pixel")
     return out
@@ -102,11 +126,12 @@ def _rows(strip: _Strip, margin: int, size: int) -> _Strip:
     return _Strip(value, (margin, strip.margin[1]), strip.clean)
 
 
-def window(closed: jex.ClosedJaxpr, size: int, radius: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Shapes of a strip of one window and of its `inside`, for `run_strip`."""
-    (spec,), side = closed.in_avals, size + 2 * radius
+def window(closed: jex.ClosedJaxpr, size: int, radius: int) -> tuple:
+    """Shapes of a strip of one window, of its `inside` and of the others of its example, for `run_strip`."""
+    (spec, *others), side = closed.in_avals, size + 2 * radius
     strip = jax.ShapeDtypeStruct((1, side, side, spec.shape[-1]), spec.dtype)
-    return strip, jax.ShapeDtypeStruct((1, side, side, 1), bool)
+    more = [jax.ShapeDtypeStruct(other.shape, other.dtype) for other in others]
+    return strip, jax.ShapeDtypeStruct((1, side, side, 1), bool), more
 
 
 def supported(closed: jex.ClosedJaxpr, *, size: int, radius: int) -> bool:
@@ -118,15 +143,15 @@ def supported(closed: jex.ClosedJaxpr, *, size: int, radius: int) -> bool:
     return True
 
 
-def reach_of(block: Callable, channels: int, dtype, limit: int = 64) -> int | None:
+def reach_of(block: Callable, channels: int, dtype, others: Sequence = (), limit: int = 64) -> int | None:
     """Receptive radius of `block` in pixels, at most `limit`, as its jaxpr tells it.
 
     None if `run_strip` cannot run the block, or it uses the map's size or the batch's.
     """
-    closed, margins = trace(block, (channels,), dtype), list[int]()
+    closed, margins = trace(block, (channels,), dtype, others), list[int]()
 
-    def walk(strip, inside):
-        out = _walked(closed, strip, inside, 1, limit)
+    def walk(strip, inside, others):
+        out = _walked(closed, strip, inside, others, 1, limit)
         margins.extend(out.margin)
         return out.value
 
@@ -134,7 +159,7 @@ def reach_of(block: Callable, channels: int, dtype, limit: int = 64) -> int | No
         jax.eval_shape(walk, *window(closed, 1, limit))
     except (Unsupported, ValueError):
         return None
-    other = trace(block, (channels,), dtype, _OTHER)
+    other = trace(block, (channels,), dtype, others, _OTHER)
     pairs = list(zip(closed.consts, other.consts, strict=False))
     return limit - min(margins) if _alike(closed.jaxpr, other.jaxpr, pairs) else None
 
@@ -188,6 +213,8 @@ class _Walk:
             inner, consts = _inner(eqn)
             return self(inner, consts, args)
         if not any(isinstance(a, _Strip | _Uniform) for a in args):
+            if any(isinstance(a, _PerTile) for a in args):
+                return self.per_tile(eqn, args)
             if name == "broadcast_in_dim" and _is_map(params["shape"]) and not {1, 2} & _filled(eqn, args[0]):
                 shape = (params["shape"][0], 1, 1, *params["shape"][3:])
                 return [_Uniform(lax.broadcast_in_dim(args[0], shape, params["broadcast_dimensions"]))]
@@ -209,7 +236,29 @@ class _Walk:
             raise Unsupported(name)
         return rule(eqn, args)
 
+    def per_tile(self, eqn, args):
+        """What has no pixels, once for each tile; spread over the map it stays one value a tile."""
+        values, axes = [getattr(a, "value", a) for a in args], [0 if isinstance(a, _PerTile) else None for a in args]
+        params, shape = eqn.params, eqn.outvars[0].aval.shape
+        if eqn.primitive.name == "broadcast_in_dim" and _is_map(shape):
+            dims = params["broadcast_dimensions"]
+            if any(d in (1, 2) and n != 1 for d, n in zip(dims, values[0].shape[1:], strict=True)):
+                raise Unsupported("broadcast_in_dim")
+            params = params | dict(shape=(1, 1, 1, *shape[3:]), sharding=None)
+        elif any(_is_map(out.aval.shape) for out in eqn.outvars):
+            raise Unsupported(eqn.primitive.name)
+        outs = jax.vmap(lambda *values: eqn.primitive.bind(*values, **params), axes)(*values)
+        return [_PerTile(out) for out in (outs if eqn.primitive.multiple_results else [outs])]
+
+    def columns(self, value):
+        """A value of each tile, as it lies on a strip: (1, 1, columns, ...)."""
+        tiles, side = value.shape[0], self.inside.shape[1]
+        if value.ndim < 4 or value.shape[1:4] != (1, 1, 1):
+            raise Unsupported("a value of an example that is no map")
+        return jnp.repeat(value.reshape(tiles, *value.shape[4:]), side, 0)[None, None]
+
     def pointwise(self, eqn, args):
+        args = [_Uniform(self.columns(a.value)) if isinstance(a, _PerTile) else a for a in args]
         strips = [a for a in args if isinstance(a, _Strip)]
         if not all(isinstance(a, _Strip | _Uniform) or jnp.shape(a)[1:3] in ((), (1, 1)) for a in args):
             raise Unsupported(eqn.primitive.name)

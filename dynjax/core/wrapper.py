@@ -6,7 +6,7 @@ Letters: B examples, K kinds.
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeGuard, cast, get_args
 
 import jax
@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.core import cost, execute, views
+from dynjax.core.arguments import Tree, bind, called, first, name_of, trains
 from dynjax.core.decision import Block, Decision, Linear, Place, Rule, record, record_inside, seen, unseen
 from dynjax.core.execute import Execution, Strategy
 from dynjax.core.receptive import window_macs
@@ -26,6 +27,7 @@ class Wrapper(nnx.Module):
     execution: Execution = "masked"
     strategy: Strategy = "auto"
     deterministic: bool = False
+    batched: Collection[int | str] | None = None
 
     def set_view(
         self,
@@ -45,6 +47,17 @@ class Wrapper(nnx.Module):
             self.strategy = cast(Strategy, strategy)
         if deterministic is not None:
             self.deterministic = deterministic
+
+    def bind(
+        self, blocks: Sequence[Callable], args: tuple, kwargs: Mapping[str, Any]
+    ) -> tuple[Tree, list[Callable], Tree]:
+        """The first of a call's arguments, and `blocks` as functions of one: of all that belongs to the examples."""
+        x, args, kwargs = called(blocks[0], args, kwargs)
+        found, inputs = [], x
+        for block in blocks:
+            block, inputs = bind(block, x, args, kwargs, self.batched)
+            found.append(block)
+        return x, found, inputs
 
     @property
     def tracing(self) -> bool:
@@ -90,24 +103,24 @@ class Wrapper(nnx.Module):
         excluded = costs.full(most) + sum(inside) - both.full(most)
         record(self, dataclasses.replace(decision, cost=costs, tile=tile, excluded=excluded))
 
-    def account_blocks(self, decision: Decision, blocks: Sequence[Callable], inputs: Sequence[execute.Tree]) -> None:
+    def account_blocks(self, decision: Decision, blocks: Sequence[Callable], inputs: Sequence[Tree]) -> None:
         """Record a decision about whole examples, whose kinds are these blocks on these inputs."""
         if self.tracing:
             own, inside = zip(*(own_macs(block, x) for block, x in zip(blocks, inputs, strict=True)), strict=True)
             self.account(decision, own, own, inside=inside)
 
     def account_tiles(
-        self, decision: Decision, blocks: Sequence[Callable], x: Array, size: int, radii: Sequence[int]
+        self, decision: Decision, blocks: Sequence[Callable], x: Tree, size: int, radii: Sequence[int]
     ) -> None:
         """Record a decision about tiles of `size` pixels of `x`, whose kinds are these blocks of these radii."""
         if self.tracing:
             unit = [window_macs(block, x, size, radius) for block, radius in zip(blocks, radii, strict=True)]
-            self.account(decision, unit, [macs_per_example(block, x) for block in blocks], tile_of(x, size))
+            self.account(decision, unit, [macs_per_example(block, x) for block in blocks], tile_of(first(x), size))
 
     def tiles(
         self,
         block: Callable,
-        x: Array,
+        x: Tree,
         keep: Float[Array, "B h w"],
         size: int,
         radius: int,
@@ -120,11 +133,11 @@ class Wrapper(nnx.Module):
     def samples(
         self,
         block: Callable,
-        x: execute.Tree,
+        x: Tree,
         keep: Float[Array, " B"],
         otherwise: Callable | None = None,
         probability: Float[Array, " B"] | None = None,
-    ) -> execute.Tree:
+    ) -> Tree:
         """`block(x)` for the examples kept and `otherwise(x)` for the others; see `execute.samples`.
 
         Decisions inside `block` come out of it: they are recorded as kept where both they and this one say so, and
@@ -141,7 +154,7 @@ class Wrapper(nnx.Module):
         def opened(x):
             return seen(operator.call, still, x)
 
-        opened.__name__ = type(block).__name__
+        opened.__name__ = name_of(block)
         _, spec = execute.shape_of(opened, x)
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), spec)
         rest = (lambda x: x) if otherwise is None else otherwise
@@ -150,7 +163,7 @@ class Wrapper(nnx.Module):
         return y
 
     def branches(
-        self, blocks: Sequence[Callable], x: Array, choice: Float[Array, "B K"], probability: Float[Array, "B K"]
+        self, blocks: Sequence[Callable], x: Tree, choice: Float[Array, "B K"], probability: Float[Array, "B K"]
     ) -> Array:
         """The block that `choice` picks, per example; see `execute.branches`, and `samples` for decisions inside."""
         run = functools.partial(execute.branches, execution=self.execution, strategy=self.strategy)
@@ -165,9 +178,7 @@ class Wrapper(nnx.Module):
             y = self.samples(block, x, k, lambda _, y=y: y, p)
         return y
 
-    def opened(
-        self, block: Callable, x: execute.Tree, keep: Float[Array, " B"], probability: Float[Array, " B"]
-    ) -> Callable:
+    def opened(self, block: Callable, x: Tree, keep: Float[Array, " B"], probability: Float[Array, " B"]) -> Callable:
         """What gives `block(x)`, which is run here and now; decisions inside are recorded as `samples` says."""
         if not is_dynamic(block):
             return block
@@ -214,6 +225,8 @@ def ready(block: Block, execution: str) -> Block:
         ValueError: for compact execution of a block that still trains: BatchNorm that updates its statistics, dropout.
     """
     if execution == "compact" and isinstance(block, nnx.Module):
+        if flag := trains(block):
+            raise ValueError(f"compact execution cannot train: {name_of(block)} was called with {flag}")
         for path, module in nnx.iter_modules(block):
             training = "updates its statistics" if getattr(module, "use_running_average", None) is False else ""
             training = "draws noise" if getattr(module, "deterministic", None) is False else training
@@ -229,17 +242,17 @@ def ready(block: Block, execution: str) -> Block:
 # What work costs
 
 
-def one_example(x: execute.Tree) -> execute.Tree:
+def one_example(x: Tree) -> Tree:
     """The shapes of one example of `x`, an array or a tree of arrays."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
 
 
-def macs_per_example(block: Callable, x: execute.Tree) -> float:
+def macs_per_example(block: Callable, x: Tree) -> float:
     """MACs of `block` on one example of `x`, all of it computed."""
     return cost.macs(views.still(block), one_example(x))
 
 
-def own_macs(block: Callable, x: execute.Tree) -> tuple[float, float]:
+def own_macs(block: Callable, x: Tree) -> tuple[float, float]:
     """MACs of `block` on one example that no decision inside accounts for, and those that all of these can come to."""
     whole, still = macs_per_example(block, x), views.still(block)
     if not is_dynamic(still):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from dynjax.core.execute import Tree
+from dynjax.core.arguments import Tree
 from dynjax.models.blocks import ConvNorm, pixels
 from dynjax.models.registry import filled
 from dynjax.ops import Exits

@@ -3,8 +3,8 @@
 Letters: B examples, H W pixels, h w tiles, C channels, K classes, S stages.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.core import execute, views, wrapper
+from dynjax.core.arguments import Tree, first, following
 from dynjax.core.decision import PREFIX, Decision
 from dynjax.core.gates import (
     Threshold,
@@ -68,6 +69,7 @@ class Exits(Wrapper):
             arXiv:2006.04152). Deviation: the threshold is taken off the patience, and the largest class probability
             counts as a part of one agreement, which orders examples between whole thresholds and changes nothing at 0.
         size: side of a tile in pixels of the stages' map; None decides per example.
+        batched: as in `Skip`; all stages are called with the same, heads with what the stages give.
 
     Raises:
         ValueError: if numbers of stages and heads differ, or shapes do not agree.
@@ -82,6 +84,7 @@ class Exits(Wrapper):
         at: float = 0.9,
         patience: int = 1,
         size: int | None = None,
+        batched: Collection[int | str] | None = None,
     ):
         if len(stages) != len(heads) or not stages:
             raise ValueError(
@@ -100,14 +103,15 @@ class Exits(Wrapper):
         for part in (*stages, *heads) if size is not None else ():
             wrapper.refuse_nested("Exits per tile", part)
         self.stages, self.heads = nnx.List(stages), nnx.List(heads)
-        self.confidence, self.at, self.patience, self.size = confidence, at, patience, size
+        self.confidence, self.at, self.patience, self.size, self.batched = confidence, at, patience, size, batched
         self.threshold = Threshold(jnp.zeros(()))
 
-    def predictions(self, x: execute.Tree) -> list[Array]:
+    def predictions(self, *args: Any, **kwargs: Any) -> list[Array]:
         """The logits of every head, to train them all; `predictions(x)[k]` under jit runs no stage after the k-th."""
+        x, stages, given = self.bind(self.stages, args, kwargs)
         outs = []
-        for stage, head in zip(self.stages, self.heads, strict=True):
-            x = stage(x)
+        for stage, head in zip(stages, self.heads, strict=True):
+            x = stage(following(given, x))
             outs.append(head(x))
         return outs
 
@@ -142,46 +146,46 @@ class Exits(Wrapper):
         fine = most.repeat(self.size, 1).repeat(self.size, 2)[:, : log_x.shape[1], : log_x.shape[2]]
         return jnp.log(self._mean(jnp.exp(log_x - fine))) + most
 
-    def __call__(self, x: execute.Tree) -> Array:
-        inputs = [x]
-        x = self.stages[0](x)
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
+        _, stages, given = self.bind(self.stages, args, kwargs)
+        last = len(stages) - 1
+        blocks = [_Stage(stage, self.heads[number], last=number == last) for number, stage in enumerate(stages)]
+        inputs, x = [given], stages[0](given)
         out = self.heads[0](x)
         if self.confidence == "patience" and out.ndim != 2:
             raise ValueError(f"confidence='patience' needs logits (B, K) of whole examples; the heads give {out.shape}")
         active = jnp.ones((out.shape[0], *(() if self.size is None else wrapper.grid(x, self.size))), jnp.float32)
         agreed = jnp.zeros((out.shape[0],), jnp.float32)
         keeps, probabilities = [active], [active]
-        for number in range(1, len(self.stages)):
-            inputs.append(x)
+        for block in blocks[1:]:
+            inputs.append(following(given, x))
             doubt = self.doubt(out, agreed)
             # What is drawn by chance is no probability: there the one number that all draws are compared with counts.
             chance = jnp.full_like(doubt, jax.scipy.special.logit(self.at)) if self.confidence == "random" else doubt
             probabilities.append(probabilities[-1] * jax.nn.sigmoid(chance - self.threshold[...]))
             active = active * threshold(doubt, self.threshold[...]) if self.deterministic else active
             keeps.append(active)
-            x, after = self._step(number, x, out, active, probabilities[-1])
+            x, after = self._step(block, inputs[-1], out, active, probabilities[-1])
             if self.confidence == "patience":
                 agreed = (agreed + 1) * (after.argmax(-1) == out.argmax(-1))
             out = after
         if self.tracing:
-            self._account(inputs, x, jnp.stack(keeps, -1), jnp.stack(probabilities, -1))
+            self._account(blocks, inputs, x, jnp.stack(keeps, -1), jnp.stack(probabilities, -1))
         return out
 
-    def _step(self, number, x, out, active, probability):
+    def _step(self, block, x, out, active, probability):
         """One more stage and head where `active`; elsewhere the features pass on if they can, and the logits stay."""
-        block = _Stage(self.stages[number], self.heads[number], last=number == len(self.stages) - 1)
         if self.size is None and block.last:
             return self.samples(block, x, active, lambda _: (None, out), probability)
         spec = execute.shape_of(views.still(block.stage), x)
-        shapes = [jax.tree.map(lambda a: a.shape, tree) for tree in (x, spec)]
-        rest = x if shapes[0] == shapes[1] else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), spec)
+        shapes = [jax.tree.map(lambda a: a.shape, tree) for tree in (first(x), spec)]
+        rest = first(x) if shapes[0] == shapes[1] else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), spec)
         if self.size is None:
             return self.samples(block, x, active, lambda _: (rest, out), probability)
         x = self.tiles(block.stage, x, active, self.size, receptive_radius(block.stage, x), lambda _: rest)
         return x, self.tiles(block.head, x, active, self.size, receptive_radius(block.head, x), lambda _: out)
 
-    def _account(self, inputs, last, keep, probability):
-        stages = [_Stage(stage, head) for stage, head in zip(self.stages, self.heads, strict=True)]
+    def _account(self, stages, inputs, last, keep, probability):
         if self.size is None:
             self.account_blocks(Decision(keep, probability, "example", PREFIX), stages, inputs)
             return
@@ -200,6 +204,6 @@ class _Stage(nnx.Module):
     def __init__(self, stage: Callable, head: Callable, *, last: bool = False):
         self.stage, self.head, self.last = stage, head, last
 
-    def __call__(self, x: execute.Tree) -> tuple[execute.Tree | None, Array]:
+    def __call__(self, x: Tree) -> tuple[Tree | None, Array]:
         features = self.stage(x)
         return None if self.last else features, self.head(features)

@@ -4,14 +4,15 @@ Letters: B examples, H W pixels, h w tiles, C channels, S steps.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Collection
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dynjax.core import execute, views, wrapper
+from dynjax.core.arguments import Examples, Tree, examples_of, first, following
 from dynjax.core.decision import EACH, PREFIX, Decision, Place
 from dynjax.core.gates import straight_through
 from dynjax.core.receptive import receptive_radius, window_macs
@@ -108,12 +109,22 @@ class Halt(Wrapper):
             per tile as if it were run for every step, whatever halts.
         max_steps: S, after which everything stops.
         epsilon: ACT stops once the halting probabilities sum to 1 - epsilon.
+        batched: as in `Skip`; every step is called with the same.
 
     Raises:
         ValueError: if shapes do not agree, `step` is dynamic itself, or "pondernet" is asked for per tile.
     """
 
-    def __init__(self, step: Callable, gate: Callable, max_steps: int, *, kind: Kind = "act", epsilon: float = 0.01):
+    def __init__(
+        self,
+        step: Callable,
+        gate: Callable,
+        max_steps: int,
+        *,
+        kind: Kind = "act",
+        epsilon: float = 0.01,
+        batched: Collection[int | str] | None = None,
+    ):
         wrapper.refuse_nested("Halt", step)
         if kind not in get_args(Kind):
             raise ValueError(f"kind={kind!r} must be 'act', 'pondernet' or 'hard'")
@@ -129,23 +140,25 @@ class Halt(Wrapper):
                 "tile would stay as it is for its neighbours; use kind='act', or a SampleGate"
             )
         self.step, self.gate, self.max_steps, self.kind, self.epsilon = step, gate, max_steps, kind, epsilon
+        self.batched = batched
 
-    def __call__(self, x: execute.Tree) -> execute.Tree:
-        gate = wrapper.ready(self.gate, self.execution)
-        step, start = wrapper.ready(self.step, self.execution), self._start(x)
+    def __call__(self, *args: Any, **kwargs: Any) -> Tree:
+        _, (step,), given = self.bind([self.step], args, kwargs)
         if self.execution == "masked":
             # PonderNet is trained on all of its steps.
-            states, keep, mass = self._masked(start, freeze=self.kind != "pondernet" or self.deterministic)
+            states, keep, mass = self._masked(step, given, freeze=self.kind != "pondernet" or self.deterministic)
             out = states[-1][1]
         else:
-            (_, out, _, _), keep, mass = self._compact(step, gate, start)
-        self._account(x, keep, mass)
+            gate = wrapper.ready(self.gate, self.execution)
+            (_, out, _, _), keep, mass = self._compact(wrapper.ready(step, self.execution), gate, given)
+        self._account(step, given, keep, mass)
         return out
 
-    def predictions(self, x: execute.Tree) -> list[execute.Tree]:
+    def predictions(self, *args: Any, **kwargs: Any) -> list[Tree]:
         """The state after each of the steps, whatever halts (tiles that have halted stay), to train on them all."""
-        states, keep, mass = self._masked(self._start(x), freeze=self.size is not None)
-        self._account(x, keep, mass)
+        _, (step,), given = self.bind([self.step], args, kwargs)
+        states, keep, mass = self._masked(step, given, freeze=self.size is not None)
+        self._account(step, given, keep, mass)
         return [state for state, _ in states]
 
     def weights(self, call: Call) -> Float[Array, "B S"] | None:
@@ -160,16 +173,17 @@ class Halt(Wrapper):
         p = halting_distribution(call.own()[0]) if call.shares is None else call.shares
         return {"ponder": call.mean(kl_to_prior(p, prior))}
 
-    def _start(self, x):
+    def _start(self, step, given):
         """State, output so far, mass left, and what still runs (both per example or tile)."""
-        shapes = [jax.tree.map(lambda a: a.shape, tree) for tree in (x, execute.shape_of(views.still(self.step), x))]
+        x = first(given)
+        shapes = [jax.tree.map(lambda a: a.shape, tree) for tree in (x, execute.shape_of(views.still(step), given))]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"Halt applies a module to what it gave, so it must keep the shape; {type(self.step).__name__} turns "
                 f"{shapes[0]} into {shapes[1]}"
             )
         grid = () if self.size is None else wrapper.grid(x, self.size)
-        ones = jnp.ones((jax.tree.leaves(x)[0].shape[0], *grid), jnp.float32)
+        ones = jnp.ones((examples_of(x), *grid), jnp.float32)
         return x, jax.tree.map(jnp.zeros_like, x), ones, ones
 
     def _advance(self, step, gate, carry, last, freeze):
@@ -192,31 +206,35 @@ class Halt(Wrapper):
         fine = weight if self.size is None else execute.tile_pixels(weight, self.size, x.shape[1:3])
         return execute.weighted(fine, x)
 
-    def _masked(self, carry, freeze):
-        def step(state, run):
+    def _masked(self, step, given, freeze):
+        def run_step(state, run):
+            now = following(given, state)
             if self.size is None:
-                return execute.samples(self.step, state, run)
-            return execute.tiles(self.step, state, run, size=self.size, radius=receptive_radius(self.step, state))
+                return execute.samples(step, now, run)
+            return execute.tiles(step, now, run, size=self.size, radius=receptive_radius(step, now))
 
+        carry = self._start(step, given)
         states, keeps, masses = [], [], []
         for n in range(self.max_steps):
             _, _, mass, active = carry
             keeps.append(active)
             masses.append(mass * active if freeze else mass)
-            carry = self._advance(step, self.gate, carry, n == self.max_steps - 1, freeze)
+            carry = self._advance(run_step, self.gate, carry, n == self.max_steps - 1, freeze)
             states.append(carry[:2])
         return states, jnp.stack(keeps, -1), jnp.stack(masses, -1)
 
-    def _compact(self, step, gate, start):
-        size, strategy = self.size, self.strategy
-        radius = 0 if size is None else receptive_radius(step, start[0])
+    def _compact(self, step, gate, given):
+        size, strategy, start = self.size, self.strategy, self._start(step, given)
+        radius = 0 if size is None else receptive_radius(step, given)
+        others = given.others if isinstance(given, Examples) else ()
 
-        def run_step(state, run):
-            if size is None:
-                return step(state)
-            return execute.tiles(step, state, run, size=size, radius=radius, execution="compact", strategy=strategy)
+        def advance(carry, others, last):
+            def run_step(state, run):
+                now = given._replace(first=state, others=others) if isinstance(given, Examples) else state
+                if size is None:
+                    return step(now)
+                return execute.tiles(step, now, run, size=size, radius=radius, execution="compact", strategy=strategy)
 
-        def advance(carry, last):
             return self._advance(run_step, gate, carry, last, freeze=True)
 
         def body(loop):
@@ -227,10 +245,19 @@ class Halt(Wrapper):
 
             def one_by_one():
                 some = active.reshape(active.shape[0], -1).max(1)
-                return execute.samples(now, carry, some, execution="compact", strategy=strategy)
+                return execute.samples(
+                    lambda both: now(*both),
+                    (carry, others),
+                    some,
+                    otherwise=lambda both: both[0],
+                    execution="compact",
+                    strategy=strategy,
+                )
 
             # A CPU takes the examples one by one, and of each the tiles; others take the tiles of all examples at once.
-            new = one_by_one() if size is None else execute.by_platform(strategy, one_by_one, lambda: now(carry))
+            new = (
+                one_by_one() if size is None else execute.by_platform(strategy, one_by_one, lambda: now(carry, others))
+            )
             return n + 1, new, keeps, masses
 
         def goes_on(loop):
@@ -240,14 +267,14 @@ class Halt(Wrapper):
         _, carry, keeps, masses = jax.lax.while_loop(goes_on, body, (jnp.int32(0), start, none, none))
         return carry, jnp.moveaxis(keeps, 0, -1), jnp.moveaxis(masses, 0, -1)
 
-    def _account(self, x, keep, mass):
+    def _account(self, step, given, keep, mass):
         if not self.tracing:
             return
-        whole, tile = wrapper.macs_per_example(self.step, x), None
+        whole, tile = wrapper.macs_per_example(step, given), None
         if self.size is None:
-            unit = whole = whole + wrapper.macs_per_example(self.gate, x)
+            unit = whole = whole + wrapper.macs_per_example(self.gate, first(given))
         else:
-            unit = window_macs(self.step, x, self.size, receptive_radius(self.step, x))
-            tile = wrapper.tile_of(x, self.size)
+            unit = window_macs(step, given, self.size, receptive_radius(step, given))
+            tile = wrapper.tile_of(first(given), self.size)
         decision = Decision(straight_through(keep, mass), mass, self.place, PREFIX)
         self.account(decision, (unit,) * self.max_steps, (whole,) * self.max_steps, tile)

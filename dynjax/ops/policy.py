@@ -4,13 +4,15 @@ Letters: B examples, K blocks that can be skipped.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from dynjax.core.arguments import Tree, examples_of, following
 from dynjax.core.decision import EACH, Decision
 from dynjax.core.training import Call
 from dynjax.core.wrapper import Wrapper
@@ -37,6 +39,7 @@ class PolicySkip(Wrapper):
         otherwise: by a block's number, what to run for the examples that skip it (by default they pass unchanged): a
             cheap module where the block changes the shape. Always run, so its cost is static.
         straight_through: whether the gate is trained through what its blocks do; False leaves that to REINFORCE.
+        batched: as in `Skip`; all blocks are called with the same.
 
     Raises:
         ValueError: if numbers or shapes do not agree.
@@ -50,6 +53,7 @@ class PolicySkip(Wrapper):
         skip: Sequence[int] | None = None,
         otherwise: Mapping[int, Callable] | None = None,
         straight_through: bool = True,
+        batched: Collection[int | str] | None = None,
     ):
         skip, otherwise = tuple(range(len(blocks)) if skip is None else skip), otherwise or {}
         if not skip or list(skip) != sorted(set(skip)) or not 0 <= skip[0] <= skip[-1] < len(blocks):
@@ -58,7 +62,7 @@ class PolicySkip(Wrapper):
             raise ValueError(f"otherwise is for the blocks {sorted(otherwise)}, and skip={skip} has not all of them")
         self.blocks, self.gate, self.skip = nnx.List(blocks), gate, skip
         self.otherwise = nnx.Dict({str(number): module for number, module in otherwise.items()})
-        self.straight_through = straight_through
+        self.straight_through, self.batched = straight_through, batched
         self.held = Held(jnp.zeros((len(skip),), bool))
 
     def schedule(self, progress: Float[Array, ""] | float) -> None:
@@ -81,23 +85,25 @@ class PolicySkip(Wrapper):
         ]
         return {"reinforce": reinforce_loss(log_probability(drawn), *rewards)}
 
-    def __call__(self, x: Float[Array, "B ..."]) -> Array:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tree:
+        x, blocks, given = self.bind(self.blocks, args, kwargs)
         hint = f"use ChannelGate(features, {len(self.skip)}, rngs=rngs), or FixedGate(keep, rule=EACH)"
-        shape = (x.shape[0], len(self.skip))
+        shape = (examples_of(x), len(self.skip))
         decision = self.expect(self.gate(x), "example", EACH, shape, hint)
         keep, probability = (jnp.where(self.held[...][None], 1, a) for a in (decision.keep, decision.probability))
         decision = dataclasses.replace(decision, keep=keep, probability=probability)
         keep = decision.keep if self.straight_through else jax.lax.stop_gradient(decision.keep)
         inputs = []
-        for number, block in enumerate(self.blocks):
+        for number, block in enumerate(blocks):
+            now = following(given, x)
             if number not in self.skip:
-                x = block(x)
+                x = block(now)
                 continue
-            inputs.append(x)
+            inputs.append(now)
             which = self.skip.index(number)
             otherwise = self.otherwise.get(str(number))
-            x = self.samples(block, x, keep[:, which], otherwise, decision.probability[:, which])
-        self.account_blocks(decision, [self.blocks[number] for number in self.skip], inputs)
+            x = self.samples(block, now, keep[:, which], otherwise, decision.probability[:, which])
+        self.account_blocks(decision, [blocks[number] for number in self.skip], inputs)
         return x
 
 

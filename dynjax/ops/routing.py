@@ -5,8 +5,8 @@ Letters: B examples, H W pixels, C D channels, h w tiles, K branches, P paths.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.core import execute, views, wrapper
+from dynjax.core.arguments import Tree, examples_of
 from dynjax.core.decision import EACH, ONE, Decision
 from dynjax.core.receptive import receptive_radius
 from dynjax.core.wrapper import Wrapper
@@ -30,31 +31,33 @@ class Select(Wrapper):
             dynamic modules.
         gate: gives a one-hot decision of shape (B, K), or (B, h, w, K), for example
             `BranchGate(channels, K, rngs=rngs)`.
+        batched: as in `Skip`; all blocks are called with the same.
 
     Raises:
         ValueError: if shapes do not agree or, per tile, a block is dynamic itself.
     """
 
-    def __init__(self, blocks: Sequence[Callable], gate: Callable):
+    def __init__(self, blocks: Sequence[Callable], gate: Callable, *, batched: Collection[int | str] | None = None):
         if not blocks:
             raise ValueError("Select needs at least one module; blocks is empty")
         for block in blocks if wrapper.tile_size(gate) is not None else ():
             wrapper.refuse_nested("Select per tile", block)
-        self.blocks, self.gate = nnx.List(blocks), gate
+        self.blocks, self.gate, self.batched = nnx.List(blocks), gate, batched
 
-    def __call__(self, x: Float[Array, "B ..."]) -> Array:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tree:
+        x, blocks, inputs = self.bind(self.blocks, args, kwargs)
         size = wrapper.tile_size(self.gate)
-        shape = (x.shape[0], *(() if size is None else wrapper.grid(x, size)), len(self.blocks))
-        hint = f"use BranchGate(channels, {len(self.blocks)}, size={size}, rngs=rngs)"
+        shape = (examples_of(x), *(() if size is None else wrapper.grid(x, size)), len(blocks))
+        hint = f"use BranchGate(channels, {len(blocks)}, size={size}, rngs=rngs)"
         decision = self.expect(self.gate(x), "example" if size is None else "tile", ONE, shape, hint)
         if size is None:
-            self.account_blocks(decision, self.blocks, [x] * len(self.blocks))
-            return self.branches(self.blocks, x, decision.keep, decision.probability)
-        radii = [receptive_radius(block, x) for block in self.blocks]
-        self.account_tiles(decision, self.blocks, x, size, radii)
-        blocks = [wrapper.ready(block, self.execution) for block in self.blocks]
+            self.account_blocks(decision, blocks, [inputs] * len(blocks))
+            return self.branches(blocks, inputs, decision.keep, decision.probability)
+        radii = [receptive_radius(block, inputs) for block in blocks]
+        self.account_tiles(decision, blocks, inputs, size, radii)
+        blocks = [wrapper.ready(block, self.execution) for block in blocks]
         return execute.branches(
-            blocks, x, decision.keep, size=size, radius=radii, execution=self.execution, strategy=self.strategy
+            blocks, inputs, decision.keep, size=size, radius=radii, execution=self.execution, strategy=self.strategy
         )
 
 

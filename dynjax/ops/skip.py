@@ -3,10 +3,10 @@
 Letters: B examples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
-from jaxtyping import Array, Float
-
+from dynjax.core.arguments import Tree, examples_of
 from dynjax.core.decision import EACH
 from dynjax.core.wrapper import Wrapper
 
@@ -19,19 +19,31 @@ class Skip(Wrapper):
     so it may be any module that keeps its input's shape (or has that of `otherwise`).
 
     Args:
-        block: what to skip, (B, ...) to (B, ...); it may hold dynamic modules.
+        block: what to skip, (B, ...) to (B, ...), or trees of these; it may hold dynamic modules.
         gate: gives a decision of shape (B,), for example `SampleGate(channels, rngs=rngs)`.
-        otherwise: a cheap module for the examples not kept; always run, so its cost is static.
+        otherwise: a cheap module for the examples not kept, (B, ...) alone; always run, so its cost is static.
+        batched: places (1 is that after x) and names of what else the block is called with that has the examples as its
+            first axis. Left out, every array is one that has as many of them as x.
+
+    Called as the block is; what comes after x goes to the block alone.
 
     Raises:
         ValueError: if shapes do not agree or, compact, `block` mixes the examples of a batch.
     """
 
-    def __init__(self, block: Callable, gate: Callable, *, otherwise: Callable | None = None):
-        self.block, self.gate, self.otherwise = block, gate, otherwise
+    def __init__(
+        self,
+        block: Callable,
+        gate: Callable,
+        *,
+        otherwise: Callable | None = None,
+        batched: Collection[int | str] | None = None,
+    ):
+        self.block, self.gate, self.otherwise, self.batched = block, gate, otherwise, batched
 
-    def __call__(self, x: Float[Array, "B ..."]) -> Array:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tree:
+        x, (block,), inputs = self.bind([self.block], args, kwargs)
         hint = "use SampleGate, or FixedGate of shape (B,)"
-        decision = self.expect(self.gate(x), "example", EACH, (x.shape[0],), hint)
-        self.account_blocks(decision, [self.block], [x])
-        return self.samples(self.block, x, decision.keep, self.otherwise, decision.probability)
+        decision = self.expect(self.gate(x), "example", EACH, (examples_of(x),), hint)
+        self.account_blocks(decision, [block], [inputs])
+        return self.samples(block, inputs, decision.keep, self.otherwise, decision.probability)

@@ -3,7 +3,8 @@
 Letters: B examples, H W pixels, h w tiles, C channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 from jaxtyping import Array, Float
 
@@ -29,6 +30,8 @@ class Tiles(Wrapper):
             not C.
         radius: pixels of border that are computed around a tile, at least the block's receptive radius, which is taken
             where it is left out.
+        batched: as in `Skip`. Of what has the examples as its first axis, maps of the same height and width are cut as
+            x is; anything else, such as what FiLM scales by, goes with the tiles of its example.
 
     Raises:
         ValueError: for a block that tiles would make wrong: global pooling, attention, normalisation or comparison over
@@ -37,7 +40,13 @@ class Tiles(Wrapper):
     """
 
     def __init__(
-        self, block: Callable, gate: Callable, *, otherwise: Callable | None = None, radius: int | None = None
+        self,
+        block: Callable,
+        gate: Callable,
+        *,
+        otherwise: Callable | None = None,
+        radius: int | None = None,
+        batched: Collection[int | str] | None = None,
     ):
         wrapper.refuse_nested("Tiles", block)
         size = wrapper.tile_size(gate)
@@ -49,15 +58,17 @@ class Tiles(Wrapper):
         if radius is not None and radius < 0:
             raise ValueError(f"radius={radius} must be at least 0 pixels, or None to have it found")
         self.block, self.gate, self.otherwise = block, gate, otherwise
-        self.size, self.radius = size, radius
+        self.size, self.radius, self.batched = size, radius, batched
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-        if x.ndim != 4:
-            raise ValueError(f"Tiles needs maps (B, H, W, C) and was given shape {x.shape}: is the batch axis missing?")
+    def __call__(self, *args: Any, **kwargs: Any) -> Float[Array, "B H W D"]:
+        x, (block,), inputs = self.bind([self.block], args, kwargs)
+        if getattr(x, "ndim", 0) != 4:
+            shape = getattr(x, "shape", type(x).__name__)
+            raise ValueError(f"Tiles needs maps (B, H, W, C) and was given shape {shape}: is the batch axis missing?")
         size = self.size
         hint = f"tiles of {size} pixels on {x.shape[1]}x{x.shape[2]}"
         decision = self.expect(self.gate(x), "tile", EACH, (x.shape[0], *wrapper.grid(x, size)), hint)
-        reach = receptive_radius(self.block, x)
+        reach = receptive_radius(block, inputs)
         radius = reach if self.radius is None else self.radius
         if radius < reach:
             raise ValueError(
@@ -65,11 +76,11 @@ class Tiles(Wrapper):
                 "out to have it found"
             )
         if self.otherwise is None:
-            out = execute.shape_of(views.still(self.block), x).shape
+            out = execute.shape_of(views.still(block), inputs).shape
             if out[-1] != x.shape[-1]:
                 raise ValueError(
                     f"Tiles: {type(self.block).__name__} turns {x.shape[-1]} channels into {out[-1]}, so a tile cannot "
                     f"pass unchanged: give an otherwise=, for example nnx.Linear({x.shape[-1]}, {out[-1]}, rngs=rngs)"
                 )
-        self.account_tiles(decision, [self.block], x, size, [radius])
-        return self.tiles(self.block, x, decision.keep, size, radius, self.otherwise)
+        self.account_tiles(decision, [block], inputs, size, [radius])
+        return self.tiles(block, inputs, decision.keep, size, radius, self.otherwise)

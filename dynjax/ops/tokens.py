@@ -3,10 +3,12 @@
 Letters: B examples, T tokens, C features, N tokens that are gathered.
 """
 
+import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from dynjax.core import cost, execute, views, wrapper
+from dynjax.core import execute, wrapper
+from dynjax.core.arguments import Examples, Tree, following
 from dynjax.core.decision import EACH, Decision
 from dynjax.core.gates import Gate, GateParam, Threshold, check_features, threshold, top_k
 from dynjax.core.training import Call
@@ -79,21 +82,23 @@ class MixtureOfDepths(Wrapper):
             C). It may depend on the tokens' order (a causal mask), but not on their number and places: positions belong
             into the features.
         gate: gives a decision of shape (B, T), for example `TokenGate(features, capacity=0.125, rngs=rngs)`.
+        batched: as in `Skip`; it is called as `block` is, without the mask. Of what has the examples as its first axis,
+            arrays (B, T, ...) are gathered as the tokens are.
 
     Raises:
         ValueError: if shapes do not agree, or `block` takes no mask or is dynamic itself.
     """
 
-    def __init__(self, block: Callable, gate: Callable):
+    def __init__(self, block: Callable, gate: Callable, *, batched: Collection[int | str] | None = None):
         wrapper.refuse_nested("MixtureOfDepths", block)
         try:
-            inspect.signature(block).bind(None, None)
+            inspect.signature(block).bind_partial(None, None)
         except TypeError as error:
             raise ValueError(
                 "MixtureOfDepths calls block(x, mask), with mask (B, N) True for the tokens that others may look at; "
                 f"{type(block).__name__} takes no such arguments: wrap it in a function that does"
             ) from error
-        self.block, self.gate = block, gate
+        self.block, self.gate, self.batched = block, gate, batched
 
     def terms(self, call: Call) -> dict[str, Array]:
         """`selection`, the cross-entropy between what the gate chose and what its probability foretold.
@@ -107,61 +112,94 @@ class MixtureOfDepths(Wrapper):
             losses.append(-(chosen * jnp.log(p) + (1 - chosen) * jnp.log1p(-p)).mean())
         return {"selection": jnp.stack(losses).mean()} if losses else {}
 
-    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+    def __call__(self, x: Float[Array, "B T C"], *args: Any, **kwargs: Any) -> Float[Array, "B T C"]:
         tokens = x.shape[1]
+        _, (block,), given = self.bind([_Masked(self.block)], ((x,), *args), kwargs)
         hint = f"use TokenGate({x.shape[-1]}, capacity=0.125, rngs=rngs), or FixedGate(keep, place='token')"
         decision = self.expect(self.gate(x), "token", EACH, x.shape[:2], hint)
         if self.tracing:
-            seen = jax.ShapeDtypeStruct((1, tokens), bool)
-            whole = cost.macs(views.still(self.block), wrapper.one_example(x), seen)
+            seen = jax.ShapeDtypeStruct(x.shape[:2], bool)
+            whole = wrapper.macs_per_example(block, following(given, (x, seen)))
             self.account(decision, (whole / tokens,), (whole,))
-        block = wrapper.ready(self.block, self.execution)
+        run = _Tokens(wrapper.ready(block, self.execution), given)
         keep = lax.stop_gradient(decision.keep)
         number = self.gate.number(tokens) if hasattr(self.gate, "number") else None
         if number is not None:
-            return _gathered(block, x, keep, decision.probability, number)
+            return run.gathered(x, keep, decision.probability, _others(given), number)
         if self.execution == "masked":
-            return _mixed(block, x, keep, decision.probability)
-        return _compact(block, x, keep, decision.probability, self.strategy)
+            return run.mixed(x, keep, decision.probability, _others(given))
+        return run.compact(x, keep, decision.probability, _others(given), self.strategy)
 
 
-def _mixed(block: Callable, x: jax.Array, keep: jax.Array, weight: jax.Array) -> jax.Array:
-    """All of x through the block, of which only the kept tokens are seen and changed."""
-    kept = keep > 0.5
-    y = block(x, kept)
-    if y.shape != x.shape:
-        raise ValueError(f"the block of MixtureOfDepths gives shape {y.shape} for {x.shape}; it must keep the shape")
-    # A token left out that may look at no other can come out of attention as no number, also for the gradient of r.
-    change = execute.finite(y.astype(x.dtype) - x, unless=kept[..., None])
-    return jnp.where(kept[..., None], x + weight.astype(x.dtype)[..., None] * change, x)
+class _Masked(nnx.Module):
+    """A block of tokens and a mask as one of both together."""
+
+    def __init__(self, block: Callable):
+        self.block = block
+
+    def __call__(self, both: tuple[Array, Array], *args: Any, **kwargs: Any) -> Array:
+        return self.block(*both, *args, **kwargs)
 
 
-def _gathered(block: Callable, x: jax.Array, keep: jax.Array, weight: jax.Array, number: int) -> jax.Array:
-    """As `_mixed`, from `number` tokens of each example, among which are all that are kept, in their order."""
-    # Of equals top_k takes the first: the kept in their order, then others, which the block must not look at.
-    chosen = lax.top_k((keep > 0.5).astype(jnp.float32), number)[1]
-    keep, weight = (jnp.take_along_axis(a, chosen, 1) for a in (keep, weight))
-    y = _mixed(block, jnp.take_along_axis(x, chosen[..., None], 1), keep, weight)
-    at = x.at[jnp.arange(x.shape[0])[:, None], chosen]
-    return at.set(y, unique_indices=True, mode="promise_in_bounds")
+def _others(given: Tree) -> tuple[Array, ...]:
+    return given.others if isinstance(given, Examples) else ()
 
 
-def _compact(block: Callable, x: jax.Array, keep: jax.Array, weight: jax.Array, strategy: str) -> jax.Array:
-    def several(x, keep, weight):
-        """With the smallest capacity that holds what any example keeps."""
-        number = (keep > 0.5).sum(1, dtype=jnp.int32).max()
-        run = functools.partial(_gathered, block, x, keep, weight)
-        return execute.smallest_bucket(number, x.shape[1], run, lambda: _mixed(block, x, keep, weight), x)
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """The block on tokens x (B, T, C), of which `keep` (B, T) are seen and changed, with weight (B, T)."""
 
-    def one_by_one():
-        if x.shape[0] == 1:
-            return several(x, keep, weight)
+    block: Callable
+    given: Tree
 
-        def loop():
-            return lax.map(lambda each: several(*(a[None] for a in each))[0], (x, keep, weight))
+    def mixed(self, x: jax.Array, keep: jax.Array, weight: jax.Array, others: tuple[jax.Array, ...]) -> jax.Array:
+        """All of x through the block."""
+        kept = keep > 0.5
+        both = (x, kept)
+        y = self.block(self.given._replace(first=both, others=others) if isinstance(self.given, Examples) else both)
+        if y.shape != x.shape:
+            raise ValueError(
+                f"the block of MixtureOfDepths gives shape {y.shape} for {x.shape}; it must keep the shape"
+            )
+        # A token left out that may look at no other can come out of attention as no number, also for the gradient of r.
+        change = execute.finite(y.astype(x.dtype) - x, unless=kept[..., None])
+        return jnp.where(kept[..., None], x + weight.astype(x.dtype)[..., None] * change, x)
 
-        # Where nearly all are kept, one launch is faster than as many as there are examples.
-        nearly_all = (keep > 0.5).sum(dtype=jnp.int32) > execute.BREAK_EVEN_SAMPLES * keep.size
-        return lax.cond(nearly_all, lambda: _mixed(block, x, keep, weight), loop)
+    def gathered(
+        self, x: jax.Array, keep: jax.Array, weight: jax.Array, others: tuple[jax.Array, ...], number: int
+    ) -> jax.Array:
+        """As `mixed`, from `number` tokens of each example, among which are all that are kept, in their order."""
+        # Of equals top_k takes the first: the kept in their order, then others, which the block must not look at.
+        chosen = lax.top_k((keep > 0.5).astype(jnp.float32), number)[1]
 
-    return execute.by_platform(strategy, one_by_one, lambda: several(x, keep, weight))
+        def taken(a: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(a, chosen.reshape(*chosen.shape, *(1,) * (a.ndim - 2)), 1)
+
+        others = tuple(taken(each) if each.shape[:2] == x.shape[:2] else each for each in others)
+        y = self.mixed(taken(x), taken(keep), taken(weight), others)
+        at = x.at[jnp.arange(x.shape[0])[:, None], chosen]
+        return at.set(y, unique_indices=True, mode="promise_in_bounds")
+
+    def compact(
+        self, x: jax.Array, keep: jax.Array, weight: jax.Array, others: tuple[jax.Array, ...], strategy: str
+    ) -> jax.Array:
+        def several(x, keep, weight, others):
+            """With the smallest capacity that holds what any example keeps."""
+            number = (keep > 0.5).sum(1, dtype=jnp.int32).max()
+            run = functools.partial(self.gathered, x, keep, weight, others)
+            return execute.smallest_bucket(number, x.shape[1], run, lambda: self.mixed(x, keep, weight, others), x)
+
+        tree = x, keep, weight, others
+
+        def one_by_one():
+            if x.shape[0] == 1:
+                return several(*tree)
+
+            def loop():
+                return lax.map(lambda each: several(*jax.tree.map(lambda a: a[None], each))[0], tree)
+
+            # Where nearly all are kept, one launch is faster than as many as there are examples.
+            nearly_all = (keep > 0.5).sum(dtype=jnp.int32) > execute.BREAK_EVEN_SAMPLES * keep.size
+            return lax.cond(nearly_all, lambda: self.mixed(*tree), loop)
+
+        return execute.by_platform(strategy, one_by_one, lambda: several(*tree))
