@@ -198,7 +198,7 @@ def test_tokens_are_gathered_with_what_belongs_to_them():
 def test_flags_and_random_numbers_are_passed_on_as_they_are():
     model, x = dj.Skip(make(FiLM), dj.FixedGate(KEEP)), image(5, 6, 6, CHANNELS)
     rngs = nnx.Rngs(dropout=0)
-    y, trace = dj.traced(model)(x, vectors(), training=True, rngs=rngs)
+    y, _ = dj.traced(model)(x, vectors(), training=True, rngs=rngs)
     assert int(rngs.dropout.count[...]) == 1, "drawn from once: what is only looked at draws from copies"
     assert float(jnp.abs(y - model(x, vectors())).max()) > 0.1
     with pytest.raises(ValueError, match="compact execution cannot train: FiLM was called with training=True"):

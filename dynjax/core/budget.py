@@ -108,7 +108,7 @@ def set_threshold(model: nnx.Module, value: Float[Array, ""] | float | int) -> N
     """Set the threshold of all gates, a logit: higher keeps less. `value` may be traced."""
     for _, threshold in nnx.iter_graph(model):
         if isinstance(threshold, Threshold):
-            threshold[...] = jnp.asarray(value, jnp.float32)
+            threshold.set_value(jnp.asarray(value, jnp.float32))
 
 
 def sampled_threshold(target: Float[Array, ""] | float | int) -> Float[Array, ""]:

@@ -98,7 +98,8 @@ class Decision:
 
     A gate fills these; the wrapper that executes the decision, which takes its own place and rule alone, adds `cost`
     and, where there are tiles, `tile`: their sides as shares of the map's height and width. `excluded` is what the
-    decisions inside together count too much where they are in kinds that exclude each other.
+    decisions inside together count too much where they are in kinds that exclude each other. `folded` is how many of
+    its examples, which follow one another, are one of the model's: the frames of a clip, the patches of a picture.
     """
 
     # Any: in trees of shapes, or while JAX maps over one, the leaves are no arrays.
@@ -109,15 +110,37 @@ class Decision:
     cost: Cost = dataclasses.field(default=Linear(), metadata=dict(static=True))
     tile: tuple[float, float] | None = dataclasses.field(default=None, metadata=dict(static=True))
     excluded: float = dataclasses.field(default=0.0, metadata=dict(static=True))
+    folded: int = dataclasses.field(default=1, metadata=dict(static=True))
 
     @property
     def full_macs(self) -> float:
-        """MACs per example with everything kept; of kinds that exclude each other, the dearest."""
-        return self.cost.full(self.rule.most)
+        """MACs per example of the model with everything kept; of kinds that exclude each other, the dearest."""
+        return self.folded * self.cost.full(self.rule.most)
+
+    @property
+    def masked_macs(self) -> float:
+        """MACs per example of the model that the masked execution computes, whatever is kept."""
+        return self.folded * self.cost.masked
 
     def macs(self) -> Float[Array, " B"]:
-        """MACs spent per example; the gradient reaches the gate through `keep`."""
-        return self.cost(self.units(self.keep).sum(1))
+        """MACs spent per example of the model; the gradient reaches the gate through `keep`."""
+        return self.of_model(self.cost(self.units(self.keep).sum(1)))
+
+    def of_model(self, values: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Sums of what there is for each example decided about, over those that are one of the model's."""
+        return values.reshape(-1, self.folded, *values.shape[1:]).sum(1) if self.folded > 1 else values
+
+    def fold(self, examples: int) -> "Decision":
+        """The same, as one about so many examples of a model.
+
+        Raises:
+            ValueError: if it is about no multiple of them.
+        """
+        decided = self.keep.shape[0]
+        if decided % examples:
+            raise ValueError(f"a decision about {decided} examples is no sum over the {examples} of the model")
+        times = decided // examples
+        return dataclasses.replace(self, folded=times, excluded=times * self.excluded) if times > 1 else self
 
     def units(self, chosen: Float[Array, "..."]) -> Float[Array, "B units kinds"]:
         """What is like `keep`, with every place of one example on one axis and the kinds (or 1) on the last."""
@@ -175,12 +198,10 @@ def unseen(block: Block) -> Block:
     return block
 
 
-def seen(run: Callable, module: nnx.Module, /, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Decision]]:
-    """What `run(module, ...)` gives, and the decisions taken in it by the path of their module ("a/b#1": its second).
-
-    Raises:
-        ValueError: for a decision inside a function that JAX transforms, out of which it does not come.
-    """
+def captured(
+    kind: type[nnx.Variable], run: Callable, module: nnx.Module, /, *args: Any, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """What `run(module, ...)` gives, and what was sown as `kind`, by the path of its module ("a/b#1": its second)."""
     # A view shares the variables but is made of new modules: capturing writes to modules, which those of an outer
     # trace refuse.
     module = nnx.view(module, raise_if_not_found=False)
@@ -193,17 +214,27 @@ def seen(run: Callable, module: nnx.Module, /, *args: Any, **kwargs: Any) -> tup
                 del each.__captures__
         return run(module, *args, **kwargs)
 
+    output, state = nnx.capture(call, kind)(module, *args, **kwargs)
+    found: dict[str, Any] = {}
+    for path, variable in nnx.to_flat_state(state):
+        calls = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+        name = "/".join(map(str, path[:-1]))
+        found |= {name if not number else f"{name}#{number}": each for number, each in enumerate(calls)}
+    return output, found
+
+
+def seen(run: Callable, module: nnx.Module, /, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Decision]]:
+    """What `run(module, ...)` gives, and the decisions taken in it by the path of their module ("a/b#1": its second).
+
+    Raises:
+        ValueError: for a decision inside a function that JAX transforms, out of which it does not come.
+    """
     made: list[tuple[str, Any]] = []
     token = _made.set(made)
     try:
-        output, captured = nnx.capture(call, Decisions)(module, *args, **kwargs)
+        output, decisions = captured(Decisions, run, module, *args, **kwargs)
     finally:
         _made.reset(token)
-    decisions: dict[str, Decision] = {}
-    for path, variable in nnx.to_flat_state(captured):
-        calls = variable.get_value() if isinstance(variable, nnx.Variable) else variable
-        name = "/".join(map(str, path[:-1]))
-        decisions |= {name if not number else f"{name}#{number}": each for number, each in enumerate(calls)}
     # nnx.scan and the like merge copies of modules, on which decisions are recorded and lost.
     lost = Counter(likeness for _, likeness in made) - Counter(map(_likeness, decisions.values()))
     for kind, likeness in made:

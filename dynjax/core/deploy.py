@@ -1,4 +1,4 @@
-"""The model as it is used: thresholds solved for a budget, compact execution, no noise.
+"""The model as it is used: thresholds solved for a budget, checked, measured; see `deployed` for how it is called.
 
 Letters: B examples.
 """
@@ -14,7 +14,10 @@ import numpy as np
 from flax import nnx
 
 from dynjax.core import budget as budgets
+from dynjax.core import check as checks
 from dynjax.core import views
+from dynjax.core.deployed import Deployed, apart, together
+from dynjax.core.devices import automatic
 from dynjax.core.trace import Trace, traced
 
 
@@ -33,104 +36,94 @@ class Report:
     max: float
     full: float
     """MACs of an example with everything kept, a mean like `mean` where pictures differ in size."""
+    times: checks.Times | None = None
+    """Milliseconds, if they were asked for."""
 
     def __str__(self) -> str:
         met = "met" if self.met else "NOT met"
-        return (
+        macs = (
             f"budget {self.budget:.0%} {met}: mean {self.mean / 1e6:.1f} MMAC ({self.mean / self.full:.1%} of "
             f"{self.full / 1e6:.1f}), p95 {self.p95 / 1e6:.1f}, max {self.max / 1e6:.1f}"
         )
-
-
-class Deployed(nnx.Module):
-    """A model that skips for real: call it, alone or under `jax.jit`. `report` says what its budget came to.
-
-    A call by itself is compiled, once for each shape of its arrays and each value of its other arguments.
-    """
-
-    def __init__(self, model: nnx.Module, report: Report):
-        self.model, self.report = model, report
-
-    def __call__(self, *args, **kwargs):
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        arrays = [leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else None for leaf in leaves]
-        # With their types: 1 equals True and 1.0.
-        others = [None if array is not None else (type(leaf), leaf) for leaf, array in zip(leaves, arrays, strict=True)]
-        graphdef, state = nnx.split(self.model)
-        fixed = graphdef, tree, tuple(others)
-        try:
-            hash(fixed)
-        except TypeError:  # nothing that is compiled could be found again
-            return self.model(*args, **kwargs)
-        output, changed = _compiled(fixed, state, arrays)
-        nnx.update(self.model, changed)
-        return output
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _compiled(fixed, state, arrays):
-    """The output, and the variables that the call changed: decisions, while a trace is taken."""
-    graphdef, tree, others = fixed
-    leaves = [array if other is None else other[1] for array, other in zip(arrays, others, strict=True)]
-    args, kwargs = tree.unflatten(leaves)
-    return views.changed(nnx.merge(graphdef, state, copy=True), *args, **kwargs)
+        return macs if self.times is None else f"{macs}; {self.times}"
 
 
 def deploy(
-    model: nnx.Module, budget: float | int, calibration: Iterable, *, run: Callable[[Any, Any], Any] | None = None
+    model: nnx.Module,
+    budget: float | int,
+    calibration: Iterable,
+    *,
+    run: Callable[[Any, Any], Any] | None = None,
+    method: str = "__call__",
+    axis: str | None = None,
+    check: bool = True,
+    measure: bool = False,
 ) -> Deployed:
-    """A copy of `model` whose mean MACs over `calibration` meet `budget`: call it, it is compiled.
+    """A copy of `model` whose mean MACs over `calibration` meet `budget`: call it as the model is, it is compiled.
 
     Args:
-        model: a model with wrappers in it; it is not changed.
+        model: a model with wrappers in it; it is not changed. The copy is set to evaluation, as `model.eval()` does.
         budget: share of the full MACs that may be spent on average, in (0, 1].
-        calibration: batches of inputs like those to come, and not those to be tested on. They may differ in size: the
-            budget is what all of them may spend together, of what all of them would with everything kept.
+        calibration: batches of inputs like those to come, and not those to be tested on: each the model's one argument,
+            an array or a tree of arrays, or a whole call, `(args, kwargs)`, a tuple and a dictionary. They may differ
+            in size: the budget is what all of them may spend together, of what all of them would with everything kept.
         run: `run(model, batch)` is what is done with a batch, then any tree of arrays whose first axis is the examples;
-            left out, batches are the model's input, an array.
+            left out, the model is called.
+        method: what of the model is called, in its place.
+        axis: of a mesh, over which batches will be spread where the result is called inside of `jax.jit` on a mesh of
+            Auto axes, which hide it. Elsewhere arrays say themselves how they lie.
+        check: compare masked and compact execution of every wrapper on the first batch.
+        measure: time the first batch, static and compact, and every wrapper: see `Times`.
 
     Raises:
-        ValueError: for a budget outside (0, 1], calibration that is no list of batches, or less than all of a model
-            without a decision.
+        ValueError: for a budget outside (0, 1], calibration that is no list of batches, less than all of a model that
+            decides nothing, or a wrapper that gives something else when it skips.
     """
-    solver = Solver(model, calibration, run)
-    deployed = solver.deploy(budget)
+    solver = Solver(model, calibration, run, method=method)
+    deployed = solver.deploy(budget, axis=axis)
     if budget < 1 and not solver.decides:
         raise ValueError(
             f"{type(model).__name__} decides nothing, so no budget can move it: wrap parts of it (dynjax.dynamize)"
         )
+    if check and solver.decides:
+        solver.check(deployed.report.threshold)
+    if measure:
+        times = solver.times(deployed)
+        deployed.report = dataclasses.replace(deployed.report, times=times)
     return deployed
 
 
 class Solver:
     """Solves several budgets of one model on the same calibration inputs, compiling once; see `deploy`."""
 
-    def __init__(self, model: nnx.Module, calibration: Iterable, run: Callable[[Any, Any], Any] | None = None):
+    def __init__(
+        self,
+        model: nnx.Module,
+        calibration: Iterable,
+        run: Callable[[Any, Any], Any] | None = None,
+        *,
+        method: str = "__call__",
+    ):
         if hasattr(calibration, "shape"):
             raise ValueError(f"calibration is one array of shape {calibration.shape}: give a list of batches, [images]")
-        self.batches = []
-        for x in calibration:
-            if run is None and not hasattr(x, "shape"):
-                raise ValueError(
-                    f"a calibration batch is a {type(x).__name__}: each must be the model's input, an array, or say "
-                    "with run= what to do with it"
-                )
-            batch = jax.tree.map(jnp.asarray, x)
-            empty = [leaf.shape for leaf in jax.tree.leaves(batch) if not leaf.size]
-            if empty:
-                raise ValueError(f"a calibration batch has shape {empty[0]}, so there is nothing in it: leave it out")
-            self.batches.append(batch)
+        self.batches = [_batch(x, whole=run is None) for x in calibration]
         if not self.batches:
             raise ValueError("calibration is empty: give at least one batch of inputs")
         self.model = nnx.clone(views.still(model))
+        self._call = run or functools.partial(_called, method=method)
+        self._method = method
         graphdef, self._state = nnx.split(self.model)
 
-        @jax.jit
-        def measure(state, threshold, x):
-            model = nnx.merge(graphdef, state, copy=True)
-            budgets.set_threshold(model, threshold)
-            trace = (traced(model)(x) if run is None else traced(run)(model, x))[1]
-            return trace.macs(), trace
+        @functools.partial(jax.jit, static_argnums=0)
+        def measure(fixed, state, threshold, arrays):
+            def run(state, threshold, arrays):
+                args, kwargs = together(fixed, arrays)
+                model = nnx.merge(graphdef, state, copy=True)
+                budgets.set_threshold(model, threshold)
+                trace = traced(self._call)(model, *args, **kwargs)[1]
+                return trace.macs(), trace
+
+            return automatic(run)(state, threshold, arrays)
 
         self._run = measure
         self._spent: dict[float, np.ndarray] = {}
@@ -147,21 +140,72 @@ class Solver:
             self._measured(threshold)
         return self._spent[threshold]
 
+    def share(self, threshold: float) -> float:
+        """Mean of what is spent under `threshold`, as a share of the full MACs."""
+        return float(self.spent(threshold).mean() / self.full)
+
     def _measured(self, threshold: float) -> list[Trace]:
         """The traces of all batches, whose MACs are remembered."""
-        found = [self._run(self._state, threshold, x) for x in self.batches]
+        try:
+            found = [self._run(fixed, self._state, threshold, arrays) for fixed, arrays in self.batches]
+        except (TypeError, AttributeError) as error:
+            raise ValueError(
+                f"deploy: {type(self.model).__name__} cannot be called with a calibration batch: {error}. A batch is its "
+                "one argument, or a whole call, such as ((images, mask), {'training': False}); or say with run= what to "
+                "do with it"
+            ) from error
         # In float64, where sums of MACs do not depend on the order of the batches.
         self._spent[threshold] = np.concatenate([np.asarray(macs, np.float64) for macs, _ in found])
         return [trace for _, trace in found]
 
-    def deploy(self, budget: float | int) -> Deployed:
-        """As the function `deploy`."""
+    def deploy(self, budget: float | int, *, axis: str | None = None) -> Deployed:
+        """As the function `deploy`, neither checked nor measured."""
         full = self.full
-        threshold = budgets.solve_threshold(lambda t: float(self.spent(t).mean() / full), budget)
+        threshold = budgets.solve_threshold(self.share, budget)
         spent = self.spent(threshold)
         mean = float(spent.mean())
         met = mean <= budget * full * (1 + 1e-6)
         p95, most = float(np.percentile(spent, 95)), float(spent.max())
         model = nnx.clone(views.compact(self.model))
         budgets.set_threshold(model, threshold)
-        return Deployed(model, Report(budget, threshold, met, mean, p95, most, full))
+        report = Report(budget, threshold, met, mean, p95, most, full)
+        return Deployed(model, report, method=self._method, axis=axis)
+
+    def check(self, threshold: float) -> None:
+        """Compare masked and compact execution of every wrapper on the first batch, at `threshold` and half open.
+
+        Raises:
+            ValueError: naming the wrapper whose answer changes when it skips.
+        """
+        least = self.share(budgets.HIGHEST)
+        # What skips nothing, or all, cannot be wrong: look where some of it is kept as well.
+        half = budgets.solve_threshold(self.share, (1 + least) / 2) if least < 1 else threshold
+        fixed, arrays = self.batches[0]
+        checks.same(self.model, self._call, fixed, arrays, sorted({threshold, half}))
+
+    def times(self, deployed: Deployed) -> checks.Times:
+        """Milliseconds of the first batch, static and as `deployed`."""
+        fixed, arrays = self.batches[0]
+        return checks.times(self.model, deployed.model, self._call, fixed, arrays)
+
+
+def _called(model: nnx.Module, *args: Any, method: str, **kwargs: Any) -> Any:
+    return getattr(model, method)(*args, **kwargs)
+
+
+def _batch(x: Any, *, whole: bool) -> tuple:
+    """A calibration batch as a call, apart: one argument, or where `whole` is so a pair of a tuple and a dictionary."""
+    pair = whole and isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], tuple) and isinstance(x[1], dict)
+    fixed, arrays = apart(*(x if pair else ((x,), {})))
+    arrays = [None if array is None else jnp.asarray(array) for array in arrays]
+    empty = [array.shape for array in arrays if array is not None and not array.size]
+    if empty:
+        raise ValueError(f"a calibration batch has shape {empty[0]}, so there is nothing in it: leave it out")
+    try:
+        hash(fixed)
+    except TypeError as error:
+        raise ValueError(
+            f"a calibration batch has what is neither an array nor a constant ({error}): give arrays, or say with run= "
+            "what to do with it"
+        ) from error
+    return fixed, arrays

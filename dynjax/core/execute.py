@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dynjax.core.arguments import Tree, first
+from dynjax.core.devices import spread_over
 from dynjax.core.examples import shape_apart
 from dynjax.core.tiles import kept_tiles, tile_pixels
 
@@ -178,6 +179,7 @@ def branches(
 
 
 def _samples_compact(block, x, keep, other, strategy):
+    x, keep, other = spread_over((x, keep, other))
     kept = keep > 0.5
     order = jnp.argsort(~kept, stable=True)
     number = kept.sum(dtype=jnp.int32)
@@ -218,6 +220,7 @@ def _samples_compact(block, x, keep, other, strategy):
 
 
 def _tiles_compact(block, x, keep, other, size, radius, strategy):
+    x, keep, other = spread_over((x, keep, other))
     total = keep.size
     work = kept_tiles(block, x, keep, other, size, radius)
 

@@ -59,7 +59,7 @@ class Trace:
                 continue
             unit = decision.cost.unit if isinstance(decision.cost, Linear) else (1.0,)
             units = (decision.units(decision.keep) * jnp.asarray(unit, jnp.float32)[None, None]).sum(-1)
-            fine = _pixels(units.reshape(decision.keep.shape[:3]), decision.tile, size)
+            fine = decision.of_model(_pixels(units.reshape(decision.keep.shape[:3]), decision.tile, size))
             whole = fine.sum((1, 2), keepdims=True)
             # A picture smaller than the grid of tiles may miss those that were kept.
             share = jnp.where(whole > 0, fine / jnp.where(whole > 0, whole, 1), 1 / (height * width))
@@ -92,8 +92,9 @@ def traced(fn: Callable, *, examples: int | None = None) -> Callable:
 
     Args:
         fn: what to call.
-        examples: their number. By default that of the decisions; of a model without any, the first axis of the other
-            arguments' arrays, if they agree.
+        examples: their number. By default the first axis of the other arguments' arrays, if they agree, else that of
+            the decisions. A decision about a multiple of them, as about frames folded into the batch one clip after
+            another, counts for its example as a sum.
 
     Raises:
         ValueError: if there is no model, the number of examples is not clear, or a decision cannot be seen.
@@ -120,9 +121,10 @@ def traced(fn: Callable, *, examples: int | None = None) -> Callable:
                 "inside, or use nnx.view(model, deterministic=True, use_running_average=True)"
             ) from error
         number = _examples(decisions, rest, kwargs, examples)
+        decisions = {path: decision.fold(number) for path, decision in decisions.items()}
         still = views.still(model)
         whole = cost.macs(*((still, *rest) if is_module else (fn, still, *rest)), **kwargs) / number
-        static = whole - sum(d.cost.masked for d in decisions.values())
+        static = whole - sum(d.masked_macs for d in decisions.values())
         full = static + sum(d.full_macs - d.excluded for d in decisions.values())
         return output, Trace(decisions, static, full, number)
 
@@ -130,26 +132,28 @@ def traced(fn: Callable, *, examples: int | None = None) -> Callable:
 
 
 def _examples(decisions: dict[str, Decision], args, kwargs, given: int | None) -> int:
-    """The number of examples, as those who decide about them have it: the first array may be anything."""
-    if given is not None and not decisions:
-        return given
-    if decisions:
-        found = {path: decision.keep.shape[0] for path, decision in decisions.items()}
-        what = "decisions are about"
+    """The number of examples: the first axis of all arrays, or of what is decided about where these do not agree."""
+    leaves = [leaf for leaf in jax.tree.leaves((args, kwargs)) if getattr(leaf, "ndim", 0)]
+    axes = sorted({leaf.shape[0] for leaf in leaves})
+    decided = {path: decision.keep.shape[0] for path, decision in decisions.items()}
+    numbers = sorted({*decided.values()})
+    if given is not None:
+        candidates = [given]
+    elif len(axes) == 1:
+        # A picture alone has its height as first axis, and the model adds that of the examples.
+        candidates = [*axes, *(number for number in numbers if number == 1)]
     else:
-        leaves = [leaf for leaf in jax.tree.leaves((args, kwargs)) if getattr(leaf, "ndim", 0)]
-        found = {f"array {number} of {leaf.shape}": leaf.shape[0] for number, leaf in enumerate(leaves)}
-        what = "nothing decides, and the arguments have first axes of"
-        if not leaves:
-            raise ValueError(
-                "traced: no argument is an array, so the batch size is unknown; pass the input as an argument, or say "
-                "traced(fn, examples=B)"
-            )
-    numbers = sorted({*found.values()})
-    if len(numbers) == 1 and given in (None, *numbers):
-        return numbers[0]
+        candidates = numbers if len(numbers) == 1 else []
+    for candidate in candidates:
+        if not any(number % candidate for number in numbers):
+            return candidate
+    if not decisions:
+        what = f"nothing decides, and the arguments have first axes of {', '.join(map(str, axes))}"
+        what = what if leaves else "no argument is an array"
+        raise ValueError(f"traced: the number of examples is not clear: {what}; say traced(fn, examples=B)")
     raise ValueError(
-        f"traced: the number of examples is not clear: {what} {', '.join(map(str, numbers))}"
-        f"{'' if given is None else f', and examples={given}'} ({found}); "
-        + ("decide about one batch in all of them" if decisions else "say traced(fn, examples=B)")
+        f"traced: the number of examples is not clear: decisions are about {', '.join(map(str, numbers))} ({decided}), "
+        f"{'examples=' if given is not None else 'and the arguments have first axes of '}"
+        f"{given if given is not None else ', '.join(map(str, axes)) or 'nothing'}. What is decided about must be a "
+        "multiple of the examples (frames of a clip folded into the batch); say traced(fn, examples=B)"
     )

@@ -32,15 +32,28 @@ def compact(model: Model) -> Model:
     return _view(model, execution="compact", deterministic=True, use_running_average=True)
 
 
-def changed(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State]:
-    """What `model` gives, and the variables that the call changed."""
+def changed(model: Any, *args: Any, method: str = "__call__", **kwargs: Any) -> tuple[Any, nnx.State]:
+    """What a method of `model` gives, and the variables that the call changed."""
     before = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
-    output = model(*args, **kwargs)
+    output = getattr(model, method)(*args, **kwargs)
     after = nnx.to_flat_state(nnx.state(model))
     found = [(path, variable) for path, variable in after if variable.get_value() is not before.get(path)]
     return output, nnx.from_flat_state(found)
 
 
 def _view(model: Model, **ways: Any) -> Model:
-    """`model` in these ways, which what is no module has none of."""
-    return nnx.view(model, raise_if_not_found=False, **ways) if isinstance(model, nnx.Module) else model
+    """`model` in these ways, which what is no module has none of.
+
+    Flags that modules keep as attributes of their own, without a view, are set as `nnx.Module.eval` sets them.
+    """
+    if not isinstance(model, nnx.Module):
+        return model
+    view = nnx.view(model, raise_if_not_found=False, **ways)
+    flags: dict[str, Any] = {name: ways[name] for name in ("deterministic", "use_running_average") if name in ways}
+    if "deterministic" in ways:
+        flags["training"] = not ways["deterministic"]
+    for _, module in nnx.iter_modules(view):
+        for name, value in flags.items():
+            if isinstance(vars(module).get(name), bool):
+                setattr(module, name, value)
+    return view

@@ -23,6 +23,8 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
+from dynjax.core.devices import spread_over
+
 # Primitives that treat every pixel alike, whose operands have one shape (or are scalars) and whose parameters hold no
 # shape.
 _POINTWISE = frozenset(
@@ -239,16 +241,15 @@ class _Walk:
     def per_tile(self, eqn, args):
         """What has no pixels, once for each tile; spread over the map it stays one value a tile."""
         values, axes = [getattr(a, "value", a) for a in args], [0 if isinstance(a, _PerTile) else None for a in args]
-        params, shape = eqn.params, eqn.outvars[0].aval.shape
+        changed, shape = {}, eqn.outvars[0].aval.shape
         if eqn.primitive.name == "broadcast_in_dim" and _is_map(shape):
-            dims = params["broadcast_dimensions"]
+            dims = eqn.params["broadcast_dimensions"]
             if any(d in (1, 2) and n != 1 for d, n in zip(dims, values[0].shape[1:], strict=True)):
                 raise Unsupported("broadcast_in_dim")
-            params = params | dict(shape=(1, 1, 1, *shape[3:]), sharding=None)
+            changed = dict(shape=(1, 1, 1, *shape[3:]))
         elif any(_is_map(out.aval.shape) for out in eqn.outvars):
             raise Unsupported(eqn.primitive.name)
-        outs = jax.vmap(lambda *values: eqn.primitive.bind(*values, **params), axes)(*values)
-        return [_PerTile(out) for out in (outs if eqn.primitive.multiple_results else [outs])]
+        return [_PerTile(out) for out in jax.vmap(lambda *values: _bind(eqn, values, **changed), axes)(*values)]
 
     def columns(self, value):
         """A value of each tile, as it lies on a strip: (1, 1, columns, ...)."""
@@ -301,7 +302,7 @@ class _Walk:
             drop = self.radius - x.margin[0]
             inside = lax.slice_in_dim(self.inside, drop, drop + value.shape[1], axis=1)
             value = jnp.where(inside, value, jnp.zeros((), value.dtype))
-        out = eqn.primitive.bind(value, kernel, **(p | {"padding": ((0, 0), (reach[1], reach[1]))}))
+        (out,) = _bind(eqn, [value, kernel], padding=((0, 0), (reach[1], reach[1])))
         return [_Strip(out, margin)]
 
     def matrix_product(self, eqn, args):
@@ -310,7 +311,7 @@ class _Walk:
         last = isinstance(x, _Strip) and tuple(left) == (x.value.ndim - 1,) and x.value.ndim == 4
         if not last or left_batch or isinstance(weights, _Strip | _Uniform):
             raise Unsupported("dot_general")
-        return [_Strip(eqn.primitive.bind(x.value, weights, **eqn.params), x.margin)]
+        return [_Strip(out, x.margin) for out in _bind(eqn, [x.value, weights])]
 
     def broadcast(self, eqn, args):
         (x,), shape, dims = args, eqn.params["shape"], eqn.params["broadcast_dimensions"]
@@ -350,8 +351,8 @@ class _Walk:
         return [dataclasses.replace(x, value=part) for part in lax.split(x.value, p["sizes"], p["axis"])]
 
 
-def _bind(eqn, values):
-    out = eqn.primitive.bind(*values, **eqn.params)
+def _bind(eqn, values, **changed):
+    out = eqn.primitive.bind(*spread_over(values), **(eqn.params | changed))
     return out if eqn.primitive.multiple_results else [out]
 
 

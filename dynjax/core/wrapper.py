@@ -48,6 +48,10 @@ class Wrapper(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
+    def whole(self) -> Callable | None:
+        """What runs where nothing is decided, called in the same way; None where that is no single block."""
+        return None
+
     def bind(
         self, blocks: Sequence[Callable], args: tuple, kwargs: Mapping[str, Any]
     ) -> tuple[Tree, list[Callable], Tree]:
@@ -193,8 +197,9 @@ def _record_inside(
     """Record decisions of modules of `block` as part of the decision about it."""
 
     def both(decision: Decision) -> Decision:
+        times = decision.keep.shape[0] // keep.shape[0]  # more than one where the block folds something into the batch
         kept, probable = (
-            chosen * outer.reshape(-1, *(1,) * (chosen.ndim - 1))
+            chosen * jnp.repeat(outer, times).reshape(-1, *(1,) * (chosen.ndim - 1))
             for chosen, outer in ((decision.keep, keep), (decision.probability, probability))
         )
         return dataclasses.replace(decision, keep=kept, probability=probable)
@@ -258,7 +263,8 @@ def own_macs(block: Callable, x: Tree) -> tuple[float, float]:
     if not is_dynamic(still):
         return whole, 0.0
     inner = jax.eval_shape(lambda x: seen(operator.call, still, x)[1], one_example(x)).values()
-    return whole - sum(d.cost.masked for d in inner), sum(d.full_macs - d.excluded for d in inner)
+    inner = [decision.fold(1) for decision in inner]
+    return whole - sum(d.masked_macs for d in inner), sum(d.full_macs - d.excluded for d in inner)
 
 
 def grid(x: jax.Array, size: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from dynjax.core import execute, views
 from dynjax.core.gates import SampleGate, TileGate
+from dynjax.core.modules import name, replace
 from dynjax.ops.skip import Skip
 from dynjax.ops.tiles import Tiles
 
@@ -46,7 +47,7 @@ def dynamize(
         raise ValueError(f"the model is a {what} and no flax.nnx.Module: a Linen model must be written in nnx first")
     copy = nnx.clone(model)
     # Lists and dicts are modules too; wrapping one would hide its items from the model that indexes it.
-    paths = {_name(path): m for path, m in nnx.iter_modules(copy) if path and not isinstance(m, nnx.List | nnx.Dict)}
+    paths = {name(path): m for path, m in nnx.iter_modules(copy) if path and not isinstance(m, nnx.List | nnx.Dict)}
     chosen: dict[str, Callable] = {}
     matched: dict[str, list[str]] = {}
     for pattern, wrapper in wrappers.items():
@@ -73,35 +74,8 @@ def dynamize(
         channels = _features(path, block, features)
         gated = (_GATES[wrapper](channels, rngs=rngs),) if wrapper in _GATES else (channels, rngs)
         new[id(block)] = wrapper(block, *gated)
-    _replace(copy, new)
+    replace(copy, new)
     return copy
-
-
-def _replace(model: nnx.Module, new: Mapping[int, Callable]) -> None:
-    """Put new[id(module)] into every place where the module is: what was shared stays shared."""
-
-    for _, parent in list(nnx.iter_modules(model)):
-        if isinstance(parent, nnx.List):
-            for index, item in enumerate(parent):
-                if id(item) in new:
-                    parent[index] = new[id(item)]
-            continue
-        for name, value in list(vars(parent).items()):
-            if id(value) in new:
-                setattr(parent, name, new[id(value)])
-            elif isinstance(value, tuple | list | dict) and not name.startswith("_pytree__"):
-                leaves = jax.tree.leaves(value, is_leaf=_is_node)
-                if any(id(leaf) in new for leaf in leaves):
-                    swapped = jax.tree.map(lambda leaf: new.get(id(leaf), leaf), value, is_leaf=_is_node)
-                    setattr(parent, name, nnx.data(swapped))
-
-
-def _is_node(value) -> bool:
-    return isinstance(value, nnx.Module | nnx.Variable)
-
-
-def _name(path: tuple) -> str:
-    return "/".join(map(str, path))
 
 
 def _features(path: str, block: nnx.Module, features: int | Callable | None) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dynjax.core import cost, execute, gates
 from dynjax.core.decision import ONE, Decision, Place, Rule, some
+from dynjax.core.devices import spread_over
 from dynjax.core.gates import Gate, GateParam, Threshold
 from dynjax.core.training import Call
 from dynjax.core.wrapper import Wrapper
@@ -239,7 +240,7 @@ class Experts(Wrapper):
             return lax.dynamic_update_slice_in_dim(out, y, at, 0)
 
         spec = execute.shape_of(lambda tokens: self._expert(tokens, 0), tokens)
-        return lax.fori_loop(0, last[-1], body, jnp.zeros(spec.shape, spec.dtype))
+        return lax.fori_loop(0, last[-1], body, spread_over(jnp.zeros(spec.shape, spec.dtype), over=(tokens, sizes)))
 
 
 def places(

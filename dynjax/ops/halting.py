@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from dynjax.core import execute, views, wrapper
 from dynjax.core.arguments import Examples, Tree, examples_of, first, following
 from dynjax.core.decision import EACH, PREFIX, Decision, Place
+from dynjax.core.devices import spread_over
 from dynjax.core.gates import straight_through
 from dynjax.core.receptive import receptive_radius, window_macs
 from dynjax.core.training import Call
@@ -264,6 +265,7 @@ class Halt(Wrapper):
             return (loop[0] < self.max_steps) & (loop[1][3].max() > 0)
 
         none = jnp.zeros((self.max_steps, *start[2].shape), jnp.float32)
+        start, none = spread_over((start, none), over=others)
         _, carry, keeps, masses = jax.lax.while_loop(goes_on, body, (jnp.int32(0), start, none, none))
         return carry, jnp.moveaxis(keeps, 0, -1), jnp.moveaxis(masses, 0, -1)
 

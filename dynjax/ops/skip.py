@@ -41,6 +41,9 @@ class Skip(Wrapper):
     ):
         self.block, self.gate, self.otherwise, self.batched = block, gate, otherwise, batched
 
+    def whole(self) -> Callable:
+        return self.block
+
     def __call__(self, *args: Any, **kwargs: Any) -> Tree:
         x, (block,), inputs = self.bind([self.block], args, kwargs)
         hint = "use SampleGate, or FixedGate of shape (B,)"

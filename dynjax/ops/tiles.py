@@ -60,6 +60,9 @@ class Tiles(Wrapper):
         self.block, self.gate, self.otherwise = block, gate, otherwise
         self.size, self.radius, self.batched = size, radius, batched
 
+    def whole(self) -> Callable:
+        return self.block
+
     def __call__(self, *args: Any, **kwargs: Any) -> Float[Array, "B H W D"]:
         x, (block,), inputs = self.bind([self.block], args, kwargs)
         if getattr(x, "ndim", 0) != 4:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from dynjax.core import execute, views, wrapper
 from dynjax.core.decision import EACH, ONE, unseen
+from dynjax.core.devices import spread_over
 from dynjax.core.wrapper import Wrapper
 from dynjax.ops.slices import WEIGHTS, Pick, Role, layers_of, narrow, narrow_norm, pick_groups, roles, run, span
 
@@ -83,7 +84,7 @@ class Channels(Wrapper):
         kept, groups = keep > 0.5, keep.shape[1]
         whole = self._slice(layers, lambda array, axis: array, groups, groups)
         spec = execute.shape_of(whole, x)
-        zeros = jnp.zeros(spec.shape, spec.dtype)
+        zeros = spread_over(jnp.zeros(spec.shape, spec.dtype), over=(x, keep))
 
         def loop():
             # One block as wide as what is kept for each example: measured faster than one group after the other.
@@ -93,7 +94,7 @@ class Channels(Wrapper):
                 return lambda x, order: self._slice(layers, pick_groups(order[:number], groups), groups, number)(x)
 
             # Not a part of `zeros`: XLA would fill all of those for every example.
-            nothing = jnp.zeros((1, *spec.shape[1:]), spec.dtype)
+            nothing = spread_over(jnp.zeros((1, *spec.shape[1:]), spec.dtype), over=zeros)
             ways = [lambda x, order: nothing, *map(some, range(1, groups)), lambda x, order: whole(x)]
 
             def body(i, out):

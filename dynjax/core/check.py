@@ -1,0 +1,260 @@
+"""Whether a model gives the same when it skips, and how long it takes: one wrapper at a time, on inputs of its own.
+
+Letters: B examples.
+"""
+
+import dataclasses
+import operator
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from dynjax.core import budget as budgets
+from dynjax.core import views
+from dynjax.core.arguments import name_of
+from dynjax.core.decision import Decision, captured, seen
+from dynjax.core.deployed import Fixed, apart, together
+from dynjax.core.devices import automatic
+from dynjax.core.modules import outermost, replace
+from dynjax.core.wrapper import Wrapper
+
+Call = Callable[..., Any]
+"""`call(model, *args, **kwargs)`: what is done with a batch."""
+
+TOLERANCE = 1e-3
+"""By which two executions may differ by rounding, as a share of the largest value; of 16-bit numbers see `_error`."""
+TIED = 1e-3
+"""Difference of a probability under which a decision may fall to the other side by rounding."""
+ROUNDS = 9
+"""Times that static and compact are timed, in turn."""
+
+
+class Comparison(nnx.Variable):
+    """What a `_Both` found, for the trace that captures it."""
+
+
+class Inputs(nnx.Variable):
+    """What a `_Listening` was called with."""
+
+
+class _Both(nnx.Module):
+    """A wrapper, run in both executions on the same input; it gives the masked answer and records the difference."""
+
+    def __init__(self, wrapper: Wrapper):
+        self.wrapper = wrapper
+
+    def __getattr__(self, name: str) -> Any:
+        return _passed(self, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        (y, first), (z, second) = (
+            seen(operator.call, nnx.view(self.wrapper, execution=execution, raise_if_not_found=False), *args, **kwargs)
+            for execution in ("masked", "compact")
+        )
+        if hasattr(self, "__captures__"):
+            error = _error(y, z)
+            tied, wrong = _flipped(first, second, error.shape[0])
+            # Behind a decision that fell to the other side by rounding, outputs differ by right.
+            self.sow(Comparison, "comparison", jnp.where(wrong, jnp.inf, jnp.where(tied, 0, error)))
+        return y
+
+
+class _Listening(nnx.Module):
+    """A wrapper whose inputs are recorded: the arrays for the trace, and the rest in a dictionary."""
+
+    def __init__(self, wrapper: Wrapper, path: str, fixed: dict[str, Fixed]):
+        self.wrapper, self.path, self.fixed = wrapper, path, nnx.static(fixed)
+
+    def __getattr__(self, name: str) -> Any:
+        return _passed(self, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self, "__captures__"):
+            self.fixed[self.path], arrays = apart(args, kwargs)
+            self.sow(Inputs, "inputs", arrays)
+        return self.wrapper(*args, **kwargs)
+
+
+def _passed(module: nnx.Module, name: str) -> Any:
+    """Other attributes of what stands in for a wrapper are the wrapper's."""
+    if name.startswith("_") or name in ("set_view", "wrapper"):
+        raise AttributeError(name)
+    return getattr(vars(module)["wrapper"], name)
+
+
+def _error(y: Any, z: Any) -> Float[Array, " B"]:
+    """The largest difference for each example, in rounding errors of 32-bit numbers that are allowed."""
+    worst = jnp.zeros(jax.tree.leaves(y)[0].shape[0])
+    for a, b in zip(jax.tree.leaves(y), jax.tree.leaves(z), strict=True):
+        tolerance = TOLERANCE if jnp.finfo(a.dtype).bits > 16 else 0.05
+        a, b = (each.astype(jnp.float32).reshape(each.shape[0], -1) for each in (a, b))
+        size = jnp.max(jnp.abs(a), where=jnp.isfinite(a), initial=1e-30)
+        difference = jnp.where((a == b) | (jnp.isnan(a) & jnp.isnan(b)), 0, jnp.abs(a - b) / size)
+        worst = jnp.maximum(worst, jnp.nan_to_num(difference, nan=jnp.inf).max(1, initial=0) / tolerance)
+    return worst
+
+
+def _flipped(
+    first: dict[str, Decision], second: dict[str, Decision], examples: int
+) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
+    """For each example, whether a decision is another one because it was a tie, and because its input was another."""
+    tied = wrong = jnp.zeros((examples,), bool)
+    for path, decision in first.items():
+        other = second[path]
+        differs = (decision.keep != other.keep).reshape(examples, -1)
+        far = (jnp.abs(decision.probability - other.probability) > TIED).reshape(examples, -1)
+        tied, wrong = tied | (differs & ~far).any(1), wrong | (differs & far).any(1)
+    return tied, wrong
+
+
+def same(model: nnx.Module, call: Call, fixed: Fixed, arrays: Sequence[Any], thresholds: Sequence[float]) -> None:
+    """Compare masked and compact execution of every outermost wrapper of `model`, which evaluates, on one batch.
+
+    Raises:
+        ValueError: naming the first wrapper that gives something else when it skips.
+    """
+    own = nnx.clone(model)
+    wrappers = outermost(own, Wrapper)
+    probed = _with(own, {id(wrapper): _Both(wrapper) for wrapper in wrappers.values()})
+    graphdef, state = nnx.split(probed)
+
+    @jax.jit
+    def run(state: nnx.State, threshold: Array, arrays: Sequence[Any]) -> dict[str, Array]:
+        def compare(state, threshold, arrays):
+            own = nnx.merge(graphdef, state, copy=True)
+            budgets.set_threshold(own, threshold)
+            args, kwargs = together(fixed, arrays)
+            return captured(Comparison, call, own, *args, **kwargs)[1]
+
+        return automatic(compare)(state, threshold, arrays)
+
+    for threshold in thresholds:
+        for path, errors in run(state, threshold, arrays).items():
+            errors = np.asarray(errors)
+            if errors.max(initial=0) <= 1:
+                continue
+            wrapper = wrappers[path.split("#")[0]]
+            by = f"by {errors.max() * TOLERANCE:.2g} of its size" if np.isfinite(errors.max()) else "beyond all bounds"
+            inner = getattr(wrapper, "block", wrapper)
+            raise ValueError(
+                f"deploy: {type(wrapper).__name__} at {path.split('#')[0] or 'the top'!r} gives something else when it "
+                f"skips: on calibration example {errors.argmax()} its compact output differs from the masked one {by}, "
+                f"at threshold {threshold:.3g}. {name_of(inner)} must treat each example, and for tiles each pixel, on "
+                "its own: statistics of the batch, circular borders or noise in it are wrong where only a part is "
+                "computed. Wrap the layers around it, or say batched= where an argument was taken for one of the "
+                "examples; check=False deploys it all the same"
+            )
+
+
+# Time
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Median milliseconds of one batch, timed in turn in one process."""
+
+    examples: int
+    """Of the batch."""
+    static: float
+    """Without gates: the blocks of `Skip` and `Tiles` alone, and all of what has no such block."""
+    compact: float
+    wrappers: tuple[tuple[str, float, float], ...]
+    """Path, static and compact, of each `Skip` and `Tiles`, on what it is given in the model."""
+
+    @property
+    def slower(self) -> tuple[tuple[str, float, float], ...]:
+        """The wrappers where skipping costs time."""
+        return tuple(each for each in self.wrappers if each[2] > each[1])
+
+    def __str__(self) -> str:
+        text = (
+            f"static {self.static:.2f} ms, compact {self.compact:.2f} ms for {self.examples} examples "
+            f"({self.static / self.compact:.2f}x)"
+        )
+        slower = ", ".join(
+            f"{path or 'the top'} ({plain:.2f} ms whole, {fast:.2f})" for path, plain, fast in self.slower
+        )
+        return f"{text}; skipping costs time, so leave whole: {slower}" if slower else text
+
+
+def times(model: nnx.Module, compact: nnx.Module, call: Call, fixed: Fixed, arrays: Sequence[Any]) -> Times:
+    """How long `model`, which is masked, takes without its gates, and `compact`, the same as it is deployed."""
+    whole = nnx.clone(views.masked(model))
+    budgets.set_threshold(whole, budgets.LOWEST)
+    whole = _without_gates(whole)
+    static, fast = _in_turn(_run(whole, call, fixed, arrays), _run(compact, call, fixed, arrays))
+    wrappers, found = outermost(compact, Wrapper), []
+    for path, (own, given) in _inputs(compact, call, fixed, arrays).items():
+        plain = wrappers[path].whole()
+        if plain is not None:
+            alone, skipping = (_run(each, operator.call, own, given) for each in (plain, wrappers[path]))
+            of_block, of_wrapper = _in_turn(alone, skipping)
+            found.append((path, of_block, of_wrapper))
+    (examples,) = {array.shape[0] for array in arrays if array is not None and array.ndim} or {1}
+    return Times(examples, static, fast, tuple(found))
+
+
+def _without_gates(model: Any) -> Any:
+    """`model` with the blocks of its wrappers in their places, where one block is all that there is to run."""
+    while isinstance(model, nnx.Module):
+        blocks = {id(each): each.whole() for each in outermost(model, Wrapper).values()}
+        new = {each: block for each, block in blocks.items() if block is not None}
+        if not new:
+            break
+        model = _with(model, new)
+    return model
+
+
+def _with(model: nnx.Module, new: Mapping[int, Any]) -> Any:
+    """`model`, with new[id(module)] for each of its modules; that for itself if it is one of them."""
+    if id(model) in new:
+        return new[id(model)]
+    replace(model, new)
+    return model
+
+
+def _inputs(model: nnx.Module, call: Call, fixed: Fixed, arrays: Sequence[Any]) -> dict[str, tuple[Fixed, list]]:
+    """What each outermost wrapper is called with, the first time."""
+    heard: dict[str, Fixed] = {}
+    own = nnx.clone(model)
+    new = {id(each): _Listening(each, path, heard) for path, each in outermost(own, Wrapper).items()}
+    listening = _with(own, new)
+    graphdef, state = nnx.split(listening)
+
+    @jax.jit
+    def run(state: nnx.State, arrays: Sequence[Any]) -> dict[str, Any]:
+        args, kwargs = together(fixed, arrays)
+        return captured(Inputs, call, nnx.merge(graphdef, state, copy=True), *args, **kwargs)[1]
+
+    return {path: (heard[path], given) for path, given in run(state, arrays).items() if path in heard}
+
+
+def _run(model: Any, call: Call, fixed: Fixed, arrays: Sequence[Any]) -> Callable[[], Any]:
+    """One call, compiled."""
+    parts = nnx.split(model) if isinstance(model, nnx.Module) else None
+
+    @jax.jit
+    def run(state: Any, arrays: Sequence[Any]) -> Any:
+        args, kwargs = together(fixed, arrays)
+        return call(model if parts is None else nnx.merge(parts[0], state, copy=True), *args, **kwargs)
+
+    return lambda: jax.block_until_ready(run(None if parts is None else parts[1], arrays))
+
+
+def _in_turn(*runs: Callable[[], Any]) -> list[float]:
+    """Median milliseconds of each, once warm."""
+    for run in runs:
+        run()
+    taken: list[list[float]] = [[] for _ in runs]
+    for _ in range(ROUNDS):
+        for run, own in zip(runs, taken, strict=True):
+            start = time.perf_counter()
+            run()
+            own.append(1e3 * (time.perf_counter() - start))
+    return [float(np.median(own)) for own in taken]
