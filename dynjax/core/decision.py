@@ -165,6 +165,8 @@ INSIDE = (
 
 _made: contextvars.ContextVar[list[tuple[str, Any]] | None] = contextvars.ContextVar("made", default=None)
 """What was recorded while the innermost trace is taken: the module's name, and the decision's likeness."""
+_paths: contextvars.ContextVar[dict[int, tuple[str, str]]] = contextvars.ContextVar("paths", default={})  # noqa: B039
+"""Path and kind of the modules that are traced, by their identity."""
 
 
 def record(module: nnx.Module, decision: Decision) -> None:
@@ -175,7 +177,7 @@ def record(module: nnx.Module, decision: Decision) -> None:
     """
     if not hasattr(module, "__captures__"):
         return
-    name = type(module).__name__
+    name = _named(module)
     try:
         for captured in module.__captures__:
             captured.set_value(captured.get_value())
@@ -185,6 +187,15 @@ def record(module: nnx.Module, decision: Decision) -> None:
     if made is not None:
         made.append((name, _likeness(decision)))
     module.sow(Decisions, "decision", decision)
+
+
+def _named(module: nnx.Module) -> str:
+    """Kind and path of a module; of what nnx.scan and the like made of one, the paths where it may have been."""
+    kind, known = type(module).__name__, _paths.get()
+    if id(module) in known:
+        return f"{kind} at {known[id(module)][0] or 'the top'!r}"
+    paths = [path for path, other in known.values() if other == kind]
+    return f"{kind} at {' or '.join(map(repr, paths[:3])) or 'an unknown path'}"
 
 
 def unseen(block: Block) -> Block:
@@ -204,15 +215,22 @@ def captured(
     """What `run(module, ...)` gives, and what was sown as `kind`, by the path of its module ("a/b#1": its second)."""
     # A view shares the variables but is made of new modules: capturing writes to modules, which those of an outer
     # trace refuse.
+    outer = _paths.get().get(id(module), ("", ""))[0]
     module = nnx.view(module, raise_if_not_found=False)
 
     def call(module: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
-        for _, each in nnx.iter_modules(module):
+        own = {}
+        for path, each in nnx.iter_modules(module):
+            own[id(each)] = "/".join(map(str, (*filter(None, [outer]), *path))), type(each).__name__
             if isinstance(each, nnx.List) and hasattr(each, "__captures__"):
                 # Flax 0.12.8 captures on lists too. They sow nothing, and a name among their numbers cannot be
                 # sorted, which nnx.split and nnx.view do.
                 del each.__captures__
-        return run(module, *args, **kwargs)
+        token = _paths.set(own)
+        try:
+            return run(module, *args, **kwargs)
+        finally:
+            _paths.reset(token)
 
     output, state = nnx.capture(call, kind)(module, *args, **kwargs)
     found: dict[str, Any] = {}

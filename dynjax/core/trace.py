@@ -19,6 +19,8 @@ from jaxtyping import Array, Float
 
 from dynjax.core import cost, views
 from dynjax.core.decision import INSIDE, Decision, Linear, seen
+from dynjax.core.modules import outermost
+from dynjax.core.wrapper import Wrapper
 
 
 @jax.tree_util.register_dataclass
@@ -112,7 +114,8 @@ def traced(fn: Callable, *, examples: int | None = None) -> Callable:
             output, decisions = seen(operator.call if is_module else fn, model, *rest, **kwargs)
         except (TypeError, ValueError) as error:
             if "__captures__" in str(error):  # where a transformation of nnx wants what it is given back as it was
-                raise ValueError(f"traced: a module {INSIDE}") from error
+                paths = ", ".join(map(repr, outermost(model, Wrapper)))
+                raise ValueError(f"traced: a module{' among those at ' * bool(paths)}{paths} {INSIDE}") from error
             raise
         except TraceContextError as error:
             raise TraceContextError(
