@@ -222,10 +222,10 @@ def captured(
         own = {}
         for path, each in nnx.iter_modules(module):
             own[id(each)] = "/".join(map(str, (*filter(None, [outer]), *path))), type(each).__name__
-            if isinstance(each, nnx.List) and hasattr(each, "__captures__"):
+            if isinstance(each, nnx.List | nnx.bridge.ToNNX) and "__captures__" in vars(each):
                 # Flax 0.12.8 captures on lists too. They sow nothing, and a name among their numbers cannot be
-                # sorted, which nnx.split and nnx.view do.
-                del each.__captures__
+                # sorted, which nnx.split and nnx.view do; a bridged Linen module takes it for a collection.
+                delattr(each, "__captures__")
         token = _paths.set(own)
         try:
             return run(module, *args, **kwargs)

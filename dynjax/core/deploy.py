@@ -150,9 +150,9 @@ class Solver:
             found = [self._run(fixed, self._state, threshold, arrays) for fixed, arrays in self.batches]
         except (TypeError, AttributeError) as error:
             raise ValueError(
-                f"deploy: {type(self.model).__name__} cannot be called with a calibration batch: {error}. A batch is its "
-                "one argument, or a whole call, such as ((images, mask), {'training': False}); or say with run= what to "
-                "do with it"
+                f"deploy: {type(self.model).__name__} cannot be called with a calibration batch: {error}. A batch is "
+                "its one argument, or a whole call, such as ((images, mask), {'training': False}); or say with run= "
+                "what to do with it"
             ) from error
         # In float64, where sums of MACs do not depend on the order of the batches.
         self._spent[threshold] = np.concatenate([np.asarray(macs, np.float64) for macs, _ in found])

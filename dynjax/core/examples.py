@@ -1,6 +1,6 @@
 """Whether a block treats each example of a batch on its own, as it must where only some of them are computed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from jax.extend import core as jex
 
 from dynjax.core.arguments import name_of
 from dynjax.core.cost import jaxprs_in
+from dynjax.core.views import fresh
 
 _EXAMPLES = 10007
 """A prime that nothing else has for its length, so that an axis with examples is known by being a multiple of it."""
@@ -29,8 +30,7 @@ def shape_apart(block: Callable[[Any], Any], x: Any) -> Any:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct((examples, *a.shape[1:]), a.dtype), x)
 
     (examples,) = {a.shape[0] for a in jax.tree.leaves(x)}
-    # A module handed to JAX itself is named by its repr, which prints every parameter: seconds for one block.
-    call = lambda x: block(x)  # noqa: E731
+    call = fresh(block)
     out = jax.eval_shape(call, specs(examples))
     if examples == 1:
         return out
@@ -48,15 +48,21 @@ def shape_apart(block: Callable[[Any], Any], x: Any) -> Any:
     return out
 
 
-def _mixing(jaxpr: jex.Jaxpr) -> str:
-    """The first operation on real numbers that goes over the examples."""
+def _mixing(jaxpr: jex.Jaxpr, follow: Sequence[bool] | None = None) -> str:
+    """The first operation on real numbers that goes over the examples; `follow` says which inputs follow them."""
+    pairs = zip(jaxpr.invars, follow or [True] * len(jaxpr.invars), strict=True)
+    following = {id(var) for var, follows in pairs if follows}
     for eqn in _needed(jaxpr):
+        own = [id(var) in following for var in eqn.invars]
+        if any(own):
+            following |= set(map(id, eqn.outvars))
         for inner in jaxprs_in(eqn.params):
-            if found := _mixing(getattr(inner, "jaxpr", inner)):
+            inner = getattr(inner, "jaxpr", inner)
+            if found := _mixing(inner, own if len(inner.invars) == len(own) else None):
                 return found
         shapes = [getattr(v.aval, "shape", ()) for v in eqn.invars]
         real = any(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.invars if hasattr(v.aval, "dtype"))
-        if real and any(n and n % _EXAMPLES == 0 for n in _lengths(eqn, shapes)):
+        if real and any(n and n % _EXAMPLES == 0 for n in _lengths(eqn, shapes, own)):
             return eqn.primitive.name
     return ""
 
@@ -72,7 +78,7 @@ def _needed(jaxpr: jex.Jaxpr) -> list:
     return found[::-1]
 
 
-def _lengths(eqn, shapes) -> list[int]:
+def _lengths(eqn, shapes, follows) -> list[int]:
     """Lengths of the axes over which an operation puts numbers together."""
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
@@ -81,6 +87,15 @@ def _lengths(eqn, shapes) -> list[int]:
     if name in _OVER:
         (axes,) = (params[key] for key in ("axes", "axis", "dimensions", "dimension") if key in params)
         return [shapes[0][axis] for axis in (axes if isinstance(axes, tuple) else (axes,))]
+    if name == "gather" and not follows[1]:  # places that are the same whatever the examples are
+        return [shapes[0][axis] for axis in params["dimension_numbers"].start_index_map if not _by_example(shapes[1])]
+    if name.startswith("scatter") and not follows[1] and not _by_example(shapes[1]):
+        return [shapes[0][axis] for axis in params["dimension_numbers"].scatter_dims_to_operand_dims]
     if name == "slice":  # the first example, or a roll
         return [n for n, m in zip(shapes[0], eqn.outvars[0].aval.shape, strict=True) if n != m]
     return []
+
+
+def _by_example(shape: tuple[int, ...]) -> bool:
+    """Whether there is one for each example."""
+    return any(n and n % _EXAMPLES == 0 for n in shape)

@@ -24,6 +24,7 @@ from dynjax.core.arguments import Tree, first
 from dynjax.core.devices import spread_over
 from dynjax.core.examples import shape_apart
 from dynjax.core.tiles import kept_tiles, tile_pixels
+from dynjax.core.views import fresh
 
 Execution = Literal["masked", "compact"]
 Strategy = Literal["auto", "loop", "buckets"]
@@ -282,8 +283,7 @@ def _no_derivative(primals, tangents):
 
 def shape_of(block: Callable, x: Tree) -> Tree:
     """Shapes and types of `block(x)`, an array or a tree of arrays."""
-    # A module handed to JAX itself is named by its repr, which prints every parameter: seconds for one block.
-    return jax.eval_shape(lambda x: block(x), jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x))
+    return jax.eval_shape(fresh(block), jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x))
 
 
 def _one_type(block, spec, other):

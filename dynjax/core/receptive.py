@@ -93,7 +93,7 @@ def _parts(block: Callable) -> tuple:
 
 
 def _found(block: Callable, channels: int, dtype: np.dtype, others: Others) -> int:
-    out = jax.eval_shape(lambda *x: block(*x), jax.ShapeDtypeStruct((1, 32, 32, channels), dtype), *others).shape
+    out = jax.eval_shape(views.fresh(block), jax.ShapeDtypeStruct((1, 32, 32, channels), dtype), *others).shape
     if out[:3] != (1, 32, 32):
         raise ValueError(
             f"it turns a map of 32x32 pixels into {'x'.join(map(str, out[1:3])) or 'no map'}: tiles need stride 1 "

@@ -1,9 +1,11 @@
 """Views of a model: the same variables, run in another way."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from flax import nnx
 
+from dynjax.core.arguments import name_of
 from dynjax.core.decision import unseen
 
 Model = TypeVar("Model")  # a module, which need not be callable, or what is called in its place
@@ -32,6 +34,22 @@ def compact(model: Model) -> Model:
     return _view(model, execution="compact", deterministic=True, use_running_average=True)
 
 
+def fresh(block: Callable) -> Callable:
+    """`block` as a function that runs a copy of it: inside of what JAX traces, whatever the block does to itself.
+
+    Layers that draw keys, keep statistics or are run by nnx.scan refuse a trace that they were not made in.
+    """
+    if not isinstance(block, nnx.Module):
+        return block
+    graphdef, state = nnx.split(block)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return nnx.merge(graphdef, state, copy=True)(*args, **kwargs)
+
+    run.__name__ = name_of(block)
+    return run
+
+
 def changed(model: Any, *args: Any, method: str = "__call__", **kwargs: Any) -> tuple[Any, nnx.State]:
     """What a method of `model` gives, and the variables that the call changed."""
     before = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
@@ -56,4 +74,12 @@ def _view(model: Model, **ways: Any) -> Model:
         for name, value in flags.items():
             if isinstance(vars(module).get(name), bool):
                 setattr(module, name, value)
-    return view
+    return without_keys(view) if ways.get("deterministic") else view
+
+
+def without_keys(model: Model) -> Model:
+    """`model`, changed, whose bridged Linen modules draw no keys, which they do in every call, noise or not."""
+    for _, module in nnx.iter_modules(model) if isinstance(model, nnx.Module) else ():
+        if isinstance(module, nnx.bridge.ToNNX):
+            module.to_nnx__rngs = None
+    return model

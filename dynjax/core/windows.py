@@ -24,6 +24,7 @@ from jax import lax
 from jax.extend import core as jex
 
 from dynjax.core.devices import spread_over
+from dynjax.core.views import fresh
 
 # Primitives that treat every pixel alike, whose operands have one shape (or are scalars) and whose parameters hold no
 # shape.
@@ -79,7 +80,7 @@ def trace(
 ) -> jex.ClosedJaxpr:
     """The jaxpr of `block` on a map (1, H, W, C), `shape` (..., C) gives the channels, and others of one example."""
     more = [jax.ShapeDtypeStruct((pixels[0], *other.shape[1:]), other.dtype) for other in others]
-    return jax.make_jaxpr(block)(jax.ShapeDtypeStruct((*pixels, shape[-1]), dtype), *more)
+    return jax.make_jaxpr(fresh(block))(jax.ShapeDtypeStruct((*pixels, shape[-1]), dtype), *more)
 
 
 def run_strip(

@@ -153,7 +153,7 @@ class Wrapper(nnx.Module):
         probability = keep if probability is None else probability
         if self.execution == "masked":
             return run(self.opened(block, x, keep, probability), x, keep, otherwise=otherwise)
-        still = ready(block, self.execution)
+        still = _evaluates(block)
 
         def opened(x):
             return seen(operator.call, still, x)
@@ -223,25 +223,30 @@ def refuse_nested(wrapper: str, block: Callable) -> None:
             )
 
 
-def ready(block: Block, execution: str) -> Block:
+def ready(block: Callable, execution: str) -> Callable:
     """`block` for this execution. Compact execution runs it in loops and branches, which no trace can see into.
 
     Raises:
         ValueError: for compact execution of a block that still trains: BatchNorm that updates its statistics, dropout.
     """
-    if execution == "compact" and isinstance(block, nnx.Module):
-        if flag := trains(block):
-            raise ValueError(f"compact execution cannot train: {name_of(block)} was called with {flag}")
-        for path, module in nnx.iter_modules(block):
-            training = "updates its statistics" if getattr(module, "use_running_average", None) is False else ""
-            training = "draws noise" if getattr(module, "deterministic", None) is False else training
-            if training:
-                raise ValueError(
-                    f"compact execution cannot train: {type(module).__name__} at {_name(path)} still {training}; "
-                    "use nnx.view(model, execution='compact', deterministic=True, use_running_average=True)"
-                )
-        return unseen(block)
-    return block
+    return views.fresh(_evaluates(block)) if execution == "compact" else block
+
+
+def _evaluates(block: Block) -> Block:
+    """`block` without a trace, once it is known not to train."""
+    if not isinstance(block, nnx.Module):
+        return block
+    if flag := trains(block):
+        raise ValueError(f"compact execution cannot train: {name_of(block)} was called with {flag}")
+    for path, module in nnx.iter_modules(block):
+        training = "updates its statistics" if getattr(module, "use_running_average", None) is False else ""
+        training = "draws noise" if getattr(module, "deterministic", None) is False else training
+        if training:
+            raise ValueError(
+                f"compact execution cannot train: {type(module).__name__} at {_name(path)} still {training}; "
+                "use nnx.view(model, execution='compact', deterministic=True, use_running_average=True)"
+            )
+    return unseen(block)
 
 
 # What work costs

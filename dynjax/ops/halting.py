@@ -150,8 +150,7 @@ class Halt(Wrapper):
             states, keep, mass = self._masked(step, given, freeze=self.kind != "pondernet" or self.deterministic)
             out = states[-1][1]
         else:
-            gate = wrapper.ready(self.gate, self.execution)
-            (_, out, _, _), keep, mass = self._compact(wrapper.ready(step, self.execution), gate, given)
+            (_, out, _, _), keep, mass = self._compact(step, given)
         self._account(step, given, keep, mass)
         return out
 
@@ -224,9 +223,10 @@ class Halt(Wrapper):
             states.append(carry[:2])
         return states, jnp.stack(keeps, -1), jnp.stack(masses, -1)
 
-    def _compact(self, step, gate, given):
-        size, strategy, start = self.size, self.strategy, self._start(step, given)
-        radius = 0 if size is None else receptive_radius(step, given)
+    def _compact(self, block, given):
+        size, strategy, start = self.size, self.strategy, self._start(block, given)
+        radius = 0 if size is None else receptive_radius(block, given)
+        step, gate = (wrapper.ready(each, "compact") for each in (block, self.gate))
         others = given.others if isinstance(given, Examples) else ()
 
         def advance(carry, others, last):
