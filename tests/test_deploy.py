@@ -112,7 +112,7 @@ def test_batches_may_be_trees_if_one_says_what_to_do_with_them(model, calibratio
     batches = [{"image": x, "scale": np.ones(len(x))} for x in calibration]
     report = dj.deploy(model, 0.6, batches, run=run).report
     assert report == solver.deploy(0.6).report
-    with pytest.raises(ValueError, match=r"a calibration batch is a dict: .*run="):
+    with pytest.raises(ValueError, match=r"Net cannot be called with a calibration batch: .*dict.*run="):
         dj.deploy(model, 0.6, batches)
     with pytest.raises(ValueError, match=r"has shape \(0, 12, 16, 1\), so there is nothing in it"):
         dj.deploy(model, 0.6, [{"image": calibration[0][:0]}], run=run)
@@ -131,8 +131,12 @@ def test_what_is_no_list_of_batches():
     x = jnp.ones((3, 2))
     with pytest.raises(ValueError, match=r"one array of shape \(3, 2\): give a list"):
         dj.deploy(model, 0.5, x)
-    with pytest.raises(ValueError, match="a calibration batch is a tuple"):
-        dj.deploy(model, 0.5, [(x, x)])
+    with pytest.raises(ValueError, match=r"decides nothing"):
+        dj.deploy(model, 0.5, [((x,), {})])
+    with pytest.raises(ValueError, match=r"Linear cannot be called .* A batch is its one argument, or a whole call"):
+        dj.deploy(model, 0.5, [((x,), {"mask": x})])
+    with pytest.raises(ValueError, match="has what is neither an array nor a constant"):
+        dj.deploy(model, 0.5, [((x,), {"mask": Unhashable()})])
 
 
 def test_batches_of_different_sizes_give_one_budget_whatever_their_order():
@@ -175,14 +179,53 @@ def test_the_number_of_examples_is_not_that_of_the_first_array():
     with pytest.raises(ValueError, match=r"the number of examples is not clear: .* first axes of 2, 7.*examples=B"):
         dj.traced(fn)(static, bias, x)
     assert dj.traced(fn, examples=2)(static, bias, x)[1].full_macs == 9 * CHANNELS**2
-    with pytest.raises(ValueError, match=r"decisions are about 2, and examples=7"):
+    with pytest.raises(ValueError, match=r"decisions are about 2 .*examples=7.*must be a multiple of the examples"):
         dj.traced(model, examples=7)(bias, x)
 
-    def patches(model, x):
-        return model.block(model.block(x).reshape(6, 1, 3, CHANNELS))
+    def halves(model, x):
+        return model.block(x[:1]), model.block(jnp.repeat(x, 3, 0)[:3])
 
-    with pytest.raises(ValueError, match=r"decisions are about 2, 6 .*'block#1': 6.*one batch in all of them"):
-        dj.traced(patches)(model, x)
+    with pytest.raises(ValueError, match=r"decisions are about 1, 3 .*'block#1': 3.* first axes of 2"):
+        dj.traced(halves)(model, x)
+
+
+def test_what_is_folded_into_the_batch_is_summed_for_its_example():
+    """Frames of a clip, patches of a picture: half of them is half of the clip's work."""
+
+    class Clips(nnx.Module):
+        def __init__(self, rngs):
+            self.frames, self.clip = (dj.Skip(kind(rngs), First()) for kind in (blocks.Pointwise, Fold))
+            self.tiles = dj.Tiles(blocks.Pointwise(rngs), dj.FixedGate(np.ones((6, 1, 2)), size=2))
+
+        def __call__(self, x):
+            x = self.tiles(self.frames(x.reshape(6, *x.shape[2:])))
+            return self.clip(x.reshape(2, 3, *x.shape[1:]))
+
+    class Fold(nnx.Module):
+        def __init__(self, rngs):
+            self.block = dj.Skip(blocks.Pointwise(rngs), First())
+
+        def __call__(self, x):
+            return self.block(x.reshape(-1, *x.shape[2:])).reshape(x.shape)
+
+    class First(nnx.Module):
+        """All frames but the third of every clip."""
+
+        def __call__(self, x):
+            keep = (jnp.arange(x.shape[0]) % 3 < 2).astype(jnp.float32)
+            return dj.Decision(keep, keep, "example")
+
+    model, x = still(make(Clips)), image(2, 3, 2, 4, CHANNELS)
+    model.frames.gate, model.clip.gate = dj.FixedGate([1, 0, 1, 1, 0, 0]), dj.FixedGate([1, 0])
+    model.tiles.gate = dj.FixedGate(np.eye(6)[:, :1, None] * np.ones((6, 1, 2)), size=2)
+    y, trace = dj.traced(model)(x)
+    block = 8 * CHANNELS**2
+    assert trace.examples == 2 and (trace.full_macs, trace.static_macs) == ((3 + 3 + 3) * block, 0)
+    np.testing.assert_array_equal(trace.macs(), [(2 + 1 + 2) * block, block])
+    heat = trace.heatmap((2, 4))
+    np.testing.assert_allclose(heat.sum((1, 2)), trace.macs(), rtol=1e-6)
+    assert trace.fraction().shape == (2,) and trace.decisions["frames"].keep.shape == (6,)
+    np.testing.assert_allclose(still(model, "compact")(x), y, rtol=1e-5, atol=1e-6)
 
 
 RUNS = []

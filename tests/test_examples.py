@@ -34,6 +34,8 @@ MIXING = {
     "first": lambda x: x - x[:1],
     "neighbour": lambda x: x + jnp.roll(x, 1, 0),
     "attention": attends,
+    "neighbours by index": lambda x: x.at[jnp.array([0, 2])].add(x[jnp.array([1, 0])]),
+    "taken by index": lambda x: x - x[jnp.array([1])],
 }
 
 
@@ -52,6 +54,8 @@ def test_what_treats_examples_alone_has_its_shape():
         lambda x: x - x.mean((1, 2), keepdims=True),
         lambda x: jnp.where((x > 0).any(), x, -x),  # of truth values: what a loop over the batch asks for its end
         lambda x: jnp.stack([x, x + 1]).max(0),
+        lambda x: x.at[jnp.arange(len(x)), 2].set(0),
+        lambda x: jnp.take_along_axis(x, (x[:, :1] > 0).astype(int), 1) + x,
         nnx.softmax,
     ):
         assert shape_apart(block, x).shape == x.shape

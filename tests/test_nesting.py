@@ -231,7 +231,7 @@ class Looped(nnx.Module):
 @pytest.mark.parametrize("execution", ["masked", "compact"])
 def test_a_loop_of_the_users_inside_is_refused_aloud(execution):
     model = dj.Skip(make(Looped), tell(jnp.ones(2)))
-    with pytest.raises(ValueError, match="Skip at .* decides inside a function that JAX transforms"):
+    with pytest.raises(ValueError, match=r"Skip at .* decides inside a function that JAX transforms"):
         dj.traced(still(model, execution))(image(2, 3, 3, CHANNELS))
 
 

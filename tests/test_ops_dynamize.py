@@ -141,7 +141,7 @@ def test_errors(model):
     for wrappers, message in cases:
         with pytest.raises(ValueError, match=message):
             dj.dynamize(model, wrappers, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"input channels of 'layers/0' \(Parameterless\).*give features="):
+    with pytest.raises(ValueError, match=r"input channels of 'layers/0' \(Parameterless\).*Give example="):
         dj.dynamize(nnx.Sequential(Parameterless()), {"layers/0": dj.Skip}, rngs=nnx.Rngs(0))
     twice = dj.dynamize(nnx.Sequential(Parameterless()), {"layers/0": dj.Skip}, features=1, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="dynamic already"):
@@ -153,7 +153,7 @@ def test_what_is_no_nnx_module():
         pass
 
     plain = inspect.unwrap(dj.dynamize)  # without the tests' type checks
-    with pytest.raises(ValueError, match=r"Linen and no flax\.nnx\.Module"):
+    with pytest.raises(ValueError, match=r"no flax\.nnx\.Module but .*Linen: give the model"):
         plain(Linen(), {".*": dj.Skip}, rngs=nnx.Rngs(0))
 
 

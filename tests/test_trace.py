@@ -234,7 +234,10 @@ LOSE = {
 def test_a_decision_that_would_be_lost_in_a_loop_of_the_users_is_refused_aloud(name, mixed):
     model, x = still(Looped(LOSE[name], mixed)), image(2, 3, 3, CHANNELS)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"(at 'skip'|a module) decides inside a function that JAX transforms.*nnx\.remat or nnx\.jit"):
+        with pytest.raises(
+            ValueError,
+            match=r"(at 'skip'|a module) decides inside a function that JAX transforms.*nnx\.remat or nnx\.jit",
+        ):
             dj.traced(model)(x)
 
 

@@ -3,10 +3,12 @@
 Letters: B examples, h w tiles, T tokens, K kinds of work on one unit (branches, stages, groups, steps, experts).
 """
 
+import contextlib
 import contextvars
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -144,8 +146,12 @@ class Decision:
 
     def units(self, chosen: Float[Array, "..."]) -> Float[Array, "B units kinds"]:
         """What is like `keep`, with every place of one example on one axis and the kinds (or 1) on the last."""
-        kinds = 1 if chosen.ndim == AXES[self.place] else chosen.shape[-1]
-        return chosen.astype(jnp.float32).reshape(chosen.shape[0], -1, kinds)
+        chosen = chosen.astype(jnp.float32)
+        chosen = chosen[..., None] if chosen.ndim == AXES[self.place] else chosen
+        if chosen.ndim == 2:
+            return chosen[:, None]
+        # One reshape of one kind, as it must be for examples spread over a mesh of Explicit axes.
+        return chosen.reshape(chosen.shape[0], math.prod(chosen.shape[1:-1]), chosen.shape[-1])
 
     def kept(self) -> Float[Array, ""]:
         """Share of the units kept; where kinds exclude each other, of those that took another than the first."""
@@ -187,6 +193,16 @@ def record(module: nnx.Module, decision: Decision) -> None:
     if made is not None:
         made.append((name, _likeness(decision)))
     module.sow(Decisions, "decision", decision)
+
+
+@contextlib.contextmanager
+def coming_out() -> Iterator[None]:
+    """Where decisions are outputs of what is transformed, they are not lost, though they have other shapes inside."""
+    token = _made.set(None)
+    try:
+        yield
+    finally:
+        _made.reset(token)
 
 
 def _named(module: nnx.Module) -> str:

@@ -16,7 +16,7 @@ from flax import nnx
 from dynjax.core import budget as budgets
 from dynjax.core import check as checks
 from dynjax.core import views
-from dynjax.core.deployed import Deployed, apart, together
+from dynjax.core.deployed import Deployed, apart, call_of, together
 from dynjax.core.devices import automatic
 from dynjax.core.trace import Trace, traced
 
@@ -195,8 +195,7 @@ def _called(model: nnx.Module, *args: Any, method: str, **kwargs: Any) -> Any:
 
 def _batch(x: Any, *, whole: bool) -> tuple:
     """A calibration batch as a call, apart: one argument, or where `whole` is so a pair of a tuple and a dictionary."""
-    pair = whole and isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], tuple) and isinstance(x[1], dict)
-    fixed, arrays = apart(*(x if pair else ((x,), {})))
+    fixed, arrays = call_of(x) if whole else apart((x,), {})
     arrays = [None if array is None else jnp.asarray(array) for array in arrays]
     empty = [array.shape for array in arrays if array is not None and not array.size]
     if empty:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from dynjax.core import views
 from dynjax.core.arguments import Tree
+from dynjax.core.decision import coming_out
 from dynjax.core.devices import Spread, automatic, per_device, spread_of
 from dynjax.core.modules import outermost
 from dynjax.core.wrapper import Wrapper
@@ -61,6 +62,12 @@ def apart(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Fixed, list]:
     return (tree, tuple(others)), arrays
 
 
+def call_of(x: Any) -> tuple[Fixed, list]:
+    """A call, apart: `x` is the one argument, or a whole call, a pair of a tuple and a dictionary."""
+    whole = isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], tuple) and isinstance(x[1], dict)
+    return apart(*x) if whole else apart((x,), {})
+
+
 def together(fixed: Fixed, arrays: Sequence[Any]) -> tuple[tuple, dict[str, Any]]:
     """The arguments of the call that `apart` was given."""
     tree, others = fixed
@@ -91,7 +98,8 @@ def _compiled(key: tuple, state: nnx.State, arrays: Sequence[Any]) -> tuple[Any,
     if spread is None:
         return automatic(run)(state, arrays)
     examples = next(array.shape[0] for array, one in zip(arrays, batch, strict=True) if one)
-    return per_device(run, spread, batch, examples)(state, arrays)
+    with coming_out():
+        return per_device(run, spread, batch, examples)(state, arrays)
 
 
 def _mapped(run: Callable[[nnx.State, Sequence[Any]], Tree]) -> Callable:

@@ -57,7 +57,9 @@ def per_device(run: Callable, spread: Spread, batched: Sequence[bool], examples:
 
     def call(state: Any, arrays: Sequence[Any]) -> Any:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, arrays))
-        specs = jax.tree.map(lambda out: _of_output(out, examples, spread.axes), jax.eval_shape(run, *shapes))
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # as on one device
+            outputs = jax.eval_shape(run, *shapes)
+        specs = jax.tree.map(lambda out: _of_output(out, examples, spread.axes), outputs)
         inputs = [PartitionSpec(spread.axes) if one else PartitionSpec() for one in batched]
         names = {spread.axes} if isinstance(spread.axes, str) else set(spread.axes)
         ways: dict[str, Any] = dict(in_specs=(PartitionSpec(), inputs), out_specs=specs, axis_names=names)

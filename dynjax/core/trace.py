@@ -144,7 +144,7 @@ def _examples(decisions: dict[str, Decision], args, kwargs, given: int | None) -
         candidates = [given]
     elif len(axes) == 1:
         # A picture alone has its height as first axis, and the model adds that of the examples.
-        candidates = [*axes, *(number for number in numbers if number == 1)]
+        candidates = axes + [1] * (numbers == [1])
     else:
         candidates = numbers if len(numbers) == 1 else []
     for candidate in candidates:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeGuard, cast, get_args
+from typing import Any, ClassVar, TypeGuard, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ class Wrapper(nnx.Module):
     strategy: Strategy = "auto"
     deterministic: bool = False
     batched: Collection[int | str] | None = None
+    by_hand: ClassVar[str] = ""
+    """What to write in a call of `dynamize` where the class alone does not say enough."""
 
     def set_view(
         self,
@@ -47,6 +49,16 @@ class Wrapper(nnx.Module):
             self.strategy = cast(Strategy, strategy)
         if deterministic is not None:
             self.deterministic = deterministic
+
+    @classmethod
+    def around(cls, block: Callable, features: int, rngs: nnx.Rngs) -> "Wrapper":
+        """This kind around a block, with a gate of its own: what `dynamize` makes where it is given the class alone."""
+        return cls(block, features, rngs)  # type: ignore[call-arg]
+
+    @property
+    def nests(self) -> bool:
+        """Whether it may hold what is dynamic itself."""
+        return False
 
     def whole(self) -> Callable | None:
         """What runs where nothing is decided, called in the same way; None where that is no single block."""

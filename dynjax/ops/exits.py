@@ -75,6 +75,8 @@ class Exits(Wrapper):
         ValueError: if numbers of stages and heads differ, or shapes do not agree.
     """
 
+    by_hand = "it needs stages with a head for each: dj.Exits(stages, heads), of the model's own modules"
+
     def __init__(
         self,
         stages: Sequence[Callable],
@@ -105,6 +107,10 @@ class Exits(Wrapper):
         self.stages, self.heads = nnx.List(stages), nnx.List(heads)
         self.confidence, self.at, self.patience, self.size, self.batched = confidence, at, patience, size, batched
         self.threshold = Threshold(jnp.zeros(()))
+
+    @property
+    def nests(self) -> bool:
+        return self.size is None
 
     def predictions(self, *args: Any, **kwargs: Any) -> list[Array]:
         """The logits of every head, to train them all; `predictions(x)[k]` under jit runs no stage after the k-th."""

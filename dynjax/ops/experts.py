@@ -155,6 +155,8 @@ class Experts(Wrapper):
         ValueError: if shapes do not agree.
     """
 
+    by_hand = "it makes its own layers: lambda block, features, rngs: dj.Experts(features, hidden, experts, rngs=rngs)"
+
     def __init__(
         self,
         features: int,

@@ -116,6 +116,11 @@ class Halt(Wrapper):
         ValueError: if shapes do not agree, `step` is dynamic itself, or "pondernet" is asked for per tile.
     """
 
+    by_hand = (
+        "it needs the number of steps: lambda block, features, rngs: "
+        "dj.Halt(block, dj.SampleGate(features, rngs=rngs), max_steps=4)"
+    )
+
     def __init__(
         self,
         step: Callable,

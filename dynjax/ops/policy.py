@@ -45,6 +45,8 @@ class PolicySkip(Wrapper):
         ValueError: if numbers or shapes do not agree.
     """
 
+    by_hand = "it holds a chain: model.layers = dj.PolicySkip(blocks, dj.ChannelGate(features, len(blocks), rngs=rngs))"
+
     def __init__(
         self,
         blocks: Sequence[Callable],
@@ -64,6 +66,10 @@ class PolicySkip(Wrapper):
         self.otherwise = nnx.Dict({str(number): module for number, module in otherwise.items()})
         self.straight_through, self.batched = straight_through, batched
         self.held = Held(jnp.zeros((len(skip),), bool))
+
+    @property
+    def nests(self) -> bool:
+        return True
 
     def schedule(self, progress: Float[Array, ""] | float) -> None:
         """Let the policy decide about the last blocks alone, and about all from `CURRICULUM` on."""

@@ -37,12 +37,21 @@ class Select(Wrapper):
         ValueError: if shapes do not agree or, per tile, a block is dynamic itself.
     """
 
+    by_hand = (
+        "it needs several blocks: lambda block, features, rngs: "
+        "dj.Select([cheap(features, rngs), block], dj.BranchGate(features, 2, rngs=rngs))"
+    )
+
     def __init__(self, blocks: Sequence[Callable], gate: Callable, *, batched: Collection[int | str] | None = None):
         if not blocks:
             raise ValueError("Select needs at least one module; blocks is empty")
         for block in blocks if wrapper.tile_size(gate) is not None else ():
             wrapper.refuse_nested("Select per tile", block)
         self.blocks, self.gate, self.batched = nnx.List(blocks), gate, batched
+
+    @property
+    def nests(self) -> bool:
+        return wrapper.tile_size(self.gate) is None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tree:
         x, blocks, inputs = self.bind(self.blocks, args, kwargs)
@@ -91,6 +100,10 @@ class Cell(Wrapper):
     Raises:
         ValueError: if shapes do not agree or a part is dynamic itself.
     """
+
+    by_hand = (
+        "it is a part of a supernet: dj.Cell(operation, dj.PathGate(features, paths, rngs=rngs), up=up, down=down)"
+    )
 
     def __init__(
         self,

@@ -6,8 +6,11 @@ Letters: B examples.
 from collections.abc import Callable, Collection
 from typing import Any
 
+from flax import nnx
+
 from dynjax.core.arguments import Tree, examples_of
 from dynjax.core.decision import EACH
+from dynjax.core.gates import SampleGate
 from dynjax.core.wrapper import Wrapper
 
 
@@ -40,6 +43,14 @@ class Skip(Wrapper):
         batched: Collection[int | str] | None = None,
     ):
         self.block, self.gate, self.otherwise, self.batched = block, gate, otherwise, batched
+
+    @classmethod
+    def around(cls, block: Callable, features: int, rngs: nnx.Rngs) -> "Skip":
+        return cls(block, SampleGate(features, rngs=rngs))
+
+    @property
+    def nests(self) -> bool:
+        return True
 
     def whole(self) -> Callable:
         return self.block

@@ -6,10 +6,12 @@ Letters: B examples, H W pixels, h w tiles, C channels.
 from collections.abc import Callable, Collection
 from typing import Any
 
+from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.core import execute, views, wrapper
 from dynjax.core.decision import EACH
+from dynjax.core.gates import TileGate
 from dynjax.core.receptive import receptive_radius
 from dynjax.core.wrapper import Wrapper
 
@@ -59,6 +61,10 @@ class Tiles(Wrapper):
             raise ValueError(f"radius={radius} must be at least 0 pixels, or None to have it found")
         self.block, self.gate, self.otherwise = block, gate, otherwise
         self.size, self.radius, self.batched = size, radius, batched
+
+    @classmethod
+    def around(cls, block: Callable, features: int, rngs: nnx.Rngs) -> "Tiles":
+        return cls(block, TileGate(features, rngs=rngs))
 
     def whole(self) -> Callable:
         return self.block

@@ -100,6 +100,10 @@ class MixtureOfDepths(Wrapper):
             ) from error
         self.block, self.gate, self.batched = block, gate, batched
 
+    @classmethod
+    def around(cls, block: Callable, features: int, rngs: nnx.Rngs) -> "MixtureOfDepths":
+        return cls(block, TokenGate(features, rngs=rngs))
+
     def terms(self, call: Call) -> dict[str, Array]:
         """`selection`, the cross-entropy between what the gate chose and what its probability foretold.
 

@@ -43,6 +43,8 @@ class Channels(Wrapper):
         ValueError: if the layers' hidden channels cannot be sliced, or shapes do not agree.
     """
 
+    by_hand = "it needs a pair of layers: dj.Channels(first, last, dj.ChannelGate(features, groups, rngs=rngs))"
+
     def __init__(self, first: Callable | Sequence[Callable], last: Callable | Sequence[Callable], gate: Callable):
         self.first, self.last, self.roles, self.hidden = _pair("Channels", first, last)
         self.gate = gate
@@ -139,6 +141,11 @@ class Slimmable(Wrapper):
     Raises:
         ValueError: if the layers' hidden channels cannot be sliced, shapes do not agree, or a width is not there.
     """
+
+    by_hand = (
+        "it needs a pair of layers: "
+        "dj.Slimmable(first, last, dj.BranchGate(features, len(widths), rngs=rngs), widths=widths)"
+    )
 
     def __init__(
         self,
