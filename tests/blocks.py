@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from dynjax import budget
+from dynjax.core.modules import view
 from dynjax.core.trace import Trace
 from dynjax.core.training import Call
 
@@ -35,7 +36,7 @@ def make(build: Callable[[nnx.Rngs], nnx.Module], seed: int = 0) -> nnx.Module:
 def still(model: nnx.Module, execution: str = "masked", **ways) -> nnx.Module:
     """`model` as it is evaluated."""
     ways |= dict(execution=execution, deterministic=True, use_running_average=True)
-    return nnx.view(model, **ways, raise_if_not_found=False)
+    return view(model, **ways)
 
 
 def at(threshold: jax.Array | float, model: nnx.Module) -> nnx.Module:

@@ -21,7 +21,7 @@ from dynjax.core.arguments import name_of
 from dynjax.core.decision import Decision, captured, seen
 from dynjax.core.deployed import Fixed, apart, together
 from dynjax.core.devices import automatic
-from dynjax.core.modules import outermost, replace
+from dynjax.core.modules import outermost, replace, view
 from dynjax.core.wrapper import Wrapper
 
 Call = Callable[..., Any]
@@ -54,7 +54,7 @@ class _Both(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         (y, first), (z, second) = (
-            seen(operator.call, nnx.view(self.wrapper, execution=execution, raise_if_not_found=False), *args, **kwargs)
+            seen(operator.call, view(self.wrapper, execution=execution), *args, **kwargs)
             for execution in ("masked", "compact")
         )
         if hasattr(self, "__captures__"):

@@ -17,6 +17,8 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
+from dynjax.core.modules import view
+
 Block = TypeVar("Block")
 
 Place = Literal["example", "tile", "token", "time"]
@@ -218,7 +220,7 @@ def unseen(block: Block) -> Block:
     """`block` as an executor's loop runs it, or as it is only looked at: no trace is taken inside."""
     if not isinstance(block, nnx.Module) or not any(hasattr(m, "__captures__") for _, m in nnx.iter_modules(block)):
         return block
-    block = nnx.view(block, raise_if_not_found=False)
+    block = view(block)
     for _, module in nnx.iter_modules(block):
         if hasattr(module, "__captures__"):
             del module.__captures__
@@ -232,7 +234,7 @@ def captured(
     # A view shares the variables but is made of new modules: capturing writes to modules, which those of an outer
     # trace refuse.
     outer = _paths.get().get(id(module), ("", ""))[0]
-    module = nnx.view(module, raise_if_not_found=False)
+    module = view(module)
 
     def call(module: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
         own = {}

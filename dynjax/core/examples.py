@@ -43,8 +43,8 @@ def shape_apart(block: Callable[[Any], Any], x: Any) -> Any:
         name = name_of(block)
         raise ValueError(
             f"{name} mixes the examples of a batch ({mixing} over them): where only some are computed the others "
-            "would be missing in it; leave that outside of what is skipped, keep running statistics, or say batched= where "
-            "an argument that all share was taken for one of the examples"
+            "would be missing in it; leave that outside of what is skipped, keep running statistics, or say batched= "
+            "where an argument that all share was taken for one of the examples"
         )
     return out
 

@@ -24,6 +24,14 @@ def outermost(model: nnx.Module, kind: type[Kind]) -> dict[str, Kind]:
     return found
 
 
+def view(model: Kind, **ways: Any) -> Kind:
+    """As `nnx.view`, where modules need not know of these ways; of `nnx.Rngs` it draws nothing.
+
+    A stream of keys passes for its `set_view`, since every name is one of its streams.
+    """
+    return nnx.view(model, only=lambda _, node: not isinstance(node, nnx.Rngs), raise_if_not_found=False, **ways)
+
+
 def replace(model: nnx.Module, new: Mapping[int, Any]) -> None:
     """Put new[id(module)] into every place of `model` where the module is: what was shared stays shared."""
     for _, parent in list(nnx.iter_modules(model)):

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
+from dynjax.core import modules
 from dynjax.core.arguments import name_of
 from dynjax.core.decision import unseen
 
@@ -66,7 +67,7 @@ def _view(model: Model, **ways: Any) -> Model:
     """
     if not isinstance(model, nnx.Module):
         return model
-    view = nnx.view(model, raise_if_not_found=False, **ways)
+    view = modules.view(model, **ways)
     flags: dict[str, Any] = {name: ways[name] for name in ("deterministic", "use_running_average") if name in ways}
     if "deterministic" in ways:
         flags["training"] = not ways["deterministic"]
