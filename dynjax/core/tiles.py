@@ -7,11 +7,12 @@ Letters: B examples, H W pixels, C channels, h w tiles.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jax.extend import core as jex
 from jaxtyping import Array, Float, Int
 
@@ -47,7 +48,9 @@ class KeptTiles:
     def few_at_a_time(self) -> Array:
         """A loop over the kept tiles, as many side by side as make a strip."""
         total = self.order.size
-        group = windows.strip_tiles(self.size, self.radius, total)
+        # Where the batch is free it may be one example.
+        least = math.prod(self.grid) if export.is_symbolic_dim(total) else total
+        group = windows.strip_tiles(self.size, self.radius, least)
         last = self.order[jnp.maximum(self.number - 1, 0)]
 
         def body(i, out):
