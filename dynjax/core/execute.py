@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from dynjax.core.arguments import Tree, first
 from dynjax.core.examples import shape_apart
-from dynjax.core.tiles import kept_tiles, tile_pixels
+from dynjax.core.tiles import kept_first, kept_tiles, tile_pixels
 
 Execution = Literal["masked", "compact"]
 Strategy = Literal["auto", "loop", "buckets"]
@@ -179,8 +179,7 @@ def branches(
 
 def _samples_compact(block, x, keep, other, strategy):
     kept = keep > 0.5
-    order = jnp.argsort(~kept, stable=True)
-    number = kept.sum(dtype=jnp.int32)
+    order, number = kept_first(kept)
     examples = keep.shape[0]
 
     def whole():
@@ -270,7 +269,17 @@ def smallest_bucket(number, total, run, whole, other):
     capacities = sorted({math.ceil(share * total) for share in CAPACITIES if math.ceil(share * total) < total})
     # Counted, not searched for: that has a loop of its own.
     index = (number > jnp.asarray([0, *capacities])).sum(dtype=jnp.int32)
-    return lax.switch(index, [lambda: other, *(functools.partial(run, c) for c in capacities), whole])
+    return one_of(index, [lambda: other, *(functools.partial(run, c) for c in capacities), whole])
+
+
+def one_of(index, ways):
+    """What `ways[index]` gives; as `lax.switch`, of which ONNX has none but for two."""
+    if jax.default_backend() != "cpu":
+        return lax.switch(index, ways)  # elsewhere the host waits for every condition
+    if len(ways) == 1:
+        return ways[0]()
+    half = len(ways) // 2
+    return lax.cond(index < half, lambda: one_of(index, ways[:half]), lambda: one_of(index - half, ways[half:]))
 
 
 def by_platform(strategy: str, loop: Callable[[], Tree], buckets: Callable[[], Tree]) -> Tree:

@@ -108,7 +108,9 @@ def max_tiles(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]:
 
 def _in_tiles(x: jax.Array, size: int, fill: float = 0) -> jax.Array:
     """(B, H, W, C) as (B, h, size, w, size, C), filled up at the end."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, -x.shape[2] % size), (0, 0)), constant_values=fill)
+    rows, columns = (-n % size for n in x.shape[1:3])
+    if rows or columns:
+        x = jnp.pad(x, ((0, 0), (0, rows), (0, columns), (0, 0)), constant_values=fill)
     return x.reshape(x.shape[0], x.shape[1] // size, size, x.shape[2] // size, size, x.shape[3])
 
 
