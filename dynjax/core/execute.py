@@ -17,13 +17,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jaxtyping import Array, Float
 
 from dynjax.core.arguments import Tree, first
 from dynjax.core.devices import spread_over
 from dynjax.core.examples import shape_apart
-from dynjax.core.tiles import kept_tiles, tile_pixels
+from dynjax.core.tiles import kept_first, kept_tiles, tile_pixels
 from dynjax.core.views import fresh
 
 Execution = Literal["masked", "compact"]
@@ -182,8 +182,7 @@ def branches(
 def _samples_compact(block, x, keep, other, strategy):
     x, keep, other = spread_over((x, keep, other))
     kept = keep > 0.5
-    order = jnp.argsort(~kept, stable=True)
-    number = kept.sum(dtype=jnp.int32)
+    order, number = kept_first(kept)
     examples = keep.shape[0]
 
     def whole():
@@ -197,7 +196,7 @@ def _samples_compact(block, x, keep, other, strategy):
             return jax.tree.map(lambda o, y: lax.dynamic_update_index_in_dim(o, y, order[i], 0), out, block(one))
 
         def some():
-            return lax.fori_loop(0, number, body, other)
+            return none_or(number, lambda: lax.fori_loop(0, number, body, other), other, examples)
 
         if examples == 1:
             # Not a loop: XLA moves what does not depend on the trip out of it, which here is all of the block.
@@ -234,7 +233,8 @@ def _tiles_compact(block, x, keep, other, size, radius, strategy):
     def loop():
         if total == 1:
             return lax.cond(work.number > 0, whole, lambda: other)
-        return lax.cond(work.number > break_even(size, radius) * total, whole, work.few_at_a_time)
+        some = functools.partial(none_or, work.number, work.few_at_a_time, other, total)
+        return lax.cond(work.number > break_even(size, radius) * total, whole, some)
 
     def buckets():
         return smallest_bucket(work.number, total, work.at_once, whole, other)
@@ -250,11 +250,40 @@ def break_even(size: int, radius: int) -> float:
 # Shared
 
 
+def none_or(number, some, other, total):
+    """`some()`; where `total` is free, `other` for no unit at all.
+
+    A program for any number of units may be run, and then compiled, with one. Its loop over them would make one trip at
+    most, out of which XLA moves all of the block: it must not be in what is run where nothing was kept.
+    """
+    return lax.cond(number > 0, some, lambda: other) if export.is_symbolic_dim(total) else some()
+
+
 def smallest_bucket(number, total, run, whole, other):
-    """The smallest capacity that holds `number` units; none at all for 0, the whole input past the largest."""
+    """The smallest capacity that holds `number` units; none at all for 0, the whole input past the largest.
+
+    Raises:
+        ValueError: if the number of all units is free, as when a program is exported for any batch.
+    """
+    if export.is_symbolic_dim(total):
+        raise ValueError(
+            f"strategy='buckets' needs to know how many units there are, and here there are {total}: export a free "
+            "batch with nnx.view(model, strategy='loop'), or one batch size of your choice"
+        )
     capacities = sorted({math.ceil(share * total) for share in CAPACITIES if math.ceil(share * total) < total})
-    index = jnp.where(number == 0, 0, 1 + jnp.searchsorted(jnp.asarray([*capacities, total]), number))
-    return lax.switch(index, [lambda: other, *(functools.partial(run, c) for c in capacities), whole])
+    # Counted, not searched for: that has a loop of its own.
+    index = (number > jnp.asarray([0, *capacities])).sum(dtype=jnp.int32)
+    return one_of(index, [lambda: other, *(functools.partial(run, c) for c in capacities), whole])
+
+
+def one_of(index, ways):
+    """What `ways[index]` gives; as `lax.switch`, of which ONNX has none but for two."""
+    if jax.default_backend() != "cpu":
+        return lax.switch(index, ways)  # elsewhere the host waits for every condition
+    if len(ways) == 1:
+        return ways[0]()
+    half = len(ways) // 2
+    return lax.cond(index < half, lambda: one_of(index, ways[:half]), lambda: one_of(index - half, ways[half:]))
 
 
 def by_platform(strategy: str, loop: Callable[[], Tree], buckets: Callable[[], Tree]) -> Tree:

@@ -108,10 +108,12 @@ def max_tiles(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]:
 
 def _in_tiles(x: jax.Array, size: int, fill: float = 0) -> jax.Array:
     """(B, H, W, C) as (B, h, size, w, size, C), filled up at the end."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, -x.shape[2] % size), (0, 0)), constant_values=fill)
+    rows, columns = (-n % size for n in x.shape[1:3])
+    if rows or columns:
+        x = jnp.pad(x, ((0, 0), (0, rows), (0, columns), (0, 0)), constant_values=fill)
     # One axis at a time, as it must be for examples spread over a mesh of Explicit axes.
-    rows = x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])
-    return rows.reshape(*rows.shape[:3], x.shape[2] // size, size, x.shape[3])
+    high = x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])
+    return high.reshape(*high.shape[:3], x.shape[2] // size, size, x.shape[3])
 
 
 def log_entropy(logits: Float[Array, "... K"]) -> Float[Array, "..."]:

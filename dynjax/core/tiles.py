@@ -7,13 +7,14 @@ Letters: B examples, H W pixels, C channels, h w tiles.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jax.extend import core as jex
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dynjax.core import windows
 from dynjax.core.arguments import Tree, as_map
@@ -47,7 +48,9 @@ class KeptTiles:
     def few_at_a_time(self) -> Array:
         """A loop over the kept tiles, as many side by side as make a strip."""
         total = self.order.size
-        group = windows.strip_tiles(self.size, self.radius, total)
+        # Where the batch is free it may be one example.
+        least = math.prod(self.grid) if export.is_symbolic_dim(total) else total
+        group = windows.strip_tiles(self.size, self.radius, least)
         last = self.order[jnp.maximum(self.number - 1, 0)]
 
         def body(i, out):
@@ -117,6 +120,19 @@ class KeptTiles:
         return out[:, : self.pixels[0], : self.pixels[1]]
 
 
+def kept_first(kept: Bool[Array, " N"]) -> tuple[Int[Array, " N"], Int[Array, ""]]:
+    """All units, the kept ones first and in their order, and how many these are.
+
+    Where their number is free, as when a program is exported for any batch, the first is in the places of the others.
+    """
+    units, number = kept.shape[0], kept.sum(dtype=jnp.int32)
+    if not export.is_symbolic_dim(kept.shape[0]):
+        return jnp.argsort(~kept, stable=True).astype(jnp.int32), number
+    # ONNX sorts a known length only. Counting and scattering would be slower on a CPU where there are few.
+    place = jnp.where(kept, jnp.cumsum(kept, dtype=jnp.int32) - 1, units)
+    return jnp.zeros(units, jnp.int32).at[place].set(jnp.arange(units, dtype=jnp.int32), mode="drop"), number
+
+
 def kept_tiles(
     block: Callable[[Tree], Array],
     x: Tree,
@@ -129,7 +145,7 @@ def kept_tiles(
     block, x, others = as_map(block, x)
     (height, width), (rows, columns), window = x.shape[1:3], keep.shape[1:], size + 2 * radius
     kept = (keep > 0.5).reshape(-1)
-    order = jnp.argsort(~kept, stable=True).astype(jnp.int32)
+    order, number = kept_first(kept)
     closed = windows.trace(block, x.shape, x.dtype, others)
     stripped = windows.supported(closed, size=size, radius=radius)
     # A map smaller than one window grows to it; the strip's `inside` keeps what was added from counting. Whole windows
@@ -139,6 +155,5 @@ def kept_tiles(
     if grows and not stripped:
         return None
     source, base = (jnp.pad(a, grow) if grows else a for a in (x, other))
-    number = kept.sum(dtype=jnp.int32)
     strips, pixels, grid = closed if stripped else None, (height, width), (rows, columns)
     return KeptTiles(block, strips, source, base, others, pixels, grid, order, number, size, radius)

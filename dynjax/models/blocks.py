@@ -131,7 +131,9 @@ def gather_pixels(x: Float[Array, "B H W C"], side: int = 2) -> Float[Array, "B 
 
     A stride without a strided convolution, whose weight gradient is slow on CPUs.
     """
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % side), (0, -x.shape[2] % side), (0, 0)), "edge")
+    # Not jnp.pad, which also puts no rows before and behind: ONNX has no map without rows.
+    x = jnp.concatenate([x, *[x[:, -1:]] * (-x.shape[1] % side)], 1)
+    x = jnp.concatenate([x, *[x[:, :, -1:]] * (-x.shape[2] % side)], 2)
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // side, side, width // side, side, channels).swapaxes(2, 3)
     return x.reshape(batch, height // side, width // side, side**2 * channels)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
+from jax import export, lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dynjax.core import cost, execute, gates
@@ -216,7 +216,8 @@ class Experts(Wrapper):
         rows = chosen.size
 
         def loop():
-            block = min(LARGEST_BLOCK, max(8, 1 << (rows // self.experts).bit_length()))
+            share = 16 if export.is_symbolic_dim(rows) else rows // self.experts
+            block = min(LARGEST_BLOCK, max(8, 1 << share.bit_length()))
             # A block may reach past its expert's last token. What it writes there the next expert writes anew.
             return self._blocks(gathered(x, place, rows + block), sizes, block)
 
@@ -236,7 +237,7 @@ class Experts(Wrapper):
         last = jnp.cumsum(blocks)
 
         def body(i, out):
-            expert = jnp.searchsorted(last, i, side="right")
+            expert = (last <= i).sum(dtype=jnp.int32)
             at = start[expert] + (i - (last[expert] - blocks[expert])) * block
             y = self._expert(lax.dynamic_slice_in_dim(tokens, at, block), expert)
             return lax.dynamic_update_slice_in_dim(out, y, at, 0)

@@ -101,7 +101,7 @@ class Channels(Wrapper):
 
             def body(i, out):
                 one = lax.dynamic_index_in_dim(x, i, keepdims=True)
-                y = lax.switch(kept[i].sum(), ways, one, order[i])
+                y = execute.one_of(kept[i].sum(), [functools.partial(way, one, order[i]) for way in ways])
                 return lax.dynamic_update_index_in_dim(out, y, i, 0)
 
             return lax.fori_loop(0, x.shape[0], body, zeros)
