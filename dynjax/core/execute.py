@@ -102,7 +102,8 @@ def samples(
             )
     if execution == "masked":
         return jax.tree.map(functools.partial(blend, keep), _like(block(x), other), other)
-    block, other = _one_type(block, _like(shape_apart(block, x), other), other)
+    block, types = _one_type(block, _like(shape_apart(block, x), other), other)
+    other = jax.tree.map(lambda o, t: o.astype(t), other, types)
     return _samples_compact(block, x, keep, other, strategy)
 
 
@@ -133,11 +134,13 @@ def tiles(
             f"keep has shape {keep.shape}; "
             f"{own.shape[1]}x{own.shape[2]} pixels in tiles of {size} need {(own.shape[0], *grid)}"
         )
-    other = own if otherwise is None else otherwise(own)
+    rest = _same if otherwise is None else otherwise
     if execution == "masked":
+        other = rest(own)
         return blend(tile_pixels(keep, size, own.shape[1:3]), _like(block(x), other), other)
-    block, other = _one_type(block, _like(shape_of(block, x), other), other)
-    return _tiles_compact(block, x, keep, other, size, radius, strategy)
+    spec = shape_of(rest, own)
+    block, dtype = _one_type(block, _like(shape_of(block, x), spec), spec)
+    return _tiles_compact(block, x, keep, lambda: rest(own).astype(dtype), size, radius, strategy)
 
 
 def branches(
@@ -166,11 +169,11 @@ def branches(
     specs = [(shape_apart if size is None else shape_of)(block, x) for block in blocks]
     y = jnp.zeros(specs[0].shape, jnp.result_type(*(spec.dtype for spec in specs)))
     for k, (block, spec) in enumerate(zip(blocks, specs, strict=True)):
-        block, y = _one_type(block, _like(spec, y), y)
+        block, _ = _one_type(block, _like(spec, y), y)
         if size is None:
             y = _samples_compact(block, x, choice[..., k], y, strategy)
         else:
-            y = _tiles_compact(block, x, choice[..., k], y, size, radii[k], strategy)
+            y = _tiles_compact(block, x, choice[..., k], functools.partial(_same, y), size, radii[k], strategy)
     return y
 
 
@@ -209,7 +212,7 @@ def _samples_compact(block, x, keep, other, strategy):
             y = block(jax.tree.map(lambda a: a.at[index].get(mode="clip"), x))
             return jax.tree.map(lambda o, y: o.at[index].set(y, mode="drop"), other, y)
 
-        return smallest_bucket(number, examples, run, whole, other)
+        return smallest_bucket(number, examples, run, whole, functools.partial(_same, other))
 
     return jax.tree.map(_forward_only, by_platform(strategy, loop, buckets))
 
@@ -218,18 +221,23 @@ def _samples_compact(block, x, keep, other, strategy):
 
 
 def _tiles_compact(block, x, keep, other, size, radius, strategy):
+    # `other` is called where it is needed: outside of the switch it would cost as much when every tile is kept.
     total = keep.size
     work = kept_tiles(block, x, keep, other, size, radius)
 
-    def whole():
-        return blend(tile_pixels((keep > 0.5).astype(other.dtype), size, other.shape[1:3]), block(x), other)
+    def blended(y):
+        return blend(tile_pixels((keep > 0.5).astype(y.dtype), size, y.shape[1:3]), y, other())
 
     if work is None:
-        return whole()
+        return blended(block(x))
+
+    def whole():
+        y = block(x)
+        return lax.cond(work.number == total, lambda: y, lambda: blended(y))
 
     def loop():
         if total == 1:
-            return lax.cond(work.number > 0, whole, lambda: other)
+            return lax.cond(work.number > 0, lambda: block(x), other)
         return lax.cond(work.number > break_even(size, radius) * total, whole, work.few_at_a_time)
 
     def buckets():
@@ -246,11 +254,11 @@ def break_even(size: int, radius: int) -> float:
 # Shared
 
 
-def smallest_bucket(number, total, run, whole, other):
-    """The smallest capacity that holds `number` units; none at all for 0, the whole input past the largest."""
+def smallest_bucket(number, total, run, whole, none):
+    """`run` the smallest capacity that holds `number` units; `none` for 0, `whole` past the largest."""
     capacities = sorted({math.ceil(share * total) for share in CAPACITIES if math.ceil(share * total) < total})
     index = jnp.where(number == 0, 0, 1 + jnp.searchsorted(jnp.asarray([*capacities, total]), number))
-    return lax.switch(index, [lambda: other, *(functools.partial(run, c) for c in capacities), whole])
+    return lax.switch(index, [none, *(functools.partial(run, c) for c in capacities), whole])
 
 
 def by_platform(strategy: str, loop: Callable[[], Tree], buckets: Callable[[], Tree]) -> Tree:
@@ -277,6 +285,10 @@ def _no_derivative(primals, tangents):
     )
 
 
+def _same(x):
+    return x
+
+
 def shape_of(block: Callable, x: Tree) -> Tree:
     """Shapes and types of `block(x)`, an array or a tree of arrays."""
     # A module handed to JAX itself is named by its repr, which prints every parameter: seconds for one block.
@@ -284,12 +296,11 @@ def shape_of(block: Callable, x: Tree) -> Tree:
 
 
 def _one_type(block, spec, other):
-    """`block`, whose output is like `spec`, and `other` with numbers of the type that blending them would give."""
+    """`block`, whose output is like `spec`, giving the types that blending it with `other` gives; and these types."""
     types = jax.tree.map(lambda s, o: jnp.promote_types(s.dtype, o.dtype), spec, other)
-    other = jax.tree.map(lambda o, t: o.astype(t), other, types)
     if all(s.dtype == t for s, t in zip(jax.tree.leaves(spec), jax.tree.leaves(types), strict=True)):
-        return block, other
-    return (lambda x: jax.tree.map(lambda y, t: y.astype(t), block(x), types)), other
+        return block, types
+    return (lambda x: jax.tree.map(lambda y, t: y.astype(t), block(x), types)), types
 
 
 def _like(y, other):
