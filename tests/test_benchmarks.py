@@ -1,4 +1,4 @@
-"""Benchmarks of drawing run to their end on a row made tiny; what they time is no matter here."""
+"""Benchmarks run to their end on something tiny; what they time is no matter here."""
 
 import csv
 
@@ -6,7 +6,7 @@ import pytest
 import test_commands
 from PIL import Image
 
-from benchmarks import refinement, sampling
+from benchmarks import refinement, sampling, thin
 from dynjax.config import UserError
 
 pytestmark = pytest.mark.xdist_group("benchmarks")  # one worker, so that the row is trained once
@@ -51,3 +51,13 @@ def test_samplers_draw_the_same(workdir, tmp_path):
     lines = read(out)
     assert [line["sampler"] for line in lines] == ["pixel", "cached", "plain", "fixed-point"]
     assert {line["pixels_that_differ"] for line in lines} == {"0"} and {line["pixels"] for line in lines} == {"128"}
+
+
+def test_what_tiles_cost_on_thin_maps(tmp_path):
+    out = tmp_path / "thin.csv"
+    thin.main(["--widths", "3", "4", "--size", "16", "24", "--tile", "4", "--repeats", "1", "--out", str(out)])
+    with out.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["kind"] for line in lines] == ["wide", "even"]
+    for line in lines:
+        assert float(line["nothing_ms"]) > 0 and 0.2 < float(line["kept_at_half"]) < 0.8

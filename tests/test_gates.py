@@ -77,6 +77,25 @@ def test_a_tile_that_the_border_cuts_counts_the_pixels_it_has():
     np.testing.assert_allclose(gates.pool_tiles(x, 8), x.mean((1, 2), keepdims=True), rtol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 5, 8, 9, 18, 32])
+def test_means_and_maxima_over_tiles_and_their_gradients(size):
+    x = jax.random.normal(jax.random.key(0), (2, 18, 41, 3))
+
+    def directly(x):
+        tiles = [[x[:, i : i + size, j : j + size] for j in range(0, 41, size)] for i in range(0, 18, size)]
+        return [jnp.stack([jnp.stack([f(t, (1, 2)) for t in row], 1) for row in tiles], 1) for f in (jnp.mean, jnp.max)]
+
+    both = lambda x: [gates.pool_tiles(x, size), gates.max_tiles(x, size)]  # noqa: E731
+    for got, expected in zip(both(x), directly(x), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    weights = jax.random.normal(jax.random.key(1), directly(x)[0].shape)
+    slopes = [jax.grad(lambda x, f=f: (weights * f(x)[0]).sum())(x) for f in (both, directly)]
+    np.testing.assert_allclose(*slopes, rtol=1e-5, atol=1e-7)
+    half = gates.pool_tiles(x.astype(jnp.bfloat16), size)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), directly(x)[0], rtol=0.02, atol=0.02)
+
+
 # Modules
 
 ABOUT = {

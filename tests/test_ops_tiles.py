@@ -92,6 +92,41 @@ def test_otherwise_may_change_the_channels():
     np.testing.assert_allclose(run(x, jnp.zeros(tiles))[0], plain(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("strategy", ["loop", "buckets"])
+def test_otherwise_is_not_run_where_every_tile_is_kept(strategy):
+    block, runs = make(blocks.Wider), []
+
+    def plain(x):
+        jax.debug.callback(lambda: runs.append(1))
+        return jnp.tile(x, 2)[..., :6]
+
+    @jax.jit
+    def run(keep):
+        return still(dj.Tiles(block, dj.FixedGate(keep, size=4), otherwise=plain), "compact", strategy=strategy)(x)
+
+    x, tiles = image(1, 9, 14, CHANNELS), (1, 3, 4)
+    most = np.ones(tiles)
+    most[0, 0, 0] = 0
+    for keep, expected in ((np.ones(tiles), 0), (most, 1), (np.zeros(tiles), 1)):
+        runs.clear()
+        jax.block_until_ready(run(jnp.asarray(keep, jnp.float32)))
+        jax.effects_barrier()
+        assert len(runs) == expected
+
+
+def test_what_is_decided_in_otherwise_is_seen_and_it_does_not_train():
+    block, x = make(blocks.Wider), image(2, 8, 8, CHANNELS)
+    rest = make(lambda rngs: nnx.Sequential(dj.Skip(blocks.Residual(rngs), dj.FixedGate([1, 0])), blocks.Wider(rngs)))
+    model = dj.Tiles(block, dj.FixedGate(patterns((2, 2, 2))[3], size=4), otherwise=rest)
+    (masked, trace), (compact, same) = (dj.traced(still(model, way))(x) for way in ("masked", "compact"))
+    assert_same(masked, compact)
+    assert set(trace.decisions) == set(same.decisions) == {"", "otherwise/layers/0"}
+    np.testing.assert_allclose(trace.macs(), same.macs())
+    model = gated(make(blocks.Pointwise), otherwise=make(blocks.Residual))
+    with pytest.raises(ValueError, match="compact execution cannot train: BatchNorm at 'norm1' still updates"):
+        nnx.view(model, execution="compact")(x[:1])
+
+
 def test_the_default_view_under_jit_is_exact_on_both_sides_of_the_break_even():
     block, x = make(blocks.Residual), image(1, 32, 48, CHANNELS)
     run = jax.jit(

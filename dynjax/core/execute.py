@@ -104,7 +104,8 @@ def samples(
             )
     if execution == "masked":
         return jax.tree.map(functools.partial(blend, keep), _like(block(x), other), other)
-    block, other = _one_type(block, _like(shape_apart(block, x), other), other)
+    block, types = _one_type(block, _like(shape_apart(block, x), other), other)
+    other = jax.tree.map(lambda o, t: o.astype(t), other, types)
     return _samples_compact(block, x, keep, other, strategy)
 
 
@@ -135,11 +136,13 @@ def tiles(
             f"keep has shape {keep.shape}; "
             f"{own.shape[1]}x{own.shape[2]} pixels in tiles of {size} need {(own.shape[0], *grid)}"
         )
-    other = own if otherwise is None else otherwise(own)
+    rest = _same if otherwise is None else otherwise
     if execution == "masked":
+        other = rest(own)
         return blend(tile_pixels(keep, size, own.shape[1:3]), _like(block(x), other), other)
-    block, other = _one_type(block, _like(shape_of(block, x), other), other)
-    return _tiles_compact(block, x, keep, other, size, radius, strategy)
+    rest, spec = fresh(rest), shape_of(rest, own)
+    block, dtype = _one_type(block, _like(shape_of(block, x), spec), spec)
+    return _tiles_compact(block, x, keep, lambda: rest(own).astype(dtype), size, radius, strategy)
 
 
 def branches(
@@ -168,11 +171,11 @@ def branches(
     specs = [(shape_apart if size is None else shape_of)(block, x) for block in blocks]
     y = jnp.zeros(specs[0].shape, jnp.result_type(*(spec.dtype for spec in specs)))
     for k, (block, spec) in enumerate(zip(blocks, specs, strict=True)):
-        block, y = _one_type(block, _like(spec, y), y)
+        block, _ = _one_type(block, _like(spec, y), y)
         if size is None:
             y = _samples_compact(block, x, choice[..., k], y, strategy)
         else:
-            y = _tiles_compact(block, x, choice[..., k], y, size, radii[k], strategy)
+            y = _tiles_compact(block, x, choice[..., k], functools.partial(_same, y), size, radii[k], strategy)
     return y
 
 
@@ -196,7 +199,8 @@ def _samples_compact(block, x, keep, other, strategy):
             return jax.tree.map(lambda o, y: lax.dynamic_update_index_in_dim(o, y, order[i], 0), out, block(one))
 
         def some():
-            return none_or(number, lambda: lax.fori_loop(0, number, body, other), other, examples)
+            run = lambda: lax.fori_loop(0, number, body, other)  # noqa: E731
+            return none_or(number, run, functools.partial(_same, other), examples)
 
         if examples == 1:
             # Not a loop: XLA moves what does not depend on the trip out of it, which here is all of the block.
@@ -211,7 +215,7 @@ def _samples_compact(block, x, keep, other, strategy):
             y = block(jax.tree.map(lambda a: a.at[index].get(mode="clip"), x))
             return jax.tree.map(lambda o, y: o.at[index].set(y, mode="drop"), other, y)
 
-        return smallest_bucket(number, examples, run, whole, other)
+        return smallest_bucket(number, examples, run, whole, functools.partial(_same, other))
 
     return jax.tree.map(_forward_only, by_platform(strategy, loop, buckets))
 
@@ -219,20 +223,29 @@ def _samples_compact(block, x, keep, other, strategy):
 # Tiles
 
 
-def _tiles_compact(block, x, keep, other, size, radius, strategy):
-    x, keep, other = spread_over((x, keep, other))
+def _tiles_compact(block, x, keep, passing, size, radius, strategy):
+    x, keep = spread_over((x, keep))
+
+    def other():
+        # Called where it is needed: outside of the switch it would cost as much when every tile is kept.
+        return spread_over(passing(), over=(x, keep))
+
     total = keep.size
     work = kept_tiles(block, x, keep, other, size, radius)
 
-    def whole():
-        return blend(tile_pixels((keep > 0.5).astype(other.dtype), size, other.shape[1:3]), block(x), other)
+    def blended(y):
+        return blend(tile_pixels((keep > 0.5).astype(y.dtype), size, y.shape[1:3]), y, other())
 
     if work is None:
-        return whole()
+        return blended(block(x))
+
+    def whole():
+        y = block(x)
+        return lax.cond(work.number == total, lambda: y, lambda: blended(y))
 
     def loop():
         if total == 1:
-            return lax.cond(work.number > 0, whole, lambda: other)
+            return lax.cond(work.number > 0, lambda: block(x), other)
         some = functools.partial(none_or, work.number, work.few_at_a_time, other, total)
         return lax.cond(work.number > break_even(size, radius) * total, whole, some)
 
@@ -250,17 +263,17 @@ def break_even(size: int, radius: int) -> float:
 # Shared
 
 
-def none_or(number, some, other, total):
-    """`some()`; where `total` is free, `other` for no unit at all.
+def none_or(number, some, none, total):
+    """`some()`; where `total` is free, `none()` for no unit at all.
 
     A program for any number of units may be run, and then compiled, with one. Its loop over them would make one trip at
     most, out of which XLA moves all of the block: it must not be in what is run where nothing was kept.
     """
-    return lax.cond(number > 0, some, lambda: other) if export.is_symbolic_dim(total) else some()
+    return lax.cond(number > 0, some, none) if export.is_symbolic_dim(total) else some()
 
 
-def smallest_bucket(number, total, run, whole, other):
-    """The smallest capacity that holds `number` units; none at all for 0, the whole input past the largest.
+def smallest_bucket(number, total, run, whole, none):
+    """`run` the smallest capacity that holds `number` units; `none` for 0, `whole` past the largest.
 
     Raises:
         ValueError: if the number of all units is free, as when a program is exported for any batch.
@@ -273,7 +286,7 @@ def smallest_bucket(number, total, run, whole, other):
     capacities = sorted({math.ceil(share * total) for share in CAPACITIES if math.ceil(share * total) < total})
     # Counted, not searched for: that has a loop of its own.
     index = (number > jnp.asarray([0, *capacities])).sum(dtype=jnp.int32)
-    return one_of(index, [lambda: other, *(functools.partial(run, c) for c in capacities), whole])
+    return one_of(index, [none, *(functools.partial(run, c) for c in capacities), whole])
 
 
 def one_of(index, ways):
@@ -310,18 +323,21 @@ def _no_derivative(primals, tangents):
     )
 
 
+def _same(x):
+    return x
+
+
 def shape_of(block: Callable, x: Tree) -> Tree:
     """Shapes and types of `block(x)`, an array or a tree of arrays."""
     return jax.eval_shape(fresh(block), jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x))
 
 
 def _one_type(block, spec, other):
-    """`block`, whose output is like `spec`, and `other` with numbers of the type that blending them would give."""
+    """`block`, whose output is like `spec`, giving the types that blending it with `other` gives; and these types."""
     types = jax.tree.map(lambda s, o: jnp.promote_types(s.dtype, o.dtype), spec, other)
-    other = jax.tree.map(lambda o, t: o.astype(t), other, types)
     if all(s.dtype == t for s, t in zip(jax.tree.leaves(spec), jax.tree.leaves(types), strict=True)):
-        return block, other
-    return (lambda x: jax.tree.map(lambda y, t: y.astype(t), block(x), types)), other
+        return block, types
+    return (lambda x: jax.tree.map(lambda y, t: y.astype(t), block(x), types)), types
 
 
 def _like(y, other):

@@ -7,6 +7,8 @@ logits start open.
 Letters: B examples, H W pixels, C features, h w tiles, K branches, G channel groups.
 """
 
+import functools
+from collections.abc import Callable
 from typing import TypedDict, TypeVar, Unpack
 
 import jax
@@ -97,23 +99,56 @@ def top_k(logits: Float[Array, "... N"], k: int) -> Float[Array, "... N"]:
 
 def pool_tiles(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]:
     """Mean over each tile of `size` pixels; a tile cut by the border counts only the pixels it has."""
-    pixels = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
-    return _in_tiles(x, size).sum((2, 4)) / _in_tiles(pixels, size).sum((2, 4))
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    rows, columns = (np.minimum(size, n - np.arange(0, n, size)) for n in x.shape[1:3])
+    pixels = np.outer(rows, columns)[None, :, :, None].astype(wide.dtype)
+    return (_sum_tiles(wide, size) / pixels).astype(x.dtype)
 
 
 def max_tiles(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w C"]:
     """Maximum over each tile of `size` pixels."""
-    return _in_tiles(x, size, -jnp.inf).max((2, 4))
+    return _over_tiles(jnp.maximum, x, size)
 
 
-def _in_tiles(x: jax.Array, size: int, fill: float = 0) -> jax.Array:
-    """(B, H, W, C) as (B, h, size, w, size, C), filled up at the end."""
-    rows, columns = (-n % size for n in x.shape[1:3])
-    if rows or columns:
-        x = jnp.pad(x, ((0, 0), (0, rows), (0, columns), (0, 0)), constant_values=fill)
-    # One axis at a time, as it must be for examples spread over a mesh of Explicit axes.
-    high = x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])
-    return high.reshape(*high.shape[:3], x.shape[2] // size, size, x.shape[3])
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _sum_tiles(x: jax.Array, size: int) -> jax.Array:
+    return _over_tiles(jnp.add, x, size)
+
+
+@_sum_tiles.defjvp
+def _sum_tiles_jvp(size, primals, tangents):
+    # Of a sum the gradient is one broadcast; of halves that are added it would be a padded map for each.
+    (x,), (dx,) = primals, tangents
+    dx = jnp.pad(dx, ((0, 0), (0, -x.shape[1] % size), (0, -x.shape[2] % size), (0, 0)))
+    tiles = dx.reshape(x.shape[0], dx.shape[1] // size, size, dx.shape[2] // size, size, x.shape[3])
+    return _sum_tiles(x, size), tiles.sum((2, 4))
+
+
+def _over_tiles(f: Callable, x: jax.Array, size: int) -> jax.Array:
+    """`f` over the pixels of each tile, (B, H, W, C) to (B, h, w, C).
+
+    Rows first: what is put together lies in long rows, of which a CPU takes many numbers at a time. XLA's own reduction
+    over both axes may take one at a time, and ten times as long.
+    """
+    for axis in (1, 2):
+        number = x.shape[axis]
+        whole = number // size * size
+        ends = ((0, whole, size), (whole, number, number - whole))
+        parts = [(jax.lax.slice_in_dim(x, a, b, axis=axis), pixels) for a, b, pixels in ends if a < b]
+        x = jnp.concatenate([_folded(f, part, axis, pixels) for part, pixels in parts], axis)
+    return x
+
+
+def _folded(f: Callable, x: jax.Array, axis: int, number: int) -> jax.Array:
+    """`f` over so many at a time along an axis: by halves, which are few operations, and the last eight in one pass."""
+
+    def every(step):
+        # Strides and no reshape: XLA would make the map once more for each shape that it is wanted in.
+        return (jax.lax.slice_in_dim(x, start, None, step, axis) for start in range(step))
+
+    while number > 8 and number % 2 == 0:
+        x, number = f(*every(2)), number // 2
+    return functools.reduce(f, every(number))
 
 
 def log_entropy(logits: Float[Array, "... K"]) -> Float[Array, "..."]:

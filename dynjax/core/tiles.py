@@ -36,7 +36,7 @@ class KeptTiles:
     block: Callable[..., Array]
     closed: jex.ClosedJaxpr | None  # for strips; None runs the block on whole windows
     source: Float[Array, "B h_ w_ C"]  # the map, at least as large as a window
-    base: Float[Array, "B h_ w_ D"]
+    base: Callable[[], Float[Array, "B h_ w_ D"]]
     others: tuple[Array, ...]  # what else the block takes, each with the examples as its first axis
     pixels: tuple[int, int]  # height and width of the map
     grid: tuple[int, int]
@@ -62,11 +62,11 @@ class KeptTiles:
                 out = self._written(out, y, *jax.tree.map(lambda n, k=k: n[k], at))
             return out
 
-        return self._cut(lax.fori_loop(0, -(-self.number // group), body, self.base))
+        return self._cut(lax.fori_loop(0, -(-self.number // group), body, self.base()))
 
     def at_once(self, capacity: int) -> Array:
         """The first `capacity` tiles side by side, of which the kept ones count."""
-        tiles = self.order[:capacity]
+        tiles, base = self.order[:capacity], self.base()
         y = jax.vmap(lambda tile: self._outputs(tile[None])[0][0])(tiles)
         example, (row, column), (top, left) = self._place(tiles)
         pixels = jnp.arange(self.size, dtype=jnp.int32)
@@ -74,8 +74,8 @@ class KeptTiles:
         own = (rows >= row[:, None])[:, :, None] & (columns >= column[:, None])[:, None, :]
         # The places beyond the kept ones point past the last example: their result is written nowhere.
         used = own & (jnp.arange(capacity) < self.number)[:, None, None]
-        example = jnp.where(used, example[:, None, None], self.base.shape[0])
-        return self._cut(self.base.at[example, rows[:, :, None], columns[:, None, :]].set(y, mode="drop"))
+        example = jnp.where(used, example[:, None, None], base.shape[0])
+        return self._cut(base.at[example, rows[:, :, None], columns[:, None, :]].set(y, mode="drop"))
 
     def _place(self, tiles: jax.Array) -> tuple[jax.Array, _Pixel, _Pixel]:
         """Example, first pixel that a tile owns, and that where it is computed, which the border may push inwards."""
@@ -137,7 +137,7 @@ def kept_tiles(
     block: Callable[[Tree], Array],
     x: Tree,
     keep: Float[Array, "B h w"],
-    other: Float[Array, "B H W D"],
+    other: Callable[[], Float[Array, "B H W D"]],
     size: int,
     radius: int,
 ) -> KeptTiles | None:
@@ -154,6 +154,6 @@ def kept_tiles(
     grows = any(end for _, end in grow)
     if grows and not stripped:
         return None
-    source, base = (jnp.pad(a, grow) if grows else a for a in (x, other))
+    source, base = (jnp.pad(x, grow), lambda: jnp.pad(other(), grow)) if grows else (x, other)
     strips, pixels, grid = closed if stripped else None, (height, width), (rows, columns)
     return KeptTiles(block, strips, source, base, others, pixels, grid, order, number, size, radius)

@@ -28,8 +28,8 @@ class Tiles(Wrapper):
         block: a stride-1, SAME-padded module, (B, H, W, C) to (B, H, W, C').
         gate: gives a decision of shape (B, h, w) and has the side of a tile in pixels as `gate.size`, for example
             `TileGate`.
-        otherwise: a cheap module for the tiles not kept; run on the whole map, so its cost is static. Needed if C' is
-            not C.
+        otherwise: a cheap module for the tiles not kept; run on the whole map, so its cost is static, and when compact
+            only where a tile is not kept. Needed if C' is not C.
         radius: pixels of border that are computed around a tile, at least the block's receptive radius, which is taken
             where it is left out.
         batched: as in `Skip`. Of what has the examples as its first axis, maps of the same height and width are cut as
@@ -92,4 +92,11 @@ class Tiles(Wrapper):
                     f"pass unchanged: give an otherwise=, for example nnx.Linear({x.shape[-1]}, {out[-1]}, rngs=rngs)"
                 )
         self.account_tiles(decision, [block], inputs, size, [radius])
-        return self.tiles(block, inputs, decision.keep, size, radius, self.otherwise)
+        return self.tiles(block, inputs, decision.keep, size, radius, self._rest(x))
+
+    def _rest(self, x: Float[Array, "B H W C"]) -> Callable | None:
+        """`otherwise`, as an executor can run it in a branch."""
+        if self.otherwise is None or not wrapper.is_dynamic(self.otherwise):
+            return wrapper.ready(self.otherwise, self.execution)
+        y = self.otherwise(x)  # here, where its decisions are seen
+        return lambda _: y

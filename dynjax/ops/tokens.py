@@ -191,7 +191,8 @@ class _Tokens:
             """With the smallest capacity that holds what any example keeps."""
             number = (keep > 0.5).sum(1, dtype=jnp.int32).max()
             run = functools.partial(self.gathered, x, keep, weight, others)
-            return execute.smallest_bucket(number, x.shape[1], run, lambda: self.mixed(x, keep, weight, others), x)
+            whole = functools.partial(self.mixed, x, keep, weight, others)
+            return execute.smallest_bucket(number, x.shape[1], run, whole, lambda: x)
 
         tree = x, keep, weight, others
 
