@@ -36,7 +36,7 @@ def make(build: Callable[[nnx.Rngs], nnx.Module], seed: int = 0) -> nnx.Module:
 def still(model: nnx.Module, execution: str = "masked", **ways) -> nnx.Module:
     """`model` as it is evaluated."""
     ways |= dict(execution=execution, deterministic=True, use_running_average=True)
-    return view(model, **ways)
+    return view(model, **ways) if isinstance(model, nnx.Module) else model
 
 
 def at(threshold: jax.Array | float, model: nnx.Module) -> nnx.Module:

@@ -11,7 +11,7 @@ import pytest
 from blocks import image
 
 from dynjax import cost, execute
-from dynjax.core import windows
+from dynjax.core import tiles
 
 KERNEL = image(3, 3, 2, 2, seed=7)
 
@@ -103,7 +103,7 @@ def test_tiles_loop_runs_whole_strips_of_kept_tiles():
         keep = first(kept, 32).reshape(2, 4, 4)
         y, seen = run(x, keep)
         np.testing.assert_array_equal(y, x + execute.tile_pixels(keep, 4, (16, 16))[..., None])
-        group = windows.strip_tiles(4, 1, 32)
+        group = tiles.strip_tiles(4, 1, 32)
         assert seen == ([(2, 16, 16, 1)] if kept == 32 else [(group, 6, 6, 1)] * -(-kept // group))
 
 
@@ -124,7 +124,7 @@ def test_a_trip_of_the_tile_loop_costs_what_the_accounting_says():
     trips = 10**6
     macs = cost.macs(run, x, keep, while_trips=trips) / trips
     unit = 8 * 8 * 9 * 2 * 2
-    group = windows.strip_tiles(8, 1, 48)
+    group = tiles.strip_tiles(8, 1, 48)
     assert group > 1
     # Rows of the tile alone, columns of the border as well.
     assert unit * group <= macs <= unit * group * (8 + 2) / 8

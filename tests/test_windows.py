@@ -11,7 +11,7 @@ from blocks import CHANNELS, RADIUS, image, make, still
 from flax import nnx
 
 from dynjax import cost
-from dynjax.core import windows
+from dynjax.core import tiles, windows
 
 STRIPPED = [kind for kind in RADIUS if kind not in (blocks.Pooled, blocks.Even)]
 SIZE = 4
@@ -25,9 +25,9 @@ def on_strip(block, x, radius, size=SIZE):
     @jax.jit
     def run(x, top, left):
         closed = windows.trace(block, x.shape, x.dtype)
-        cut = functools.partial(windows.cut, x, jnp.int32(0), size=size, radius=radius)
+        cut = functools.partial(tiles.cut, x, jnp.int32(0), size=size, radius=radius)
         strip = jnp.concatenate([cut(top[k], left[k]) for k in range(len(places))], 2)
-        inside = windows.inside(top, left, x.shape[1:3], size=size, radius=radius)
+        inside = tiles.inside_map(top, left, x.shape[1:3], size=size, radius=radius)
         return windows.run_strip(closed, strip, inside, size=size, radius=radius)
 
     side = size + 2 * radius
@@ -94,7 +94,7 @@ def test_what_uses_the_size_of_the_map_or_the_batch_is_not_read(name):
 
 def test_cut_shifts_windows_at_the_border_back():
     x = jnp.arange(1.0, 37).reshape(1, 6, 6, 1)
-    cut = functools.partial(windows.cut, x, jnp.int32(0), size=2, radius=1)
+    cut = functools.partial(tiles.cut, x, jnp.int32(0), size=2, radius=1)
     padded = np.pad(np.asarray(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
     for top, left in [(0, 0), (2, 2), (4, 4), (0, 4), (4, 2), (3, 1)]:
         np.testing.assert_array_equal(cut(jnp.int32(top), jnp.int32(left)), padded[:, top : top + 4, left : left + 4])
@@ -103,7 +103,7 @@ def test_cut_shifts_windows_at_the_border_back():
 
 
 def test_inside_lies_beside_the_strip():
-    inside = windows.inside(jnp.asarray([0, 4]), jnp.asarray([0, 2]), (5, 6), size=2, radius=1)
+    inside = tiles.inside_map(jnp.asarray([0, 4]), jnp.asarray([0, 2]), (5, 6), size=2, radius=1)
     first = np.pad(np.ones((3, 3), bool), ((1, 0), (1, 0)))
     second = np.pad(np.ones((2, 4), bool), ((0, 2), (0, 0)))
     np.testing.assert_array_equal(inside[0, :, :, 0], np.concatenate([first, second], 1))

@@ -50,7 +50,7 @@ class KeptTiles:
         total = self.order.size
         # Where the batch is free it may be one example.
         least = math.prod(self.grid) if export.is_symbolic_dim(total) else total
-        group = windows.strip_tiles(self.size, self.radius, least)
+        group = strip_tiles(self.size, self.radius, least)
         last = self.order[jnp.maximum(self.number - 1, 0)]
 
         def body(i, out):
@@ -89,12 +89,12 @@ class KeptTiles:
         example, _, (top, left) = self._place(tiles)
         ways, window = dict(size=self.size, radius=self.radius), self.size + 2 * self.radius
         cuts = [
-            windows.cut(self.source, example[k], top[k], left[k], shift=self.closed is not None, **ways)
+            cut(self.source, example[k], top[k], left[k], shift=self.closed is not None, **ways)
             for k in range(tiles.size)
         ]
         others = [other.at[example].get(mode="promise_in_bounds") for other in self.others]
         if self.closed is not None:
-            inside = windows.inside(top, left, self.pixels, **ways)
+            inside = inside_map(top, left, self.pixels, **ways)
             y = windows.run_strip(self.closed, lax.concatenate(cuts, 2), inside, others, **ways)
             starts = [k * window + self.radius for k in range(tiles.size)]
             return [lax.slice_in_dim(y, start, start + self.size, axis=2) for start in starts]
@@ -157,3 +157,38 @@ def kept_tiles(
     source, base = (jnp.pad(x, grow), lambda: jnp.pad(other(), grow)) if grows else (x, other)
     strips, pixels, grid = closed if stripped else None, (height, width), (rows, columns)
     return KeptTiles(block, strips, source, base, others, pixels, grid, order, number, size, radius)
+
+
+# Windows
+
+
+def cut(
+    x: jax.Array, example: jax.Array, top: jax.Array, left: jax.Array, *, size: int, radius: int, shift: bool = True
+) -> jax.Array:
+    """The window (1, size + 2 radius, size + 2 radius, C) around the tile at (top, left), zero outside the map.
+
+    Without `shift` a window that would leave the map is the nearest one that does not.
+    """
+    side, zero = size + 2 * radius, jnp.int32(0)
+    row = lax.clamp(zero, top - radius, jnp.int32(x.shape[1] - side))
+    column = lax.clamp(zero, left - radius, jnp.int32(x.shape[2] - side))
+    part = lax.dynamic_slice(x, (example, row, column, zero), (1, side, side, x.shape[3]))
+    if not shift:
+        return part
+    # At the border the slice was pushed inwards: shift it back, which is a copy of one window and not of the map.
+    part = lax.pad(part, jnp.zeros((), x.dtype), ((0, 0, 0), (radius, radius, 0), (radius, radius, 0), (0, 0, 0)))
+    return lax.dynamic_slice(part, (zero, top - row, left - column, zero), (1, side, side, x.shape[3]))
+
+
+def inside_map(top: jax.Array, left: jax.Array, pixels: tuple[int, int], *, size: int, radius: int) -> jax.Array:
+    """Which pixels (1, rows, T * columns, 1) of the windows around T tiles lie in a map of `pixels` (H, W)."""
+    offsets = jnp.arange(size + 2 * radius, dtype=jnp.int32)[None, :] - radius
+    rows, columns = top[:, None] + offsets, left[:, None] + offsets
+    rows, columns = (rows >= 0) & (rows < pixels[0]), (columns >= 0) & (columns < pixels[1])
+    both = rows.T[:, :, None] & columns[None, :, :]
+    return both.reshape(1, both.shape[0], -1, 1)
+
+
+def strip_tiles(size: int, radius: int, total: int, columns: int = 108) -> int:
+    """Tiles in one strip: about `columns` wide, at most a quarter of all tiles, so that little is computed in vain."""
+    return max(1, min(total // 4, math.ceil(columns / (size + 2 * radius))))

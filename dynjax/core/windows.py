@@ -14,7 +14,6 @@ Letters: H W map, C channels, T tiles in a strip.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -370,35 +369,3 @@ def _is_map(shape) -> bool:
 def _filled(eqn, operand) -> set[int]:
     """The axes of a broadcast's output that its operand really varies along."""
     return {d for d, n in zip(eqn.params["broadcast_dimensions"], jnp.shape(operand), strict=True) if n != 1}
-
-
-def cut(
-    x: jax.Array, example: jax.Array, top: jax.Array, left: jax.Array, *, size: int, radius: int, shift: bool = True
-) -> jax.Array:
-    """The window (1, size + 2 radius, size + 2 radius, C) around the tile at (top, left), zero outside the map.
-
-    Without `shift` a window that would leave the map is the nearest one that does not.
-    """
-    side, zero = size + 2 * radius, jnp.int32(0)
-    row = lax.clamp(zero, top - radius, jnp.int32(x.shape[1] - side))
-    column = lax.clamp(zero, left - radius, jnp.int32(x.shape[2] - side))
-    part = lax.dynamic_slice(x, (example, row, column, zero), (1, side, side, x.shape[3]))
-    if not shift:
-        return part
-    # At the border the slice was pushed inwards: shift it back, which is a copy of one window and not of the map.
-    part = lax.pad(part, jnp.zeros((), x.dtype), ((0, 0, 0), (radius, radius, 0), (radius, radius, 0), (0, 0, 0)))
-    return lax.dynamic_slice(part, (zero, top - row, left - column, zero), (1, side, side, x.shape[3]))
-
-
-def inside(top: jax.Array, left: jax.Array, pixels: tuple[int, int], *, size: int, radius: int) -> jax.Array:
-    """Which pixels (1, rows, T * columns, 1) of the windows around T tiles lie in a map of `pixels` (H, W)."""
-    offsets = jnp.arange(size + 2 * radius, dtype=jnp.int32)[None, :] - radius
-    rows, columns = top[:, None] + offsets, left[:, None] + offsets
-    rows, columns = (rows >= 0) & (rows < pixels[0]), (columns >= 0) & (columns < pixels[1])
-    both = rows.T[:, :, None] & columns[None, :, :]
-    return both.reshape(1, both.shape[0], -1, 1)
-
-
-def strip_tiles(size: int, radius: int, total: int, columns: int = 108) -> int:
-    """Tiles in one strip: about `columns` wide, at most a quarter of all tiles, so that little is computed in vain."""
-    return max(1, min(total // 4, math.ceil(columns / (size + 2 * radius))))

@@ -96,7 +96,9 @@ class Tiles(Wrapper):
 
     def _rest(self, x: Float[Array, "B H W C"]) -> Callable | None:
         """`otherwise`, as an executor can run it in a branch."""
-        if self.otherwise is None or not wrapper.is_dynamic(self.otherwise):
+        if self.otherwise is None:
+            return None
+        if not wrapper.is_dynamic(self.otherwise):
             return wrapper.ready(self.otherwise, self.execution)
         y = self.otherwise(x)  # here, where its decisions are seen
         return lambda _: y
