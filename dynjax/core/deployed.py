@@ -15,7 +15,6 @@ from dynjax.core import views
 from dynjax.core.arguments import Tree
 from dynjax.core.decision import coming_out
 from dynjax.core.devices import Spread, automatic, per_device, spread_of
-from dynjax.core.modules import outermost
 from dynjax.core.wrapper import Wrapper
 
 
@@ -39,7 +38,8 @@ class Deployed(nnx.Module):
         fixed, arrays = apart(args, kwargs)
         batch, spread = _batch(arrays, self.axis)
         graphdef, state = nnx.split(self.model)
-        skips = any(each.execution == "compact" for each in outermost(self.model, Wrapper).values())
+        modules = nnx.iter_modules(self.model)
+        skips = any(isinstance(each, Wrapper) and each.execution == "compact" for _, each in modules)
         key = graphdef, self.method, fixed, batch, spread, skips
         try:
             hash(key)
