@@ -12,6 +12,7 @@ from test_ops_tiles import assert_same, gated, patterns
 
 import dynjax as dj
 from dynjax import execute
+from dynjax.core import receptive
 from dynjax.core.receptive import receptive_radius
 from dynjax.ops import filters
 
@@ -150,3 +151,108 @@ def test_every_wrapper_of_tiles_asks():
     for model in wrappers(wrapped, x):
         with pytest.raises(ValueError, match=f"wrapped cannot be run on tiles: {ACROSS}"):
             jax.eval_shape(lambda x, model=model: still(model)(x), x)
+
+
+SIDES: list = []
+
+
+class Attending(nnx.Module):
+    """Attention over all pixels, over a row of them, or over windows, as if these were the tokens of a sequence."""
+
+    def __init__(self, rngs, heads=4, window=None, bias=False):
+        self.attention = nnx.MultiHeadAttention(heads, CHANNELS, decode=False, rngs=rngs)
+        self.window, self.bias = window, bias
+
+    def __call__(self, x):
+        SIDES.append(x.shape[1:3])
+        (height, width), side = x.shape[1:3], self.window
+        if side is None:
+            mask = None
+            if self.bias:
+                at = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1).reshape(-1, 1, 2)
+                mask = (abs(at - at[:, 0]) < 3).all(-1)
+            return x + self.attention(x.reshape(len(x), -1, CHANNELS), mask=mask).reshape(x.shape)
+        y = jnp.pad(x, ((0, 0), (0, -height % side), (0, -width % side), (0, 0)))
+        shape = len(x), y.shape[1] // side, side, y.shape[2] // side, side, CHANNELS
+        y = self.attention(y.reshape(shape).swapaxes(2, 3).reshape(*shape[:2], shape[3], side * side, CHANNELS))
+        y = y.reshape(*shape[:2], shape[3], side, side, CHANNELS).swapaxes(2, 3)
+        return x + y.reshape(len(x), shape[1] * side, shape[3] * side, CHANNELS)[:, :height, :width]
+
+
+def blurred(x):
+    """By a matrix that numpy makes of the map."""
+    SIDES.append(x.shape[1:3])
+    apart = np.subtract.outer(np.arange(x.shape[1] * x.shape[2]), np.arange(x.shape[1] * x.shape[2]))
+    return jnp.einsum("pq,bqc->bpc", np.exp(-abs(apart) / 2), x.reshape(len(x), -1, CHANNELS)).reshape(x.shape)
+
+
+MIXED = r"cannot be run on tiles: it mixes the whole map \({}\).*wrap the layers around it, or use Skip"
+LARGE = {
+    "attention": (lambda: make(Attending), MIXED.format("MultiHeadAttention at 'attention'")),
+    "attention with a mask of numpy's": (
+        lambda: make(lambda rngs: Attending(rngs, bias=True)),
+        MIXED.format("MultiHeadAttention at 'attention'"),
+    ),
+    "table of pairs": (lambda: blurred, "blurred " + MIXED.format("attention, or a table of every pair of pixels")),
+    "large windows": (
+        lambda: make(lambda rngs: Attending(rngs, window=64)),
+        r"it makes 268 MB of numbers of a map of 33x34 pixels \(MultiHeadAttention at 'attention'\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_is_large_is_refused_on_a_small_map(name):
+    build, message = LARGE[name]
+    block = build()
+    SIDES.clear()
+    with (
+        mock.patch.object(receptive, "_run_with_stand_ins", side_effect=AssertionError("it was run")),
+        pytest.raises(ValueError, match=message),
+    ):
+        receptive_radius(block, image(1, 64, 64, CHANNELS))
+    # Windows of one size are no pairs of the map's pixels: what they make of a large map is looked at, and not made.
+    assert max(map(max, SIDES)) <= (521 if name == "large windows" else 47)
+
+
+def test_attention_in_windows_is_run_on_one_map_at_a_time():
+    block, sizes = make(lambda rngs: Attending(rngs, heads=1, window=40)), []
+
+    def run(x):
+        jax.debug.callback(lambda: sizes.append(len(x)))
+        return block(x)
+
+    with pytest.raises(ValueError, match="cannot be run on tiles"):
+        receptive_radius(run, image(1, 64, 64, CHANNELS))
+    assert 0 < max(sizes) <= 8
+
+
+@mock.patch.object(receptive, "_BYTES", 2e4)
+def test_what_mixes_examples_is_seen_where_they_are_run_one_by_one():
+    for block in (
+        lambda x: nnx.max_pool(x - x.mean(0, keepdims=True), (3, 3), padding="SAME"),
+        lambda x: jnp.sort(x, -1) * len(x),
+    ):
+        with pytest.raises(ValueError, match="it mixes the examples of a batch"):
+            receptive_radius(block, image(1, 8, 8, CHANNELS))
+
+
+def test_features_as_many_as_the_maps_looked_at_have_pixels_are_no_pairs():
+    for channels in (37 * 41, 43):
+        assert receptive_radius(jnp.tanh, image(1, 8, 8, channels)) == 0
+
+
+def test_a_table_of_the_map_is_not_made_of_a_large_one():
+    sides = []
+
+    def above_and_below(x):
+        """By a table that numpy makes of the map."""
+        sides.append(x.shape[1:3])
+        pixels = np.arange(x.shape[1] * x.shape[2])
+        at = np.stack([pixels - x.shape[2], pixels, pixels + x.shape[2]], -1)
+        present = (at >= 0) & (at < pixels.size)
+        found = x.reshape(len(x), -1, CHANNELS)[:, np.clip(at, 0, pixels.size - 1)]
+        return jnp.where(present[..., None], found, -jnp.inf).max(2).reshape(x.shape)
+
+    assert receptive_radius(above_and_below, image(1, 8, 8, CHANNELS)) == 1
+    assert max(map(max, sides)) <= 130

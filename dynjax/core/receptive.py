@@ -2,13 +2,14 @@
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.extend import core as jex
 
 from dynjax.core import cost, views, windows
 from dynjax.core.arguments import Tree, as_map, name_of
@@ -38,6 +39,15 @@ _MIXING = (
     "it mixes the examples of a batch (statistics, an order or noise over the batch): what is computed for some of "
     "them only would be wrong; leave it outside"
 )
+_MUCH = (
+    "it makes {:.0f} MB of numbers of a map of {}x{} pixels{}: too many to look for its reach; wrap the layers "
+    "around what makes them, or use Skip"
+)
+_LOOKED_AT = ((37, 41), (43, 47))
+"""Sides of the maps on which a block is looked at before anything is run: primes, so that what has a number for every
+pair of pixels is known by how many numbers it has. Two, since a parameter may have a multiple of one of them."""
+_BYTES = 8e7
+"""The largest array that probing may make."""
 _REMEMBERED = 256
 _answers: dict = {}
 
@@ -99,18 +109,62 @@ def _found(block: Callable, channels: int, dtype: np.dtype, others: Others) -> i
             f"it turns a map of 32x32 pixels into {'x'.join(map(str, out[1:3])) or 'no map'}: tiles need stride 1 "
             "and SAME padding; wrap the layers around the stride instead"
         )
-    reach = windows.reach_of(block, channels, dtype, others)
+    pairs, tables = _looked_at(block, channels, dtype, others)
+    if pairs:
+        raise ValueError(_WIDE.format(_culprit(block, "attention, or a table of every pair of pixels")))
+    # A table of the map is made anew for the large maps that are traced here, and may be of the map squared on its way.
+    reach = None if tables else windows.reach_of(block, channels, dtype, others)
     return _probed(block, channels, dtype, others) if reach is None else reach
+
+
+def _looked_at(block: Callable, channels: int, dtype: np.dtype, others: Others) -> tuple[bool, bool]:
+    """Whether the block makes numbers for pairs of pixels (of a row at least), and whether it has tables of the map."""
+    pairs = tables = True
+    for height, width in _LOOKED_AT:
+        arrays = list(_arrays(windows.trace(block, (channels,), dtype, others, (1, height, width)).jaxpr))
+        map_, sides = height * width, (height, width)
+        pairs &= any(array.size and not all(array.size % (map_ * side) for side in sides) for array, _ in arrays)
+        tables &= any(array.size and not array.size % map_ for array, fixed in arrays if fixed)
+        if not pairs and not tables:
+            break
+    return pairs, tables
+
+
+def _arrays(jaxpr) -> Iterator[tuple[Any, bool]]:
+    """Shape and type of every array that a jaxpr has or makes, and whether it is a constant."""
+    yield from ((constant.aval, True) for constant in jaxpr.constvars)
+    for eqn in jaxpr.eqns:
+        for inner in cost.jaxprs_in(eqn.params):
+            yield from _arrays(getattr(inner, "jaxpr", inner))
+        yield from ((atom.aval, True) for atom in eqn.invars if isinstance(atom, jex.Literal))
+        yield from ((made.aval, False) for made in eqn.outvars if hasattr(made.aval, "dtype"))
+
+
+def _bytes_of_one(block: Callable, shape: tuple[int, ...], dtype: np.dtype, others: Others) -> float:
+    """Of the largest array that the block makes of a map, as one map more shows; nothing is computed."""
+
+    def made(number: int) -> list[float]:
+        arrays = _arrays(windows.trace(block, shape, dtype, others, (number, shape[0], shape[1])).jaxpr)
+        return [float(array.size) * array.dtype.itemsize for array, fixed in arrays if not fixed]
+
+    one, two = made(1), made(2)
+    return max((b - a for a, b in zip(one, two, strict=True)), default=0) if len(one) == len(two) else max(one)
 
 
 def _probed(block: Callable, channels: int, dtype: np.dtype, others: Others = ()) -> int:
     for side in _PROBES:
         maps = _maps(side, channels, dtype)
-        run, y = _run_with_stand_ins(block, maps.values, others)
+        each = _bytes_of_one(block, maps.values.shape[1:], dtype, others)
+        if each > _BYTES:
+            raise ValueError(_MUCH.format(each / 1e6, side, side + 1, _culprit(block)))
+        at_once = max(1, int(_BYTES / max(each, 1)))
+        run, y = _run_with_stand_ins(block, maps.values, others, at_once)
         reach, furthest = _spread(y, maps, _tolerance(dtype) / 100)
         wide = 2 * reach + _INNER + 2 > side
         if not wide and furthest <= reach:
-            if _windows_fit(run, y, maps, reach, _tolerance(dtype)):
+            # What mixes examples may not be seen where not all of them were run at once.
+            apart = at_once >= len(maps.values) or not _mixes_examples(run, maps, dtype)
+            if apart and _windows_fit(run, y, maps, reach, _tolerance(dtype)):
                 return reach
             problem = _UNEVEN
             break
@@ -177,17 +231,19 @@ def _windows_fit(run: Callable, y: np.ndarray, maps: _Maps, reach: int, toleranc
         )
         part = window[up - row[0] : down - row[0], left - column[0] : right - column[0]]
         wrong.append(_differ(part, y[number, up:down, left:right], tolerance).ravel())
+    # A step may fall to the other side by rounding, at a few places in a million.
+    if np.concatenate(wrong).mean() > 1e-4:
+        return False
     # The map as a window of a larger one, for what reaches past it on all sides, as two taps far apart do.
     start, inner = (_AROUND - side) // 2, slice(reach, side - reach)
     whole = run(maps.around)[0, start : start + side, start : start + side]
     wrong.append(_differ(y[0, :, :side][inner, inner], whole[inner, inner], tolerance).ravel())
-    # A step may fall to the other side by rounding, at a few places in a million.
     return bool(np.concatenate(wrong).mean() <= 1e-4)
 
 
 def _mixes_examples(run: Callable, maps: _Maps, dtype: np.dtype) -> bool:
     """Whether the result for an example depends on the others."""
-    together = run(maps.values[:2])
+    together = run(maps.values[:2], at_once=2)
     alone = np.concatenate([run(maps.values[:1]), run(maps.values[1:2])])
     return bool(_differ(alone, together, _tolerance(dtype)).any())
 
@@ -210,10 +266,10 @@ def _distance(place: tuple[int, int], differs: np.ndarray) -> int:
 
 
 def _run_with_stand_ins(
-    block: Callable, maps: np.ndarray, others: Others
-) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
+    block: Callable, maps: np.ndarray, others: Others, most: int
+) -> tuple[Callable[..., np.ndarray], np.ndarray]:
     """`block`, compiled, with random numbers for its parameters and what else it takes, since the real ones may be
-    tracers; and its output."""
+    tracers; and its output. At most so many maps are run at once."""
     definition, leaves, tree = _parts(block)
 
     @jax.jit
@@ -223,11 +279,12 @@ def _run_with_stand_ins(
 
     for positive in (False, True):
 
-        def run(x: np.ndarray, positive: bool = positive) -> np.ndarray:
+        def run(x: np.ndarray, positive: bool = positive, at_once: int = most) -> np.ndarray:
             with jax.ensure_compile_time_eval():
                 stand_ins = [_stand_in(n, leaf.shape, leaf.dtype, positive) for n, leaf in enumerate(leaves)]
                 more = [_stand_in(n, each.shape, each.dtype, positive) for n, each in enumerate(others, len(leaves))]
-                y = np.asarray(compiled(stand_ins, x, more).astype(jnp.float32))
+                parts = [x[start : start + at_once] for start in range(0, len(x), at_once)]
+                y = np.concatenate([compiled(stand_ins, part, more).astype(jnp.float32) for part in parts])
             return y.reshape(*y.shape[:3], -1)
 
         y = run(maps)
@@ -255,13 +312,15 @@ def _stand_in(number: int, shape: tuple[int, ...], dtype, positive: bool) -> np.
     return (np.abs(values) if positive else values).astype(dtype)
 
 
-def _culprit(block: Callable) -> str:
+def _culprit(
+    block: Callable, otherwise: str = "global pooling, attention, noise, or a normalisation over the map"
+) -> str:
     """Names the layer that is known to mix a whole map, if there is one."""
     if isinstance(block, nnx.Module):
         for path, module in nnx.iter_modules(block):
             if isinstance(module, nnx.GroupNorm | nnx.InstanceNorm | nnx.MultiHeadAttention):
                 return f" ({type(module).__name__} at {'/'.join(map(str, path))!r})"
-    return " (global pooling, attention, noise, or a normalisation over the map)"
+    return f" ({otherwise})"
 
 
 def window_macs(block: Callable, x: Tree, size: int, radius: int) -> float:
