@@ -15,6 +15,8 @@ from jaxtyping import Array, Float
 
 Tree = Any
 """An array, or a tree of arrays."""
+Size = int | Any
+"""A number of examples; no int, but JAX's symbol for it, where a program is exported for any batch."""
 _TRAINING = {
     "training": True,
     "train": True,
@@ -33,7 +35,7 @@ class Examples(NamedTuple):
     others: tuple[Array, ...] = ()
 
 
-def examples_of(x: Tree) -> int:
+def examples_of(x: Tree) -> Size:
     """The number of examples, of an array or a tree of arrays.
 
     Raises:
@@ -142,7 +144,7 @@ def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype") and not _opaque(value)
 
 
-def _has(value: Any, examples: int) -> bool:
+def _has(value: Any, examples: Size) -> bool:
     return _is_array(value) and len(value.shape) > 0 and value.shape[0] == examples
 
 

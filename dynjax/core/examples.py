@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from dynjax.core.arguments import name_of
+from dynjax.core.arguments import Size, name_of
 from dynjax.core.cost import jaxprs_in
 from dynjax.core.views import fresh
 
@@ -26,7 +26,7 @@ def shape_apart(block: Callable[[Any], Any], x: Any) -> Any:
         ValueError: if `block` sums, sorts or compares over the examples, so that one depends on the others.
     """
 
-    def specs(examples: int):
+    def specs(examples: Size):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct((examples, *a.shape[1:]), a.dtype), x)
 
     (examples,) = {a.shape[0] for a in jax.tree.leaves(x)}

@@ -146,7 +146,7 @@ def kept_tiles(
     (height, width), (rows, columns), window = x.shape[1:3], keep.shape[1:], size + 2 * radius
     kept = (keep > 0.5).reshape(-1)
     order, number = kept_first(kept)
-    closed = windows.trace(block, x.shape, x.dtype, others)
+    closed = windows.trace(block, x.shape[1:], x.dtype, others)
     stripped = windows.supported(closed, size=size, radius=radius)
     # A map smaller than one window grows to it; the strip's `inside` keeps what was added from counting. Whole windows
     # rely on the block's own padding at the border of the map, so they cannot be larger than the map.

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.core import cost, execute, views
-from dynjax.core.arguments import Tree, bind, called, first, name_of, trains
+from dynjax.core.arguments import Size, Tree, bind, called, first, name_of, trains
 from dynjax.core.decision import Block, Decision, Linear, Place, Rule, record, record_inside, seen, unseen
 from dynjax.core.execute import Execution, Strategy
 from dynjax.core.receptive import window_macs
@@ -81,7 +81,7 @@ class Wrapper(nnx.Module):
         return hasattr(self, "__captures__")
 
     def expect(
-        self, decision: Any, place: Place, rule: Rule | Sequence[Rule], shape: tuple[int, ...], hint: str
+        self, decision: Any, place: Place, rule: Rule | Sequence[Rule], shape: tuple[Size, ...], hint: str
     ) -> Decision:
         """`decision` if it has this place, rule (or one of these) and shape, else a ValueError that says what fits.
 
