@@ -56,6 +56,14 @@ def logits(rngs):
     return nnx.Linear(CHANNELS, 3, rngs=rngs)
 
 
+def groups(rngs):
+    return dj.ChannelGate(CHANNELS, 3, rngs=rngs)
+
+
+def router(rngs):
+    return dj.Router(CHANNELS, 4, least=1, rngs=rngs)
+
+
 KINDS = {
     "skip": (lambda rngs: dj.Skip(blocks.Bottleneck(rngs), gate(rngs)), 0),
     "select": (select, 0.25),
@@ -66,6 +74,8 @@ KINDS = {
     "exits_tiles": (functools.partial(exits, head=logits, size=4), 2),
     "halt_tiles": (lambda rngs: dj.Halt(blocks.Bottleneck(rngs), tile_gate(rngs), 3), -2),
     "tokens": (lambda rngs: dj.MixtureOfDepths(Mixed(rngs), dj.TokenGate(CHANNELS, rngs=rngs)), -0.5),
+    "channels": (lambda rngs: dj.Channels(logits(rngs), nnx.Linear(3, CHANNELS, rngs=rngs), groups(rngs)), 0),
+    "experts": (lambda rngs: dj.Experts(CHANNELS, 8, 4, gate=router(rngs), rngs=rngs), 0),
 }
 """Each with a threshold at which some of what `some` gives is kept."""
 TOKENS = (9, CHANNELS)
@@ -101,10 +111,11 @@ def work_of(fn, shape):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_program_for_any_batch_answers_as_the_masked_model_and_skips(kind):
     build, threshold = KINDS[kind]
-    model, shape = at(float(threshold), make(build)), TOKENS if kind == "tokens" else MAP
+    model, shape = at(float(threshold), make(build)), TOKENS if kind in ("tokens", "experts") else MAP
     x = some(8, shape)
     expected, trace = jax.jit(lambda x: dj.traced(still(model))(x))(x)
     (decision,) = trace.decisions.values()
+    # At one half, or two thirds, nothing may depend on the example: one of two stages, two of three steps.
     assert 0.2 < decision.kept() < 0.95 and decision.kept() not in (0.5, 2 / 3)
     compact = still(model, "compact", strategy="loop")
     program = exported(compact, shape)

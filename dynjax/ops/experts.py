@@ -12,6 +12,7 @@ from jax import export, lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dynjax.core import cost, execute, gates
+from dynjax.core.arguments import Size
 from dynjax.core.decision import ONE, Decision, Place, Rule, some
 from dynjax.core.devices import spread_over
 from dynjax.core.gates import Gate, GateParam, Threshold
@@ -262,7 +263,7 @@ def places(
     return chosen, taken, jnp.where(taken, jnp.take_along_axis(place, chosen, 1), chosen.size), sizes
 
 
-def gathered(x: Float[Array, "N C"], place: Int[Array, "N k"], rows: int) -> Float[Array, "rows C"]:
+def gathered(x: Float[Array, "N C"], place: Int[Array, "N k"], rows: Size) -> Float[Array, "rows C"]:
     """The tokens in their places; in places that nobody has, any token."""
     # Numbers are scattered and rows are gathered: on a CPU a scatter of rows is slower.
     token = jnp.broadcast_to(jnp.arange(x.shape[0], dtype=jnp.int32)[:, None], place.shape)
