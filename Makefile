@@ -48,6 +48,7 @@ format: venv
 bench: venv
 	$(BIN)/python -m benchmarks.executors
 	$(BIN)/python -m benchmarks.thin
+	$(BIN)/python -m benchmarks.inside
 	$(BIN)/python -m benchmarks.dynamics
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.training

@@ -6,7 +6,7 @@ import pytest
 import test_commands
 from PIL import Image
 
-from benchmarks import refinement, sampling, thin
+from benchmarks import inside, refinement, sampling, thin
 from dynjax.config import UserError
 
 pytestmark = pytest.mark.xdist_group("benchmarks")  # one worker, so that the row is trained once
@@ -61,3 +61,12 @@ def test_what_tiles_cost_on_thin_maps(tmp_path):
     assert [line["kind"] for line in lines] == ["wide", "even"]
     for line in lines:
         assert float(line["nothing_ms"]) > 0 and 0.2 < float(line["kept_at_half"]) < 0.8
+
+
+def test_a_deployed_model_inside_of_jax_code(tmp_path):
+    out = tmp_path / "inside.csv"
+    inside.main(["--examples", "8", "--channels", "4", "--size", "8", "--repeats", "1", "--out", str(out)])
+    with out.open(newline="") as file:
+        gathers = {line["way"]: line["all_gather"] for line in csv.DictReader(file)}
+    assert gathers.pop("mesh_gathers") == "True" and set(gathers.values()) == {"False"}
+    assert {"vmap", "vmap_unfolded", "mesh_axis", "mesh_plain"} <= set(gathers)
