@@ -3,28 +3,24 @@
     python -m benchmarks.inside [--out benchmarks/results/inside.csv] [--repeats 15] [--examples 64] [--kept 0.25]
 
 Milliseconds of a batch, timed in turn in one process: the plain net (`plain`) and the one that skips (`compact`), of
-one batch; of the same examples mapped one by one (`vmap`, and `vmap_unfolded`, which is the compact net as JAX maps it,
-not deployed); and of the batch spread over two devices (`mesh`; `mesh_gathers` is the compact net inside of `jax.jit` on
+one batch; of the same examples mapped one by one (`vmap`, and `vmap_unfolded`, which is the compact net as JAX maps
+it, not deployed); and of the batch spread over two devices (`mesh_gathers` is the compact net inside of `jax.jit` on
 Auto axes that nobody named, where the compiler gathers the batch; `mesh_axis` names the axis).
 """
 
-import os
+import argparse
+import sys
+from pathlib import Path
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import argparse  # noqa: E402
-import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from flax import nnx  # noqa: E402
-from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
-
-import dynjax as dj  # noqa: E402
-from benchmarks import tables  # noqa: E402
-from benchmarks.executors import median_ms  # noqa: E402
+import dynjax as dj
+from benchmarks import tables
+from benchmarks.executors import median_ms
 
 
 class Block(nnx.Module):
@@ -88,6 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--kept", type=float, default=0.25)
     arguments = parser.parse_args(argv)
+    if jax.config.jax_num_cpu_devices < 2:
+        jax.config.update("jax_num_cpu_devices", 2)
     print(f"{tables.machine()}, jax {jax.__version__}", file=sys.stderr)
     found = ways(arguments.examples, arguments.channels, arguments.size, arguments.kept)
     times = median_ms([way for way, _ in found.values()], arguments.repeats)
