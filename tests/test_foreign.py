@@ -223,3 +223,19 @@ def test_an_example_that_does_not_reach_a_block():
 
     with pytest.raises(ValueError, match="with this example the model does not call unused"):
         dynamize(make(Twice), {"used|unused": dj.Skip}, example=image(1, 4, 4, CHANNELS), rngs=nnx.Rngs(0))
+
+
+class Table(nnx.Module):
+    """A block with an array that is no variable."""
+
+    def __init__(self, rngs):
+        self.linear, self.table = nnx.Linear(CHANNELS, CHANNELS, rngs=rngs), jnp.arange(1.0, 1 + CHANNELS)
+
+    def __call__(self, x):
+        return self.linear(x) * self.table[None, None]
+
+
+def test_arrays_that_are_no_variables():
+    model, x = dj.Skip(Table(nnx.Rngs(0)), dj.FixedGate([1, 0, 1])), image(3, 5, CHANNELS)
+    fast = dj.deploy(model, 1.0, [x])
+    np.testing.assert_allclose(fast(x), model(x), rtol=1e-5, atol=1e-6)

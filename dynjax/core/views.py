@@ -53,11 +53,16 @@ def fresh(block: Callable) -> Callable:
 
 def changed(model: Any, *args: Any, method: str = "__call__", **kwargs: Any) -> tuple[Any, nnx.State]:
     """What a method of `model` gives, and the variables that the call changed."""
-    before = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
+    before = {path: _value(leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))}
     output = getattr(model, method)(*args, **kwargs)
     after = nnx.to_flat_state(nnx.state(model))
-    found = [(path, variable) for path, variable in after if variable.get_value() is not before.get(path)]
+    found = [(path, leaf) for path, leaf in after if _value(leaf) is not before.get(path)]
     return output, nnx.from_flat_state(found)
+
+
+def _value(leaf: Any) -> Any:
+    """What is in a variable; an array may also be an attribute by itself."""
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
 def _view(model: Model, **ways: Any) -> Model:
