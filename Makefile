@@ -53,11 +53,9 @@ bench: venv
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.training
 
-# Writes every notebook from its text form, without outputs, and runs a copy of it into runs/notebooks.
+# Writes every notebook from its text form and runs it in place, so that it is kept with its pictures: minutes.
 notebooks: venv
-	$(BIN)/jupytext --to ipynb --update notebooks/*.py
-	mkdir -p runs/notebooks && cp notebooks/*.ipynb runs/notebooks
-	$(BIN)/jupyter-execute --inplace runs/notebooks/*.ipynb
+	$(BIN)/python -m experiments.notebooks
 
 results: venv
 	$(BIN)/python -m experiments.results render

@@ -40,7 +40,7 @@ from dynjax.ops import router_z_loss
 from dynjax.tasks.classification import cross_entropy
 
 FAST = bool(os.environ.get("DYNJAX_FAST"))
-STEPS, BATCH, CHANNELS = (1, 4, 4) if FAST else (250, 64, 16)
+STEPS, BATCH, CHANNELS = (1, 4, 4) if FAST else (1000, 64, 16)
 SIZE, DEPTH = ((8, 8), 2) if FAST else ((16, 16), 4)
 rngs = nnx.Rngs(0)
 
@@ -78,8 +78,8 @@ class Block(nnx.Module):
         return nnx.relu(x + self.conv2(nnx.relu(self.conv1(x))))
 
 
-def train(model, target=0.5, loss_of=None):
-    """A few steps of Adam on the task's loss and the budget's; `loss_of(model, image, label)` replaces the task's."""
+def train(model, target=0.6, loss_of=None):
+    """Some steps of Adam on the task's loss and the budget's; `loss_of(model, image, label)` replaces the task's."""
     optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
 
     @nnx.jit
@@ -99,25 +99,25 @@ def train(model, target=0.5, loss_of=None):
     return model
 
 
-def show(title, model, names=None, target=0.5):
-    """Deploys at a budget, and draws what each of twenty pictures was given, the cheapest first."""
+def show(title, model, names=None, target=0.6):
+    """Deploys at a budget, and draws what each of twelve pictures was given, the cheapest first."""
     images, labels = data["test"]
     fast = dj.deploy(model, budget=target, calibration=[data["train"][0][:128]])
     logits, trace = jax.jit(lambda x: dj.traced(fast.model)(x))(images[:128])
     right = float((logits.argmax(-1) == labels[:128]).mean())
     spent = np.asarray(trace.macs())
-    order = np.argsort(spent, kind="stable")[np.linspace(0, 127, 20).astype(int)]
+    order = np.argsort(spent, kind="stable")[np.linspace(0, 127, 12).astype(int)]
     columns = []
     for decision in trace.decisions.values():
         shown = decision.probability if decision.rule.name == "mixture" else decision.keep
         shown = np.asarray(shown)[order].reshape(len(order), -1, *(shown.shape[-1:] if shown.ndim > 1 else ()))
         columns.append(shown.mean(1) if shown.ndim == 3 else shown)
     table = np.concatenate(columns, 1)
-    figure, (left, axes) = plt.subplots(1, 2, figsize=(7, 4.4), width_ratios=(1, 4), layout="constrained")
+    figure, (left, axes) = plt.subplots(1, 2, figsize=(7, 4.8), width_ratios=(1, 12), layout="constrained")
     left.imshow(np.concatenate([images[i][:, :, 0] for i in order]), cmap="gray", aspect="equal")
     left.set_axis_off()
     axes.imshow(table, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-    axes.set_yticks(range(20), [f"{spent[i] / 1e3:.0f} kMAC" for i in order], fontsize=7)
+    axes.set_yticks(range(12), [f"{spent[i] / 1e3:.0f} kMAC" for i in order], fontsize=7)
     axes.set_xticks(range(table.shape[1]), names or range(table.shape[1]), fontsize=8)
     figure.suptitle(f"{title}: {right:.0%} right, {spent.mean() / trace.full_macs:.0%} of the MACs", fontsize=10)
     plt.show()
@@ -261,7 +261,8 @@ def plain(title, model, names):
     figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     axes.imshow(table, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     axes.set_xticks(range(table.shape[1]), names, fontsize=8)
-    axes.set_ylabel("picture")
+    axes.set_yticks([])
+    axes.set_ylabel("pictures")
     right = float((logits.argmax(-1) == labels[:128]).mean())
     figure.suptitle(f"{title}: {right:.0%} right", fontsize=10)
     plt.show()

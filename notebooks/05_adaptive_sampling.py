@@ -131,9 +131,8 @@ plt.show()
 # decision depends only on what is drawn already, bits per pixel are exact at every budget.
 
 # %%
-config = NextScaleConfig(
-    shape=SHAPE, values=VALUES, scales=2, reach=2, features=2 * FEATURES, blocks=2, coarse_features=FEATURES, tile=1
-)
+widths = dict(features=2 * FEATURES, coarse_features=FEATURES // 2)
+config = NextScaleConfig(shape=SHAPE, values=VALUES, scales=2, reach=2, blocks=2, tile=1, **widths)
 model = train(models.build(config, 10, rngs=nnx.Rngs(0)))
 calibration, test = (quantise(jnp.asarray(digits[split]), VALUES, 1) for split in ("val", "test"))
 
@@ -145,7 +144,7 @@ def bits_and_macs(model, x):
 
 
 solver = Solver(model, [calibration])  # what `dj.deploy` makes, kept for several budgets
-for budget in (0.25, 0.5, 0.75, 1.0):
+for budget in (0.3, 0.5, 0.75, 1.0):
     deployed = solver.deploy(budget).model
     bits, share = bits_and_macs(nnx.view(deployed, execution="masked", raise_if_not_found=False), test)
     print(f"budget {budget:4.0%}: {float(bits):.3f} bits a pixel, {float(share):.0%} of the MACs")
