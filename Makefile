@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.requirements
+FOREIGN := .venv-foreign
 DEMO := runs/demo
 
-.PHONY: venv demo test test-slow soak lint format bench notebooks results clean
+.PHONY: venv demo test test-slow soak lint format bench bench-foreign notebooks results clean
 
 venv: $(STAMP)
 
@@ -52,6 +53,17 @@ bench: venv
 	$(BIN)/python -m benchmarks.dynamics
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.training
+
+# Models that others wrote, made dynamic, in an environment of its own: 10 minutes. PYTHON=python3.12 has more of them.
+bench-foreign: $(FOREIGN)/.requirements
+	$(FOREIGN)/bin/python -m benchmarks.foreign
+
+# jaxnn asks for torch and torchvision, gigabytes that only its reading of pictures needs.
+$(FOREIGN)/.requirements: benchmarks/foreign-requirements.txt pyproject.toml
+	@test -x $(FOREIGN)/bin/python || $(PYTHON) -m venv $(FOREIGN)
+	$(FOREIGN)/bin/python -m pip install --quiet --requirement benchmarks/foreign-requirements.txt --editable .
+	$(FOREIGN)/bin/python -m pip install --quiet --no-deps jaxnn
+	@touch $(FOREIGN)/.requirements
 
 # Writes every notebook from its text form and runs it in place, so that it is kept with its pictures: minutes.
 notebooks: venv

@@ -19,7 +19,8 @@ from dynjax.tasks import Player
 
 
 class Net(nnx.Module):
-    """Convolution, BatchNorm, noise from a stream of its own, something called a gate, a list."""
+    """Convolution, BatchNorm, noise from a stream of its own, something called a gate, a list. Smooth: where rounding
+    takes a number over a kink, two runs that differ in the order of their sums would part."""
 
     def __init__(self, rngs: nnx.Rngs, *, noise: bool = True, norm: bool = True):
         self.conv = nnx.Conv(3, 8, (3, 3), use_bias=not norm, rngs=rngs)
@@ -31,10 +32,10 @@ class Net(nnx.Module):
 
     def __call__(self, x):
         x = self.conv(x.astype(self.head.kernel.dtype) / 127.5 - 1)
-        x = nnx.relu(x if self.norm is None else self.norm(x))
+        x = nnx.silu(x if self.norm is None else self.norm(x))
         x = self.drop(x) * nnx.sigmoid(self.gate(x))
         for block in self.blocks:
-            x = x + nnx.relu(block(x))
+            x = x + nnx.silu(block(x))
         return self.head(x).astype(jnp.float32)
 
 

@@ -1,12 +1,14 @@
 """Benchmarks run to their end on something tiny; what they time is no matter here."""
 
 import csv
+import sys
+from unittest import mock
 
 import pytest
 import test_commands
 from PIL import Image
 
-from benchmarks import inside, refinement, sampling, thin
+from benchmarks import foreign, inside, refinement, sampling, thin
 from dynjax.config import UserError
 
 pytestmark = pytest.mark.xdist_group("benchmarks")  # one worker, so that the row is trained once
@@ -70,3 +72,16 @@ def test_a_deployed_model_inside_of_jax_code(tmp_path):
         gathers = {line["way"]: line["all_gather"] for line in csv.DictReader(file)}
     assert gathers.pop("mesh_gathers") == "True" and set(gathers.values()) == {"False"}
     assert {"vmap", "vmap_unfolded", "mesh_axis", "mesh_plain"} <= set(gathers)
+
+
+def test_models_that_others_wrote(tmp_path, capsys):
+    out, names = tmp_path / "foreign.csv", ["flax_cnn", "flax_scanned", "equinox_mlp"]
+    with mock.patch.dict(sys.modules, equinox=None):
+        foreign.main(["--out", str(out), "--repeats", "1", "--cases", *names])
+    with open(out, newline="") as file:
+        works, stacked, missing = csv.DictReader(file)
+    assert works["status"] == "works" and float(works["speedup_8"]) > 0
+    assert float(works["difference"]) < 1e-5 and float(works["difference_all_kept"]) < 1e-5
+    assert works["met"] == "True" and 0.4 < float(works["share"]) <= 0.5 and works["lines"] == "4"
+    assert "layers = nnx.List(" in stacked["status"] and missing["status"].startswith("not installed")
+    assert "| flax_cnn | Flax docs | Tiles | 4 |" in capsys.readouterr().out
