@@ -80,6 +80,7 @@ def test_rounding_and_ties_are_no_errors():
     errors = check._error(y, z)
     assert errors[0] < 1 and errors[1] == errors[2] == 0 and errors[3] > 1
     assert check._error(y, y.at[1, 1].set(0))[1] == jnp.inf
+    assert check._error(jnp.array([[1, 2]]), jnp.array([[1, 3]]))[0] > 1
     half = y[:1].astype(jnp.bfloat16)
     assert check._error(half, half * 1.01)[0] < 1 < check._error(half, half * 1.2)[0]
 
@@ -117,3 +118,28 @@ def test_without_gates_a_model_is_its_blocks():
     plain = check._without_gates(nnx.clone(model))
     x = image(2, 4, 4, CHANNELS)
     np.testing.assert_array_equal(plain(x), model.last.block(model.first.block(x)))
+
+
+def test_a_model_that_asks_what_its_blocks_are_is_found():
+    """A wrapped block is no instance of the block's class: the host calls it in another way."""
+
+    class Timed(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(CHANNELS, CHANNELS, rngs=rngs)
+
+        def __call__(self, x, time=None):
+            return self.linear(x) + (0 if time is None else time)
+
+    class Asking(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([Timed(rngs), Timed(rngs)])
+
+        def __call__(self, x):
+            for layer in self.layers:
+                x = layer(x, 1.0) if isinstance(layer, Timed) else layer(x)
+            return x
+
+    model = dj.dynamize(make(Asking), {"layers/0": dj.Skip}, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"with everything kept Asking gives something else .*layers/0.*isinstance"):
+        dj.deploy(model, 0.9, [scaled()])
+    assert dj.deploy(model, 0.9, [scaled()], check=False).report.met

@@ -201,7 +201,7 @@ def test_errors_name_what_was_wrong():
     for execution in ("masked", "compact"):
         with pytest.raises(ValueError, match=r"keep has shape \(2, 2, 3\).*\(2, 2, 2\)"):
             execute.tiles(convolve, x, jnp.ones((2, 2, 3)), size=4, radius=1, execution=execution)
-        with pytest.raises(ValueError, match=r"the block gives shape \(2, 8, 8, 1\).*otherwise"):
+        with pytest.raises(ValueError, match=r"the block \(\S+\) gives shape \(2, 8, 8, 1\).*otherwise"):
             execute.samples(lambda x: x[..., :1], x, keep, execution=execution)
         with pytest.raises(ValueError, match="choice has 2 branches and there are 1 blocks"):
             execute.branches([convolve], x, jnp.ones((2, 2)), execution=execution)

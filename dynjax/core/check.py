@@ -92,7 +92,8 @@ def _error(y: Any, z: Any) -> Float[Array, " B"]:
     """The largest difference for each example, in rounding errors of 32-bit numbers that are allowed."""
     worst = jnp.zeros(jax.tree.leaves(y)[0].shape[0])
     for a, b in zip(jax.tree.leaves(y), jax.tree.leaves(z), strict=True):
-        tolerance = TOLERANCE if jnp.finfo(a.dtype).bits > 16 else 0.05
+        half = jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits <= 16
+        tolerance = 0.05 if half else TOLERANCE
         a, b = (each.astype(jnp.float32).reshape(each.shape[0], -1) for each in (a, b))
         size = jnp.max(jnp.abs(a), where=jnp.isfinite(a), initial=1e-30)
         difference = jnp.where((a == b) | (jnp.isnan(a) & jnp.isnan(b)), 0, jnp.abs(a - b) / size)
@@ -150,6 +151,47 @@ def same(model: nnx.Module, call: Call, fixed: Fixed, arrays: Sequence[Any], thr
                 "computed. Wrap the layers around it, or say batched= where an argument was taken for one of the "
                 "examples; check=False deploys it all the same"
             )
+
+
+def same_as_plain(model: nnx.Module, call: Call, fixed: Fixed, arrays: Sequence[Any]) -> None:
+    """Compare `model` with everything kept and the same without its wrappers, where these are all around one block.
+
+    Raises:
+        ValueError: if they differ, since the model treats a wrapped block otherwise than the block itself.
+    """
+    kept = nnx.clone(model)
+    budgets.set_threshold(kept, budgets.LOWEST)
+    wrappers = outermost(kept, Wrapper)
+    if "" in wrappers or any(each.whole() is None for each in wrappers.values()):
+        return
+    plain = nnx.clone(kept)
+    replace(plain, {id(each): each.whole() for each in outermost(plain, Wrapper).values()})
+    if outermost(plain, Wrapper):
+        return
+    graphdefs, states = zip(*map(nnx.split, (kept, plain)), strict=True)
+
+    @jax.jit
+    def run(states: Any, arrays: Sequence[Any]) -> Array:
+        args, kwargs = together(fixed, arrays)
+
+        def compare(states):
+            whole, alone = (nnx.merge(each, state, copy=True) for each, state in zip(graphdefs, states, strict=True))
+            y, decisions = seen(call, whole, *args, **kwargs)
+            z = call(alone, *args, **kwargs)
+            pairs = zip(jax.tree.leaves(y), jax.tree.leaves(z), strict=True)
+            error = jnp.stack([_error(a.reshape(1, -1), b.reshape(1, -1)).max() for a, b in pairs]).max()
+            # A gate of the user's may keep less, whatever its threshold is.
+            return jnp.where(jnp.stack([each.keep.min() for each in decisions.values()]).min() == 1, error, 0)
+
+        return automatic(compare)(states)
+
+    if float(run(states, arrays)) > 1:
+        raise ValueError(
+            f"deploy: with everything kept {type(model).__name__} gives something else than without its wrappers "
+            f"({', '.join(list(wrappers)[:3])}): it treats a wrapped block otherwise than the block itself, for "
+            "instance where it asks isinstance(layer, Block) to know what to call it with; wrap inside of what it asks "
+            "about, or let it ask for wrapper.block; check=False deploys it all the same"
+        )
 
 
 # Time

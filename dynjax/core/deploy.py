@@ -72,7 +72,8 @@ def deploy(
         method: what of the model is called, in its place.
         axis: of a mesh, over which batches will be spread where the result is called inside of `jax.jit` on a mesh of
             Auto axes, which hide it. Elsewhere arrays say themselves how they lie.
-        check: compare masked and compact execution of every wrapper on the first batch.
+        check: compare on the first batch masked and compact execution of every wrapper, and the model with everything
+            kept with the same without wrappers.
         measure: time the first batch, static and compact, and every wrapper: see `Times`.
 
     Raises:
@@ -168,19 +169,21 @@ class Solver:
         p95, most = float(np.percentile(spent, 95)), float(spent.max())
         model = nnx.clone(views.compact(self.model))
         budgets.set_threshold(model, threshold)
-        report = Report(budget, threshold, met, mean, p95, most, full)
+        report = Report(float(budget), threshold, met, mean, p95, most, full)
         return Deployed(model, report, method=self._method, axis=axis)
 
     def check(self, threshold: float) -> None:
-        """Compare masked and compact execution of every wrapper on the first batch, at `threshold` and half open.
+        """Compare masked and compact execution of every wrapper on the first batch, at `threshold` and half open; and
+        with everything kept the model and the same without wrappers.
 
         Raises:
-            ValueError: naming the wrapper whose answer changes when it skips.
+            ValueError: naming the wrapper whose answer changes when it skips, or saying that being wrapped does.
         """
         least = self.share(budgets.HIGHEST)
         # What skips nothing, or all, cannot be wrong: look where some of it is kept as well.
         half = budgets.solve_threshold(self.share, (1 + least) / 2) if least < 1 else threshold
         fixed, arrays = self.batches[0]
+        checks.same_as_plain(self.model, self._call, fixed, arrays)
         checks.same(self.model, self._call, fixed, arrays, sorted({threshold, half}))
 
     def times(self, deployed: Deployed) -> checks.Times:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import export, lax
 from jaxtyping import Array, Float
 
-from dynjax.core.arguments import Tree, first
+from dynjax.core.arguments import Tree, first, name_of
 from dynjax.core.devices import spread_over
 from dynjax.core.examples import shape_apart
 from dynjax.core.tiles import kept_first, kept_tiles, tile_pixels
@@ -103,8 +103,8 @@ def samples(
                 "block gives must have the examples as its first axis; leave sums over them outside of it"
             )
     if execution == "masked":
-        return jax.tree.map(functools.partial(blend, keep), _like(block(x), other), other)
-    block, types = _one_type(block, _like(shape_apart(block, x), other), other)
+        return jax.tree.map(functools.partial(blend, keep), _like(block(x), other, block), other)
+    block, types = _one_type(block, _like(shape_apart(block, x), other, block), other)
     other = jax.tree.map(lambda o, t: o.astype(t), other, types)
     return _samples_compact(block, x, keep, other, strategy)
 
@@ -139,9 +139,9 @@ def tiles(
     rest = _same if otherwise is None else otherwise
     if execution == "masked":
         other = rest(own)
-        return blend(tile_pixels(keep, size, own.shape[1:3]), _like(block(x), other), other)
+        return blend(tile_pixels(keep, size, own.shape[1:3]), _like(block(x), other, block), other)
     rest, spec = fresh(rest), shape_of(rest, own)
-    block, dtype = _one_type(block, _like(shape_of(block, x), spec), spec)
+    block, dtype = _one_type(block, _like(shape_of(block, x), spec, block), spec)
     return _tiles_compact(block, x, keep, lambda: rest(own).astype(dtype), size, radius, strategy)
 
 
@@ -340,12 +340,13 @@ def _one_type(block, spec, other):
     return (lambda x: jax.tree.map(lambda y, t: y.astype(t), block(x), types)), types
 
 
-def _like(y, other):
+def _like(y, other, block=None):
     """`y`, once its shape is known to be that of what it is put together with."""
     shapes = [jax.tree.map(lambda a: a.shape, tree) for tree in (y, other)]
     if shapes[0] != shapes[1]:
+        name = "the block" if block is None else f"the block ({name_of(block)})"
         raise ValueError(
-            f"the block gives shape {shapes[0]} and what it is put together with has {shapes[1]}; "
+            f"{name} gives shape {shapes[0]} and what it is put together with has {shapes[1]}; "
             "give an `otherwise`, or branches, of one shape"
         )
     return y
