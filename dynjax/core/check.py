@@ -181,7 +181,8 @@ def same_as_plain(model: nnx.Module, call: Call, fixed: Fixed, arrays: Sequence[
             pairs = zip(jax.tree.leaves(y), jax.tree.leaves(z), strict=True)
             error = jnp.stack([_error(a.reshape(1, -1), b.reshape(1, -1)).max() for a, b in pairs]).max()
             # A gate of the user's may keep less, whatever its threshold is.
-            return jnp.where(jnp.stack([each.keep.min() for each in decisions.values()]).min() == 1, error, 0)
+            least = [each.keep.min() for each in decisions.values()]
+            return jnp.where(jnp.stack([jnp.ones(()), *least]).min() == 1, error, 0)
 
         return automatic(compare)(states)
 
