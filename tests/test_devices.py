@@ -84,8 +84,10 @@ def test_parameters_may_be_sharded_too(expected, kind):
         return jax.device_put(a, NamedSharding(mesh, P(*[None] * (a.ndim - 1), "model") if wide else P()))
 
     graphdef, state = nnx.split(make(Net))
-    fast = dj.deploy(nnx.merge(graphdef, jax.tree.map(place, state)), 0.6, [X])
-    close(fast(jax.device_put(X, NamedSharding(mesh, P("data")))), expected)
+    spread = jax.device_put(X, NamedSharding(mesh, P("data")))
+    for calibration in (X, spread):
+        fast = dj.deploy(nnx.merge(graphdef, jax.tree.map(place, state)), 0.6, [calibration])
+    close(fast(spread), expected)
 
 
 def test_training_on_explicit_axes_traces_what_one_device_traces(fast):

@@ -172,9 +172,8 @@ def same_as_plain(model: nnx.Module, call: Call, fixed: Fixed, arrays: Sequence[
 
     @jax.jit
     def run(states: Any, arrays: Sequence[Any]) -> Array:
-        args, kwargs = together(fixed, arrays)
-
-        def compare(states):
+        def compare(states, arrays):
+            args, kwargs = together(fixed, arrays)
             whole, alone = (nnx.merge(each, state, copy=True) for each, state in zip(graphdefs, states, strict=True))
             y, decisions = seen(call, whole, *args, **kwargs)
             z = call(alone, *args, **kwargs)
@@ -184,7 +183,7 @@ def same_as_plain(model: nnx.Module, call: Call, fixed: Fixed, arrays: Sequence[
             least = [each.keep.min() for each in decisions.values()]
             return jnp.where(jnp.stack([jnp.ones(()), *least]).min() == 1, error, 0)
 
-        return automatic(compare)(states)
+        return automatic(compare)(states, arrays)
 
     if float(run(states, arrays)) > 1:
         raise ValueError(
