@@ -5,10 +5,11 @@ Letters: B examples, H W pixels, C D channels.
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.tree_util import PyTreeDef
 from jaxtyping import Array, Float
@@ -42,7 +43,7 @@ def examples_of(x: Tree) -> Size:
         ValueError: if there is no array, or one without axes.
     """
     leaves = jax.tree.leaves(x)
-    if not leaves or not getattr(leaves[0], "ndim", 0):
+    if not leaves or not is_array(leaves[0]) or not leaves[0].ndim:
         raise ValueError(f"an input that has the examples as its first axis is needed, this is a {type(x).__name__}")
     return leaves[0].shape[0]
 
@@ -52,9 +53,21 @@ def first(x: Tree) -> Tree:
     return x.first if isinstance(x, Examples) else x
 
 
-def following(given: Tree, x: Tree) -> Tree:
-    """`given`, as it is handed to the next block of a chain, to which `x` came."""
-    return given._replace(first=x) if isinstance(given, Examples) else x
+def others(x: Tree) -> tuple[Array, ...]:
+    """What else belongs to the examples."""
+    return x.others if isinstance(x, Examples) else ()
+
+
+def following(given: Tree, x: Tree, others: tuple[Array, ...] | None = None) -> Tree:
+    """`given`, as it is handed to the next block of a chain, to which `x` came, and maybe others for some examples."""
+    if not isinstance(given, Examples):
+        return x
+    return Examples(x, given.others if others is None else others)
+
+
+def shapes(x: Tree) -> Tree:
+    """The shapes and types of the arrays of a tree."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x)
 
 
 class Bound(nnx.Module):
@@ -62,9 +75,8 @@ class Bound(nnx.Module):
 
     def __init__(self, block: Callable, tree: PyTreeDef, values: Sequence[Any], batched: Sequence[bool]):
         self.block, self.tree, self.batched = block, tree, tuple(batched)
-        for number, value in enumerate(values):
-            if not batched[number]:  # an array, a module such as nnx.Rngs, or anything that is no array
-                setattr(self, f"argument_{number}", value)
+        # Arrays, modules such as nnx.Rngs, and anything that is no array.
+        self.same = nnx.Dict({str(number): value for number, value in enumerate(values) if not batched[number]})
 
     def __call__(self, x: Examples) -> Tree:
         args, kwargs = self.arguments(x.others)
@@ -74,8 +86,7 @@ class Bound(nnx.Module):
         """The arguments after the first, with these arrays for those that belong to the examples."""
         rest = iter(others)
         return self.tree.unflatten(
-            next(rest) if batched else getattr(self, f"argument_{number}")
-            for number, batched in enumerate(self.batched)
+            next(rest) if batched else self.same[str(number)] for number, batched in enumerate(self.batched)
         )
 
 
@@ -124,7 +135,7 @@ def bind(
     if batched is None:
         which = [_has(value, examples) for value in values]
     else:
-        which = [named[number] in batched and _is_array(value) for number, value in enumerate(values)]
+        which = [named[number] in batched and is_array(value) for number, value in enumerate(values)]
     for number, value in enumerate(values):
         if which[number] and not _has(value, examples):
             raise ValueError(
@@ -140,12 +151,13 @@ def _opaque(value: Any) -> bool:
     return isinstance(value, nnx.Pytree | nnx.Variable)
 
 
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype") and not _opaque(value)
+def is_array(value: Any) -> TypeGuard[Array]:
+    """Whether it has a shape and a type: an array, NumPy's too, or what stands for one."""
+    return isinstance(value, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def _has(value: Any, examples: Size) -> bool:
-    return _is_array(value) and len(value.shape) > 0 and value.shape[0] == examples
+    return is_array(value) and len(value.shape) > 0 and value.shape[0] == examples
 
 
 def trains(block: Callable) -> str:
@@ -154,7 +166,7 @@ def trains(block: Callable) -> str:
         return ""
     kwargs = block.tree.unflatten(range(len(block.batched)))[1]
     for name, number in kwargs.items():
-        value = getattr(block, f"argument_{number}", None) if isinstance(number, int) else None
+        value = block.same.get(str(number))
         if isinstance(value, bool) and _TRAINING.get(name) is value:
             return f"{name}={value}"
     return ""
@@ -207,15 +219,21 @@ def as_map(block: Callable, x: Tree) -> tuple[Callable, Any, tuple]:
         here = value.shape[1:3] == own.shape[1:3]
         kinds.append("map" if here and value.ndim == 4 else "plane" if here and value.ndim == 3 else "example")
     pairs = list(zip(x.others, kinds, strict=True))
-    maps = [value[..., None] if kind == "plane" else value for value, kind in pairs if kind != "example"]
+    maps = [_with_channel(value) if kind == "plane" else value for value, kind in pairs if kind != "example"]
     others = tuple(value for value, kind in pairs if kind == "example")
-    wide = [
-        jnp.float32 for each in maps if not jnp.issubdtype(each.dtype, jnp.floating)
-    ]  # numbers that bfloat16 rounds
+    # Whole numbers are more than bfloat16 can tell apart.
+    wide = [jnp.float32 for each in maps if not jnp.issubdtype(each.dtype, jnp.floating)]
     dtype = jnp.result_type(own.dtype, *(each.dtype for each in maps), *wide) if maps else own.dtype
     widths, types = [each.shape[-1] for each in (own, *maps)], [jnp.dtype(each.dtype) for each in (own, *maps)]
     whole = _joined([own, *maps], dtype)
     return _OfMap(block, widths, types, kinds), whole, others
+
+
+def _with_channel(plane: Any) -> Any:
+    """A plane, or its shape, as a map of one channel."""
+    if isinstance(plane, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((*plane.shape, 1), plane.dtype)
+    return plane[..., None]
 
 
 def _joined(maps: Sequence[Any], dtype: Any) -> Any:

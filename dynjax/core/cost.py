@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dynjax.core.arguments import is_array
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -70,7 +72,7 @@ def trace_abstractly(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     graphdef, state = nnx.split(nnx.List(modules))  # together, so that what they share stays shared
     others = [None if isinstance(leaf, nnx.Module) else leaf for leaf in leaves]
     values, value_tree = jax.tree.flatten((state, others), is_leaf=lambda leaf: leaf is None)
-    shapes = {i: _abstract(value) for i, value in enumerate(values) if _is_array(value)}
+    shapes = {i: _abstract(value) for i, value in enumerate(values) if is_array(value)}
 
     def call(arrays: dict[int, jax.Array]) -> list[jax.Array]:
         state, others = jax.tree.unflatten(value_tree, [arrays.get(i, value) for i, value in enumerate(values)])
@@ -80,13 +82,9 @@ def trace_abstractly(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             next(copies) if isinstance(leaf, nnx.Module) else other for leaf, other in zip(leaves, others, strict=True)
         ]
         fn, args, kwargs = jax.tree.unflatten(tree, filled)
-        return [leaf for leaf in jax.tree.leaves(fn(*args, **kwargs)) if _is_array(leaf)]
+        return [leaf for leaf in jax.tree.leaves(fn(*args, **kwargs)) if is_array(leaf)]
 
     return jax.make_jaxpr(call)(shapes)
-
-
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def _abstract(value: Any) -> jax.ShapeDtypeStruct:
@@ -103,9 +101,9 @@ class _Rule:
 
     def jaxpr(self, jaxpr: Any, known: dict[Any, int], path: str) -> Cost:
         """Sum over the equations. `known` maps variables to whole numbers that are constants of the program."""
-        consts = zip(_open(jaxpr).constvars, getattr(jaxpr, "consts", ()), strict=False)
+        consts = zip(open_jaxpr(jaxpr).constvars, getattr(jaxpr, "consts", ()), strict=False)
         known = known | {var: int(value) for var, value in consts if _is_whole_number(value)}
-        costs = [self.equation(eqn, known, path) for eqn in _open(jaxpr).eqns]
+        costs = [self.equation(eqn, known, path) for eqn in open_jaxpr(jaxpr).eqns]
         return Cost(float(sum(cost.macs for cost in costs)), sum((cost.unknown for cost in costs), ()))
 
     def equation(self, eqn: Any, known: dict[Any, int], path: str) -> Cost:
@@ -152,7 +150,8 @@ def _times(cost: Cost, trips: int | None) -> Cost:
     return Cost(cost.macs * (trips or 0), cost.unknown)
 
 
-def _open(jaxpr: Any) -> Any:
+def open_jaxpr(jaxpr: Any) -> Any:
+    """A jaxpr without the constants that it may come with."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
@@ -160,7 +159,7 @@ def jaxprs_in(params: Mapping[str, Any]) -> Iterator[Any]:
     """Every jaxpr among an equation's parameters, open or closed, alone or in a tuple."""
     for value in params.values():
         items = value if isinstance(value, tuple | list) else (value,)
-        yield from (item for item in items if hasattr(_open(item), "eqns"))
+        yield from (item for item in items if hasattr(open_jaxpr(item), "eqns"))
 
 
 def _dot_macs(eqn: Any, dims_not_free: tuple[int, ...]) -> float:
@@ -210,15 +209,17 @@ def _value(atom: Any, known: Mapping[Any, int]) -> int | None:
 
 def _passed_on(jaxpr: Any, eqn: Any, known: Mapping[Any, int]) -> dict[Any, int]:
     """What is known inside a call whose operands are those of the equation, one by one."""
-    if eqn.primitive.name in ("scan", "while", "cond", "pallas_call") or len(_open(jaxpr).invars) != len(eqn.invars):
+    if eqn.primitive.name in ("scan", "while", "cond", "pallas_call") or len(open_jaxpr(jaxpr).invars) != len(
+        eqn.invars
+    ):
         return {}
-    values = ((var, _value(atom, known)) for var, atom in zip(_open(jaxpr).invars, eqn.invars, strict=True))
+    values = ((var, _value(atom, known)) for var, atom in zip(open_jaxpr(jaxpr).invars, eqn.invars, strict=True))
     return {var: value for var, value in values if value is not None}
 
 
 def _trips(eqn: Any, known: Mapping[Any, int]) -> int | None:
     """Trips of `while i < n: i += step` for constant start, n and step (a `fori_loop` of known bounds), else None."""
-    condition, body = (_open(eqn.params[key]) for key in ("cond_jaxpr", "body_jaxpr"))
+    condition, body = (open_jaxpr(eqn.params[key]) for key in ("cond_jaxpr", "body_jaxpr"))
     skip, body_skip = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     if [test.primitive.name for test in condition.eqns] != ["lt"] or condition.outvars != condition.eqns[0].outvars:
         return None

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dynjax.core import views
-from dynjax.core.arguments import Tree
+from dynjax.core.arguments import Tree, is_array
 from dynjax.core.decision import coming_out
 from dynjax.core.devices import Spread, automatic, per_device, spread_of
 from dynjax.core.wrapper import Wrapper
@@ -57,7 +57,7 @@ Fixed = tuple[Any, tuple]
 def apart(args: tuple, kwargs: Mapping[str, Any]) -> tuple[Fixed, list]:
     """What of a call is fixed, and its arrays, with None between them for the rest."""
     leaves, tree = jax.tree.flatten((args, dict(kwargs)))
-    arrays = [leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else None for leaf in leaves]
+    arrays = [leaf if is_array(leaf) else None for leaf in leaves]
     others = [None if array is not None else (type(leaf), leaf) for leaf, array in zip(leaves, arrays, strict=True)]
     return (tree, tuple(others)), arrays
 

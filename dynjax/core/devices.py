@@ -7,6 +7,8 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dynjax.core.arguments import shapes
+
 Axes = str | tuple[str, ...]
 
 
@@ -23,9 +25,8 @@ def spread_of(array: Any, axis: str | None) -> Spread | None:
     An array outside of `jit` says so, and inside of it one of a mesh whose axes are Explicit. Of Auto axes `axis` names
     that which is meant, if the mesh of the context has it.
     """
-    kind = getattr(jax.typeof(array), "sharding", None)
-    concrete = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
-    for sharding in (concrete, kind):
+    outside = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+    for sharding in (array.sharding if outside else None, jax.typeof(array).sharding):
         if isinstance(sharding, NamedSharding) and array.ndim and _size(sharding) > 1:
             return Spread(sharding.mesh, sharding.spec[0])
     context = jax.sharding.get_abstract_mesh()
@@ -56,9 +57,8 @@ def per_device(run: Callable, spread: Spread, batched: Sequence[bool], examples:
     """
 
     def call(state: Any, arrays: Sequence[Any]) -> Any:
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, arrays))
         with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # as on one device
-            outputs = jax.eval_shape(run, *shapes)
+            outputs = jax.eval_shape(run, *shapes((state, arrays)))
         specs = jax.tree.map(lambda out: _of_output(out, examples, spread.axes), outputs)
         inputs = [PartitionSpec(spread.axes) if one else PartitionSpec() for one in batched]
         names = {spread.axes} if isinstance(spread.axes, str) else set(spread.axes)
@@ -90,8 +90,8 @@ def automatic(run: Callable) -> Callable:
 def _explicit(tree: Any) -> Mesh | AbstractMesh | None:
     """The mesh of Explicit axes on which an array of `tree` lies."""
     for leaf in jax.tree.leaves(tree):
-        mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
-        if mesh is not None and AxisType.Explicit in mesh.axis_types:
+        mesh = jax.typeof(leaf).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
             return mesh
     return None
 
@@ -119,7 +119,7 @@ def spread_over(values: Any, over: Any = ()) -> Any:
 
 def _differing(value: Any) -> frozenset:
     """Axes of the mesh along which `value` differs."""
-    return getattr(getattr(jax.typeof(value), "manual_axis_type", None), "varying", frozenset())
+    return jax.typeof(value).manual_axis_type.varying
 
 
 def _made(value: Any, axes: frozenset) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from dynjax.core.arguments import Size, name_of
-from dynjax.core.cost import jaxprs_in
+from dynjax.core.cost import jaxprs_in, open_jaxpr
 from dynjax.core.views import fresh
 
 _EXAMPLES = 10007
@@ -58,7 +58,7 @@ def _mixing(jaxpr: jex.Jaxpr, follow: Sequence[bool] | None = None) -> str:
         if any(own):
             following |= set(map(id, eqn.outvars))
         for inner in jaxprs_in(eqn.params):
-            inner = getattr(inner, "jaxpr", inner)
+            inner = open_jaxpr(inner)
             if found := _mixing(inner, own if len(inner.invars) == len(own) else None):
                 return found
         shapes = [getattr(v.aval, "shape", ()) for v in eqn.invars]

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import export, lax
 from jaxtyping import Array, Float
 
-from dynjax.core.arguments import Tree, first, name_of
+from dynjax.core.arguments import Tree, first, name_of, shapes
 from dynjax.core.devices import spread_over
 from dynjax.core.examples import shape_apart
 from dynjax.core.tiles import kept_first, kept_tiles, tile_pixels
@@ -329,7 +329,7 @@ def _same(x):
 
 def shape_of(block: Callable, x: Tree) -> Tree:
     """Shapes and types of `block(x)`, an array or a tree of arrays."""
-    return jax.eval_shape(fresh(block), jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x))
+    return jax.eval_shape(fresh(block), shapes(x))
 
 
 def _one_type(block, spec, other):

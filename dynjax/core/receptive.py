@@ -12,7 +12,7 @@ from flax import nnx
 from jax.extend import core as jex
 
 from dynjax.core import cost, views, windows
-from dynjax.core.arguments import Tree, as_map, name_of
+from dynjax.core.arguments import Tree, as_map, name_of, shapes
 
 _PROBES = (33, 73)
 """Sides of the maps on which a block is probed, smallest first. What crosses the first is not looked at further."""
@@ -64,7 +64,7 @@ def receptive_radius(block: Callable, x: Tree) -> int:
         ValueError: if the block has a stride, reaches over the whole map or across its border, compares pixels with the
             whole map, mixes examples, or treats pixels differently by their place.
     """
-    block, x, others = as_map(views.still(block), x)
+    block, x, others = as_map(views.still(block), shapes(x))
     more = tuple(jax.ShapeDtypeStruct((1, *other.shape[1:]), other.dtype) for other in others)
     try:
         return _remembered(block, x.shape[-1], jnp.dtype(x.dtype), more)
@@ -135,7 +135,7 @@ def _arrays(jaxpr) -> Iterator[tuple[Any, bool]]:
     yield from ((constant.aval, True) for constant in jaxpr.constvars)
     for eqn in jaxpr.eqns:
         for inner in cost.jaxprs_in(eqn.params):
-            yield from _arrays(getattr(inner, "jaxpr", inner))
+            yield from _arrays(cost.open_jaxpr(inner))
         yield from ((atom.aval, True) for atom in eqn.invars if isinstance(atom, jex.Literal))
         yield from ((made.aval, False) for made in eqn.outvars if hasattr(made.aval, "dtype"))
 
@@ -325,7 +325,7 @@ def _culprit(
 
 def window_macs(block: Callable, x: Tree, size: int, radius: int) -> float:
     """MACs that the compact execution spends on one tile of `size` pixels of `x`, its border included."""
-    block, x, others = as_map(views.still(block), x)
+    block, x, others = as_map(views.still(block), shapes(x))
     closed = windows.trace(block, x.shape, x.dtype, others)
     window, inside, more = windows.window(closed, size, radius)
     if not windows.supported(closed, size=size, radius=radius):

@@ -18,6 +18,7 @@ from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
 from dynjax.core import cost, views
+from dynjax.core.arguments import is_array
 from dynjax.core.decision import INSIDE, Decision, Linear, seen
 from dynjax.core.modules import outermost
 from dynjax.core.wrapper import Wrapper
@@ -136,7 +137,7 @@ def traced(fn: Callable, *, examples: int | None = None) -> Callable:
 
 def _examples(decisions: dict[str, Decision], args, kwargs, given: int | None) -> int:
     """The number of examples: the first axis of all arrays, or of what is decided about where these do not agree."""
-    leaves = [leaf for leaf in jax.tree.leaves((args, kwargs)) if getattr(leaf, "ndim", 0)]
+    leaves = [leaf for leaf in jax.tree.leaves((args, kwargs)) if is_array(leaf) and leaf.ndim]
     axes = sorted({leaf.shape[0] for leaf in leaves})
     decided = {path: decision.keep.shape[0] for path, decision in decisions.items()}
     numbers = sorted({*decided.values()})

@@ -240,7 +240,8 @@ class _Walk:
 
     def per_tile(self, eqn, args):
         """What has no pixels, once for each tile; spread over the map it stays one value a tile."""
-        values, axes = [getattr(a, "value", a) for a in args], [0 if isinstance(a, _PerTile) else None for a in args]
+        values = [a.value if isinstance(a, _PerTile) else a for a in args]
+        axes = [0 if isinstance(a, _PerTile) else None for a in args]
         changed, shape = {}, eqn.outvars[0].aval.shape
         if eqn.primitive.name == "broadcast_in_dim" and _is_map(shape):
             dims = eqn.params["broadcast_dimensions"]

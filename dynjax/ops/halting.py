@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dynjax.core import execute, views, wrapper
-from dynjax.core.arguments import Examples, Tree, examples_of, first, following
+from dynjax.core.arguments import Tree, examples_of, first, following, others
 from dynjax.core.decision import EACH, PREFIX, Decision, Place
 from dynjax.core.devices import spread_over
 from dynjax.core.gates import straight_through
@@ -232,11 +232,11 @@ class Halt(Wrapper):
         size, strategy, start = self.size, self.strategy, self._start(block, given)
         radius = 0 if size is None else receptive_radius(block, given)
         step, gate = (wrapper.ready(each, "compact") for each in (block, self.gate))
-        others = given.others if isinstance(given, Examples) else ()
+        more = others(given)
 
-        def advance(carry, others, last):
+        def advance(carry, more, last):
             def run_step(state, run):
-                now = given._replace(first=state, others=others) if isinstance(given, Examples) else state
+                now = following(given, state, more)
                 if size is None:
                     return step(now)
                 return execute.tiles(step, now, run, size=size, radius=radius, execution="compact", strategy=strategy)
@@ -253,7 +253,7 @@ class Halt(Wrapper):
                 some = active.reshape(active.shape[0], -1).max(1)
                 return execute.samples(
                     lambda both: now(*both),
-                    (carry, others),
+                    (carry, more),
                     some,
                     otherwise=lambda both: both[0],
                     execution="compact",
@@ -261,16 +261,14 @@ class Halt(Wrapper):
                 )
 
             # A CPU takes the examples one by one, and of each the tiles; others take the tiles of all examples at once.
-            new = (
-                one_by_one() if size is None else execute.by_platform(strategy, one_by_one, lambda: now(carry, others))
-            )
+            new = one_by_one() if size is None else execute.by_platform(strategy, one_by_one, lambda: now(carry, more))
             return n + 1, new, keeps, masses
 
         def goes_on(loop):
             return (loop[0] < self.max_steps) & (loop[1][3].max() > 0)
 
         none = jnp.zeros((self.max_steps, *start[2].shape), jnp.float32)
-        start, none = spread_over((start, none), over=others)
+        start, none = spread_over((start, none), over=more)
         _, carry, keeps, masses = jax.lax.while_loop(goes_on, body, (jnp.int32(0), start, none, none))
         return carry, jnp.moveaxis(keeps, 0, -1), jnp.moveaxis(masses, 0, -1)
 

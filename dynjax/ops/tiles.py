@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.core import execute, views, wrapper
+from dynjax.core.arguments import is_array
 from dynjax.core.decision import EACH
 from dynjax.core.gates import TileGate
 from dynjax.core.receptive import receptive_radius
@@ -71,9 +72,10 @@ class Tiles(Wrapper):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Float[Array, "B H W D"]:
         x, (block,), inputs = self.bind([self.block], args, kwargs)
-        if getattr(x, "ndim", 0) != 4:
-            shape = getattr(x, "shape", type(x).__name__)
-            raise ValueError(f"Tiles needs maps (B, H, W, C) and was given shape {shape}: is the batch axis missing?")
+        if not is_array(x):
+            raise ValueError(f"Tiles needs maps (B, H, W, C) and was given a {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"Tiles needs maps (B, H, W, C) and was given shape {x.shape}: is the batch axis missing?")
         size = self.size
         hint = f"tiles of {size} pixels on {x.shape[1]}x{x.shape[2]}"
         decision = self.expect(self.gate(x), "tile", EACH, (x.shape[0], *wrapper.grid(x, size)), hint)

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dynjax.core import execute, wrapper
-from dynjax.core.arguments import Examples, Tree, following
+from dynjax.core.arguments import Tree, following, others
 from dynjax.core.decision import EACH, Decision
 from dynjax.core.gates import Gate, GateParam, Threshold, check_features, threshold, top_k
 from dynjax.core.training import Call
@@ -129,10 +129,10 @@ class MixtureOfDepths(Wrapper):
         keep = lax.stop_gradient(decision.keep)
         number = self.gate.number(tokens) if hasattr(self.gate, "number") else None
         if number is not None:
-            return run.gathered(x, keep, decision.probability, _others(given), number)
+            return run.gathered(x, keep, decision.probability, others(given), number)
         if self.execution == "masked":
-            return run.mixed(x, keep, decision.probability, _others(given))
-        return run.compact(x, keep, decision.probability, _others(given), self.strategy)
+            return run.mixed(x, keep, decision.probability, others(given))
+        return run.compact(x, keep, decision.probability, others(given), self.strategy)
 
 
 class _Masked(nnx.Module):
@@ -145,10 +145,6 @@ class _Masked(nnx.Module):
         return self.block(*both, *args, **kwargs)
 
 
-def _others(given: Tree) -> tuple[Array, ...]:
-    return given.others if isinstance(given, Examples) else ()
-
-
 @dataclasses.dataclass(frozen=True)
 class _Tokens:
     """The block on tokens x (B, T, C), of which `keep` (B, T) are seen and changed, with weight (B, T)."""
@@ -159,8 +155,7 @@ class _Tokens:
     def mixed(self, x: jax.Array, keep: jax.Array, weight: jax.Array, others: tuple[jax.Array, ...]) -> jax.Array:
         """All of x through the block."""
         kept = keep > 0.5
-        both = (x, kept)
-        y = self.block(self.given._replace(first=both, others=others) if isinstance(self.given, Examples) else both)
+        y = self.block(following(self.given, (x, kept), others))
         if y.shape != x.shape:
             raise ValueError(
                 f"the block of MixtureOfDepths gives shape {y.shape} for {x.shape}; it must keep the shape"
