@@ -221,7 +221,7 @@ def test_an_example_that_does_not_reach_a_block():
         def __call__(self, x):
             return self.used(x)
 
-    with pytest.raises(ValueError, match="with this example the model does not call unused"):
+    with pytest.raises(ValueError, match="with this example the model gives nothing to unused"):
         dynamize(make(Twice), {"used|unused": dj.Skip}, example=image(1, 4, 4, CHANNELS), rngs=nnx.Rngs(0))
 
 

@@ -6,7 +6,7 @@ Letters: B examples.
 import dataclasses
 import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,14 +18,12 @@ from jaxtyping import Array, Bool, Float
 from dynjax.core import budget as budgets
 from dynjax.core import views
 from dynjax.core.arguments import name_of
-from dynjax.core.decision import Decision, captured, seen
-from dynjax.core.deployed import Fixed, apart, together
+from dynjax.core.decision import Decision, captured, seen, tracing
+from dynjax.core.deployed import Fixed, together
 from dynjax.core.devices import automatic
-from dynjax.core.modules import outermost, replace, view
+from dynjax.core.modules import outermost, passed_on, view
+from dynjax.core.standing import Call, inputs, standing
 from dynjax.core.wrapper import Wrapper
-
-Call = Callable[..., Any]
-"""`call(model, *args, **kwargs)`: what is done with a batch."""
 
 TOLERANCE = 1e-3
 """By which two executions may differ by rounding, as a share of the largest value; of 16-bit numbers see `_error`."""
@@ -39,10 +37,6 @@ class Comparison(nnx.Variable):
     """What a `_Both` found, for the trace that captures it."""
 
 
-class Inputs(nnx.Variable):
-    """What a `_Listening` was called with."""
-
-
 class _Both(nnx.Module):
     """A wrapper, run in both executions on the same input; it gives the masked answer and records the difference."""
 
@@ -50,42 +44,19 @@ class _Both(nnx.Module):
         self.wrapper = wrapper
 
     def __getattr__(self, name: str) -> Any:
-        return _passed(self, name)
+        return passed_on(self, "wrapper", name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         (y, first), (z, second) = (
             seen(operator.call, view(self.wrapper, execution=execution), *args, **kwargs)
             for execution in ("masked", "compact")
         )
-        if hasattr(self, "__captures__"):
+        if tracing(self):
             error = _error(y, z)
             tied, wrong = _flipped(first, second, error.shape[0])
             # Behind a decision that fell to the other side by rounding, outputs differ by right.
             self.sow(Comparison, "comparison", jnp.where(wrong, jnp.inf, jnp.where(tied, 0, error)))
         return y
-
-
-class _Listening(nnx.Module):
-    """A wrapper whose inputs are recorded: the arrays for the trace, and the rest in a dictionary."""
-
-    def __init__(self, wrapper: Wrapper, path: str, fixed: dict[str, Fixed]):
-        self.wrapper, self.path, self.fixed = wrapper, path, nnx.static(fixed)
-
-    def __getattr__(self, name: str) -> Any:
-        return _passed(self, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if hasattr(self, "__captures__"):
-            self.fixed[self.path], arrays = apart(args, kwargs)
-            self.sow(Inputs, "inputs", arrays)
-        return self.wrapper(*args, **kwargs)
-
-
-def _passed(module: nnx.Module, name: str) -> Any:
-    """Other attributes of what stands in for a wrapper are the wrapper's."""
-    if name.startswith("_") or name in ("set_view", "wrapper"):
-        raise AttributeError(name)
-    return getattr(vars(module)["wrapper"], name)
 
 
 def _error(y: Any, z: Any) -> Float[Array, " B"]:
@@ -122,7 +93,7 @@ def same(model: nnx.Module, call: Call, fixed: Fixed, arrays: Sequence[Any], thr
     """
     own = nnx.clone(model)
     wrappers = outermost(own, Wrapper)
-    probed = _with(own, {id(wrapper): _Both(wrapper) for wrapper in wrappers.values()})
+    probed = standing(own, {id(wrapper): _Both(wrapper) for wrapper in wrappers.values()})
     graphdef, state = nnx.split(probed)
 
     @jax.jit
@@ -142,11 +113,11 @@ def same(model: nnx.Module, call: Call, fixed: Fixed, arrays: Sequence[Any], thr
                 continue
             wrapper = wrappers[path.split("#")[0]]
             by = f"by {errors.max() * TOLERANCE:.2g} of its size" if np.isfinite(errors.max()) else "beyond all bounds"
-            inner = getattr(wrapper, "block", wrapper)
+            block = name_of(wrapper.whole() or wrapper)
             raise ValueError(
                 f"deploy: {type(wrapper).__name__} at {path.split('#')[0] or 'the top'!r} gives something else when it "
                 f"skips: on calibration example {errors.argmax()} its compact output differs from the masked one {by}, "
-                f"at threshold {threshold:.3g}. {name_of(inner)} must treat each example, and for tiles each pixel, on "
+                f"at threshold {threshold:.3g}. {block} must treat each example, and for tiles each pixel, on "
                 "its own: statistics of the batch, circular borders or noise in it are wrong where only a part is "
                 "computed. Wrap the layers around it, or say batched= where an argument was taken for one of the "
                 "examples; check=False deploys it all the same"
@@ -161,12 +132,8 @@ def same_as_plain(model: nnx.Module, call: Call, fixed: Fixed, arrays: Sequence[
     """
     kept = nnx.clone(model)
     budgets.set_threshold(kept, budgets.LOWEST)
-    wrappers = outermost(kept, Wrapper)
-    if "" in wrappers or any(each.whole() is None for each in wrappers.values()):
-        return
-    plain = nnx.clone(kept)
-    replace(plain, {id(each): each.whole() for each in outermost(plain, Wrapper).values()})
-    if outermost(plain, Wrapper):
+    plain = _without_gates(nnx.clone(kept))
+    if not isinstance(plain, nnx.Module) or outermost(plain, Wrapper):
         return
     graphdefs, states = zip(*map(nnx.split, (kept, plain)), strict=True)
 
@@ -186,9 +153,10 @@ def same_as_plain(model: nnx.Module, call: Call, fixed: Fixed, arrays: Sequence[
         return automatic(compare)(states, arrays)
 
     if float(run(states, arrays)) > 1:
+        paths = ", ".join(list(outermost(kept, Wrapper))[:3])
         raise ValueError(
             f"deploy: with everything kept {type(model).__name__} gives something else than without its wrappers "
-            f"({', '.join(list(wrappers)[:3])}): it treats a wrapped block otherwise than the block itself, for "
+            f"({paths or 'the top'}): it treats a wrapped block otherwise than the block itself, for "
             "instance where it asks isinstance(layer, Block) to know what to call it with; wrap inside of what it asks "
             "about, or let it ask for wrapper.block; check=False deploys it all the same"
         )
@@ -232,7 +200,8 @@ def times(model: nnx.Module, compact: nnx.Module, call: Call, fixed: Fixed, arra
     whole = _without_gates(whole)
     static, fast = _in_turn(_run(whole, call, fixed, arrays), _run(compact, call, fixed, arrays))
     wrappers, found = outermost(compact, Wrapper), []
-    for path, (own, given) in _inputs(compact, call, fixed, arrays).items():
+    listening = nnx.clone(compact)
+    for path, (own, given) in inputs(listening, outermost(listening, Wrapper), call, fixed, arrays).items():
         plain = wrappers[path].whole()
         if plain is not None:
             alone, skipping = (_run(each, operator.call, own, given) for each in (plain, wrappers[path]))
@@ -249,32 +218,8 @@ def _without_gates(model: Any) -> Any:
         new = {each: block for each, block in blocks.items() if block is not None}
         if not new:
             break
-        model = _with(model, new)
+        model = standing(model, new)
     return model
-
-
-def _with(model: nnx.Module, new: Mapping[int, Any]) -> Any:
-    """`model`, with new[id(module)] for each of its modules; that for itself if it is one of them."""
-    if id(model) in new:
-        return new[id(model)]
-    replace(model, new)
-    return model
-
-
-def _inputs(model: nnx.Module, call: Call, fixed: Fixed, arrays: Sequence[Any]) -> dict[str, tuple[Fixed, list]]:
-    """What each outermost wrapper is called with, the first time."""
-    heard: dict[str, Fixed] = {}
-    own = nnx.clone(model)
-    new = {id(each): _Listening(each, path, heard) for path, each in outermost(own, Wrapper).items()}
-    listening = _with(own, new)
-    graphdef, state = nnx.split(listening)
-
-    @jax.jit
-    def run(state: nnx.State, arrays: Sequence[Any]) -> dict[str, Any]:
-        args, kwargs = together(fixed, arrays)
-        return captured(Inputs, call, nnx.merge(graphdef, state, copy=True), *args, **kwargs)[1]
-
-    return {path: (heard[path], given) for path, given in run(state, arrays).items() if path in heard}
 
 
 def _run(model: Any, call: Call, fixed: Fixed, arrays: Sequence[Any]) -> Callable[[], Any]:

@@ -177,17 +177,22 @@ _paths: contextvars.ContextVar[dict[int, tuple[str, str]]] = contextvars.Context
 """Path and kind of the modules that are traced, by their identity."""
 
 
+def tracing(module: nnx.Module) -> bool:
+    """Whether a trace is being taken of the module, so that what it records comes out."""
+    return "__captures__" in vars(module)
+
+
 def record(module: nnx.Module, decision: Decision) -> None:
     """Sow `decision` under `module`'s path; does nothing unless a trace is being taken.
 
     Raises:
         ValueError: inside a function that JAX transforms, which the decision cannot leave.
     """
-    if not hasattr(module, "__captures__"):
+    if not tracing(module):
         return
     name = _named(module)
     try:
-        for captured in module.__captures__:
+        for captured in vars(module)["__captures__"]:
             captured.set_value(captured.get_value())
     except TraceContextError as error:
         raise ValueError(f"{name} {INSIDE}") from error
@@ -218,12 +223,12 @@ def _named(module: nnx.Module) -> str:
 
 def unseen(block: Block) -> Block:
     """`block` as an executor's loop runs it, or as it is only looked at: no trace is taken inside."""
-    if not isinstance(block, nnx.Module) or not any(hasattr(m, "__captures__") for _, m in nnx.iter_modules(block)):
+    if not isinstance(block, nnx.Module) or not any(tracing(m) for _, m in nnx.iter_modules(block)):
         return block
     block = view(block)
     for _, module in nnx.iter_modules(block):
-        if hasattr(module, "__captures__"):
-            del module.__captures__
+        if tracing(module):
+            delattr(module, "__captures__")
     return block
 
 
@@ -240,7 +245,7 @@ def captured(
         own = {}
         for path, each in nnx.iter_modules(module):
             own[id(each)] = "/".join(map(str, (*filter(None, [outer]), *path))), type(each).__name__
-            if isinstance(each, nnx.List | nnx.bridge.ToNNX) and "__captures__" in vars(each):
+            if isinstance(each, nnx.List | nnx.bridge.ToNNX) and tracing(each):
                 # Flax 0.12.8 captures on lists too. They sow nothing, and a name among their numbers cannot be
                 # sorted, which nnx.split and nnx.view do; a bridged Linen module takes it for a collection.
                 delattr(each, "__captures__")

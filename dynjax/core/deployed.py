@@ -15,6 +15,7 @@ from dynjax.core import views
 from dynjax.core.arguments import Tree, is_array
 from dynjax.core.decision import coming_out
 from dynjax.core.devices import Spread, automatic, per_device, spread_of
+from dynjax.core.modules import passed_on
 from dynjax.core.wrapper import Wrapper
 
 
@@ -30,9 +31,7 @@ class Deployed(nnx.Module):
         self.model, self.report, self.method, self.axis = model, report, method, axis
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name in ("set_view", "model"):
-            raise AttributeError(name)
-        return getattr(self.model, name)
+        return passed_on(self, "model", name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         fixed, arrays = apart(args, kwargs)

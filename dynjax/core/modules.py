@@ -32,6 +32,13 @@ def view(model: Kind, **ways: Any) -> Kind:
     return nnx.view(model, only=lambda _, node: not isinstance(node, nnx.Rngs), raise_if_not_found=False, **ways)
 
 
+def passed_on(module: nnx.Module, inner: str, attribute: str) -> Any:
+    """For `__getattr__` of a module that stands for its module `inner`: other attributes are that one's."""
+    if attribute.startswith("_") or attribute in ("set_view", inner):
+        raise AttributeError(attribute)
+    return getattr(vars(module)[inner], attribute)
+
+
 def replace(model: nnx.Module, new: Mapping[int, Any]) -> None:
     """Put new[id(module)] into every place of `model` where the module is: what was shared stays shared."""
     for _, parent in list(nnx.iter_modules(model)):

@@ -14,7 +14,7 @@ from jax import lax
 
 from dynjax.core import views
 from dynjax.core.arguments import Tree
-from dynjax.core.decision import Decision, Linear, record_inside, seen, unseen
+from dynjax.core.decision import Decision, Linear, record_inside, seen, tracing, unseen
 
 
 @runtime_checkable
@@ -45,7 +45,7 @@ def scan(cell: Recurrent, x: Tree, carry: Tree | None = None) -> tuple[Tree, Tre
         raise ValueError(f"scan: all arrays must have the same first axes (B, T), these have {sorted(sizes)}")
     examples, times = jax.tree.leaves(x)[0].shape[:2]
     carry = cell.initial(examples) if carry is None else carry
-    tracing, by_time = hasattr(cell, "__captures__"), jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), x)
+    traces, by_time = tracing(cell), jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), x)
     graphdef, state = nnx.split(unseen(cell))
 
     def changes(state: nnx.State, x: Tree, carry: Tree) -> nnx.State:
@@ -58,7 +58,7 @@ def scan(cell: Recurrent, x: Tree, carry: Tree | None = None) -> tuple[Tree, Tre
     def step(loop: tuple, x: Tree) -> tuple[tuple, tuple]:
         carry, moved = loop
         own = nnx.merge(graphdef, moved, fixed, copy=True)
-        (y, carry), decisions = seen(operator.call, own, x, carry) if tracing else (own(x, carry), {})
+        (y, carry), decisions = seen(operator.call, own, x, carry) if traces else (own(x, carry), {})
         return (carry, nnx.state(own, lambda path, _: path in moving)), (y, decisions)
 
     (carry, moved), (y, decisions) = lax.scan(step, (carry, moved), by_time)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from dynjax.core import cost, execute, views
 from dynjax.core.arguments import Size, Tree, bind, called, first, name_of, trains
-from dynjax.core.decision import Block, Decision, Linear, Place, Rule, record, record_inside, seen, unseen
+from dynjax.core.decision import Block, Decision, Linear, Place, Rule, record, record_inside, seen, tracing, unseen
 from dynjax.core.execute import Execution, Strategy
 from dynjax.core.receptive import window_macs
 
@@ -27,6 +27,8 @@ class Wrapper(nnx.Module):
     execution: Execution = "masked"
     strategy: Strategy = "auto"
     deterministic: bool = False
+    gate: Any = None
+    """What decides, from the input to a decision; None where the wrapper decides by itself."""
     batched: Collection[int | str] | None = None
     by_hand: ClassVar[str] = ""
     """What to write in a call of `dynamize` where the class alone does not say enough."""
@@ -78,7 +80,7 @@ class Wrapper(nnx.Module):
     @property
     def tracing(self) -> bool:
         """Whether a trace is being taken, so that costs are wanted."""
-        return hasattr(self, "__captures__")
+        return tracing(self)
 
     def expect(
         self, decision: Any, place: Place, rule: Rule | Sequence[Rule], shape: tuple[Size, ...], hint: str

@@ -1,8 +1,10 @@
 """Put wrappers into a model that nobody here wrote, by the paths that nnx shows for its modules."""
 
 import difflib
+import functools
+import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeGuard
 
 import jax
@@ -10,8 +12,9 @@ import jax.numpy as jnp
 from flax import linen, nnx
 
 from dynjax.core import views
-from dynjax.core.deployed import call_of, together
+from dynjax.core.deployed import call_of
 from dynjax.core.modules import name, replace
+from dynjax.core.standing import inputs
 from dynjax.core.wrapper import Wrapper
 
 
@@ -51,7 +54,7 @@ def dynamize(
         _check_place(path, copy, paths)
         _check_stack(path, paths[path])
     if features is None and example is not None:
-        features = _given(copy, {path: paths[path] for path in chosen}, example)
+        features = _given(copy, chosen, example)
     new = {}
     for path, wrapper in sorted(chosen.items()):
         channels = _features(path, paths[path], features)
@@ -154,8 +157,7 @@ def _check_place(path: str, model: nnx.Module, paths: Mapping[str, nnx.Module]) 
         if not isinstance(outer, Wrapper):
             continue
         at = f"{type(outer).__name__} at {'/'.join(parts[:number]) or 'the top'!r}"
-        gate = getattr(outer, "gate", None)
-        if isinstance(gate, nnx.Module) and any(each is paths[path] for _, each in nnx.iter_modules(gate)):
+        if isinstance(outer.gate, nnx.Module) and any(each is paths[path] for _, each in nnx.iter_modules(outer.gate)):
             raise ValueError(f"{path!r} is a part of the gate of {at}: what decides is not skipped itself")
         if not outer.nests:
             raise ValueError(
@@ -180,7 +182,7 @@ def _check_stack(path: str, block: nnx.Module) -> None:
     """Raise ValueError for layers stacked by nnx.vmap, which nnx.scan runs: one gate would decide for all of them."""
     for inner, module in nnx.iter_modules(block):
         parameter, axes = _AXES.get(type(module), ("", 0))
-        variable = getattr(module, parameter, None) if parameter else None
+        variable = vars(module).get(parameter)
         if not isinstance(variable, nnx.Variable):
             continue
         expected = axes + (len(module.kernel_size) if isinstance(module, nnx.Conv) else 0)
@@ -194,45 +196,15 @@ def _check_stack(path: str, block: nnx.Module) -> None:
             )
 
 
-class _Heard(nnx.Module):
-    """A module, of whose first argument the channels are noted."""
-
-    def __init__(self, block: nnx.Module, note: Callable[[Any], None]):
-        self.block, self.note = block, note
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name in ("set_view", "block"):
-            raise AttributeError(name)
-        return getattr(vars(self)["block"], name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.note([*args, *kwargs.values()])
-        return self.block(*args, **kwargs)
-
-
-def _given(model: nnx.Module, blocks: Mapping[str, nnx.Module], example: Any) -> Callable[[str, nnx.Module], int]:
-    """The channels that each module is given, by its path, when `model` is called with `example`."""
-    heard: dict[str, int] = {}
-
-    def noting(path: str) -> Callable[[Any], None]:
-        def note(arguments: Any) -> None:
-            leaves = [leaf for leaf in jax.tree.leaves(arguments) if getattr(leaf, "ndim", 0)]
-            if leaves:
-                heard.setdefault(path, leaves[0].shape[-1])
-
-        return note
-
-    listening = nnx.clone(model)
-    inner = {name(path): module for path, module in nnx.iter_modules(listening)}
-    replace(listening, {id(inner[path]): _Heard(inner[path], noting(path)) for path in blocks})
+def _given(model: nnx.Module, paths: Collection[str], example: Any) -> Callable[[str, nnx.Module], int]:
+    """The channels that the module on each path is given when `model` is called with `example`."""
+    listening = nnx.clone(views.still(model))
+    modules = {name(path): module for path, module in nnx.iter_modules(listening)}
     fixed, arrays = call_of(example)
-
-    def call(arrays: Any) -> Any:
-        args, kwargs = together(fixed, arrays)
-        return jax.tree.leaves(views.fresh(views.still(listening))(*args, **kwargs))
-
-    jax.eval_shape(call, arrays)
-    missing = sorted(blocks.keys() - heard.keys())
+    run = lambda listen: functools.partial(jax.eval_shape, listen)  # noqa: E731
+    given = inputs(listening, {path: modules[path] for path in paths}, operator.call, fixed, arrays, run)
+    heard = {path: [array for array in arrays if array is not None] for path, (_, arrays) in given.items()}
+    missing = sorted(path for path in paths if not heard.get(path))
     if missing:
-        raise ValueError(f"with this example the model does not call {', '.join(missing[:3])}: give features=")
-    return lambda path, _: heard[path]
+        raise ValueError(f"with this example the model gives nothing to {', '.join(missing[:3])}: give features=")
+    return lambda path, _: heard[path][0].shape[-1]
