@@ -72,6 +72,16 @@ def image(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+class Tokens(nnx.Module):
+    """A block of tokens (B, T, C) that a mask (B, T) says it may look at."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(CHANNELS, CHANNELS, rngs=rngs)
+
+    def __call__(self, x, mask):
+        return x + self.dense(x) * mask[..., None]
+
+
 class Residual(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, channels: int = CHANNELS):
         self.conv1 = nnx.Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from blocks import CHANNELS, Pointwise, image, make, still
+from blocks import CHANNELS, Pointwise, Tokens, image, make, still
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -102,14 +102,6 @@ def test_a_trace_of_a_spread_batch_is_that_of_all_examples(fast):
     x = jax.device_put(X, NamedSharding(mesh_of("auto"), P("data")))
     trace = dj.traced(fast)(x)[1]
     close(trace.macs(), np.asarray(dj.traced(fast)(X)[1].macs()))
-
-
-class Tokens(nnx.Module):
-    def __init__(self, rngs):
-        self.dense = nnx.Linear(CHANNELS, CHANNELS, rngs=rngs)
-
-    def __call__(self, x, mask):
-        return x + self.dense(x) * mask[..., None]
 
 
 class Pool(nnx.Module):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from blocks import CHANNELS, Pointwise, Residual, image, make, still
+from blocks import CHANNELS, Pointwise, Residual, Tokens, image, make, still
 from flax import linen, nnx
 
 import dynjax as dj
@@ -190,21 +190,7 @@ def test_what_is_inside_of_something_dynamic_is_refused():
 
 
 def test_bare_classes_do_or_say_what_to_write():
-    class Attend(nnx.Module):
-        def __init__(self, rngs):
-            self.dense = nnx.Linear(CHANNELS, CHANNELS, rngs=rngs)
-
-        def __call__(self, x, mask):
-            return x + self.dense(x) * mask[..., None]
-
-    class Net(nnx.Module):
-        def __init__(self, block):
-            self.block = block
-
-        def __call__(self, x):
-            return self.block(x, jnp.ones(x.shape[:2], bool))
-
-    model = dj.dynamize(nnx.Sequential(make(Attend)), {"layers/0": dj.MixtureOfDepths}, rngs=nnx.Rngs(0))
+    model = dj.dynamize(nnx.Sequential(make(Tokens)), {"layers/0": dj.MixtureOfDepths}, rngs=nnx.Rngs(0))
     assert dj.traced(still(model))(image(2, 5, CHANNELS))[1].decisions["layers/0"].place == "token"
     for kind in (dj.Exits, dj.PolicySkip, dj.Select, dj.Halt, dj.Channels, dj.Slimmable, dj.Experts, dj.Cell):
         with pytest.raises(

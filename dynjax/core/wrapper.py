@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, ClassVar, TypeGuard, cast, get_args
+from typing import Any, ClassVar, Protocol, TypeGuard, cast, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -291,9 +291,18 @@ def grid(x: jax.Array, size: int) -> tuple[int, int]:
     return -(-x.shape[1] // size), -(-x.shape[2] // size)
 
 
+@runtime_checkable
+class OfTiles(Protocol):
+    """A gate that decides about tiles, or whole examples where it has no size."""
+
+    @property
+    def size(self) -> int | None:
+        """Side of a tile in pixels."""
+
+
 def tile_size(gate: Callable | None) -> int | None:
     """Side in pixels of the tiles that a gate decides about; None where it decides about whole examples."""
-    return getattr(gate, "size", None)
+    return gate.size if isinstance(gate, OfTiles) else None
 
 
 def tile_of(x: jax.Array, size: int) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,13 @@ class TokenGate(Gate):
             return Decision(top_k(logits, number), jax.nn.sigmoid(logits), "token")
         logits = logits - self.threshold[...]
         return Decision(threshold(logits), jax.nn.sigmoid(logits), "token")
+
+
+@runtime_checkable
+class Numbers(Protocol):
+    """A gate that may keep one number of tokens in every example, so that shapes are static."""
+
+    def number(self, tokens: int, /) -> int | None: ...
 
 
 class MixtureOfDepths(Wrapper):
@@ -127,7 +134,7 @@ class MixtureOfDepths(Wrapper):
             self.account(decision, (whole / tokens,), (whole,))
         run = _Tokens(wrapper.ready(block, self.execution), given)
         keep = lax.stop_gradient(decision.keep)
-        number = self.gate.number(tokens) if hasattr(self.gate, "number") else None
+        number = self.gate.number(tokens) if isinstance(self.gate, Numbers) else None
         if number is not None:
             return run.gathered(x, keep, decision.probability, others(given), number)
         if self.execution == "masked":
