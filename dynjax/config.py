@@ -84,19 +84,33 @@ class LossConfig:
     """Weight of the loss of a policy that is trained by REINFORCE."""
     wrong: float = 1.0
     """Penalty of a wrong prediction in its reward: the larger, the more blocks it keeps."""
+    adversarial: Literal["relativistic", "non_saturating", "hinge", "wasserstein"] = "relativistic"
+    """What generator and discriminator play for; relativistic is R3GAN's, wasserstein WGAN-GP's."""
+    gradient_penalty: float = 5.0
+    """Weight of the penalty of the discriminator's steepness (R1 and R2, R1, or WGAN-GP's)."""
+    augment: float = 0.0
+    """Strength, 0 to 1, of the differentiable augmentation of all that the discriminator looks at; 0 turns it off."""
+    distillation: float = 10.0
+    """Weight of the loss that has pictures of reduced compute be like those of all of it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: float = 2e-3
     warmup: float = 0.05
-    """Share of the steps in which the rate rises; then it falls by a cosine to 0."""
+    """Share of the steps in which the rate rises; then it falls by a cosine to 0 (`falls`)."""
     weight_decay: float = 1e-4
     """AdamW; not on biases, norms or gates."""
     gate_learning_rate: float = 0.5
     """Learning rate of the gates as a multiple of the others'."""
     clip: float = 1.0
     """Largest norm of the whole gradient."""
+    momentum: float = 0.9
+    """Adam's beta 1, decay of the mean of the gradients; adversarial training has 0."""
+    decay: float = 0.999
+    """Adam's beta 2, decay of the mean of their squares."""
+    falls: bool = True
+    """False keeps the learning rate where the warm-up ends."""
     ema: float = 0.99
     """Decay of the averaged parameters that are evaluated and deployed; 0 turns it off. Batch statistics are those of
     the parameters themselves, which at the end, where the rate falls to 0, are nearly the averaged ones."""
@@ -137,5 +151,10 @@ class Config(Generic[Model]):
     checkpoint_every: int = 200
     evaluate_every: int = 200
     """Steps between evaluations on val; 0 evaluates only at the end."""
+    features: Literal["classifier", "efficientnet_lite0", "inception"] = "classifier"
+    """By whose features drawn pictures are compared with real ones: a small classifier that is trained on the same set,
+    a network trained on ImageNet (the extra `pretrained`), or Inception."""
+    features_path: str = ""
+    """File of Inception's weights."""
     init_from: str = ""
     """Workdir of a trained static twin whose weights go under the wrappers (two-stage training)."""

@@ -11,6 +11,7 @@ from experiments import (
     camvid_unet,
     digits_unet,
     dynamicconvnet,
+    gan,
     halt,
     moe,
     msdnet,
@@ -24,7 +25,7 @@ from experiments import (
 )
 
 PREDICT = (digits_unet, camvid_unet, resnet, policy, width, msdnet, ranet, halt, routed, moe, dynamicconvnet)
-DRAW = (autoregressive, nextscale, vqvae)
+DRAW = (autoregressive, nextscale, vqvae, gan)
 ROWS: dict[str, Callable[[], Config]] = {row.__name__: row for file in (*PREDICT, *DRAW) for row in file.ROWS}
 
 

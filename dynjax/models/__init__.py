@@ -23,6 +23,7 @@ from dynjax.models import (  # isort: skip
     dense,
     dynamicconvnet,
     dynamics,
+    gan,
     halting,
     heads,
     moe,

@@ -20,6 +20,11 @@ def pixels(image: UInt8[Array, "B H W 3"] | Float[Array, "B H W 3"], dtype: Any)
     return image.astype(dtype) / 127.5 - 1
 
 
+def leaky(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A rectifier that lets a fifth of what is negative pass, as in most discriminators."""
+    return nnx.leaky_relu(x, 0.2)
+
+
 def batch_norm(channels: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
     """With statistics that follow soon enough for short trainings."""
     return nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)

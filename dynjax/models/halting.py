@@ -14,7 +14,7 @@ from dynjax.models.blocks import make_gate, pixels
 from dynjax.models.registry import BUDGET, SOLVED, Family, filled, register
 from dynjax.models.resnet import Stem
 from dynjax.models.rules import Depth, Halvings, Side, Width
-from dynjax.ops.halting import Halt
+from dynjax.ops.halting import Halt, Kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def make_halt(
     steps: int,
     *,
     size: int | None = None,
-    kind: Literal["act", "pondernet"] = "act",
+    kind: Kind = "act",
     rngs: nnx.Rngs,
 ) -> Halt:
     """`step` again and again, per picture or per tile of `size`. By chance, at first of 0.75 to go on: whatever the
@@ -122,7 +122,7 @@ def build(config: HaltConfig, num_classes: int, *, rngs: nnx.Rngs, twin_params: 
     if config.dynamics == "static":
         return static
     size = config.tile if config.dynamics == "sact" else None
-    kind: Literal["act", "pondernet"] = "pondernet" if config.dynamics == "pondernet" else "act"
+    kind: Kind = "pondernet" if config.dynamics == "pondernet" else "act"
     body = make_halt(step, config.gate, channels, config.steps, size=size, kind=kind, rngs=rngs)
     return (PonderNet if body.kind == "pondernet" else HaltNet)(static.stem, body, static.head)
 

@@ -10,6 +10,9 @@ from dynjax import models
 from dynjax.config import Config
 from dynjax.models.rules import LARGEST_SIDE, Rule, refuse
 
+PLAYED = ("gradient_penalty", "distillation")
+"""Weights of adversarial training."""
+
 
 def check_config(config: Config) -> None:
     """Raises UserError naming, as its option, the first field whose value makes no sense."""
@@ -30,7 +33,7 @@ def _general(config: Config) -> Iterator[tuple[str, object, bool, str]]:
     yield "data.size", size, sides, f"height and width in pixels, each from 1 to {LARGEST_SIDE}"
     yield "budget.target", config.budget.target, 0 < config.budget.target <= 1, "a share of the MACs in (0, 1]"
     yield "budget.weight", config.budget.weight, 0 <= config.budget.weight < math.inf, "0 or more"
-    for name in ("cross_entropy", "dice", "load_balance", "router_z", "ponder", "reinforce", "wrong"):
+    for name in ("cross_entropy", "dice", "load_balance", "router_z", "ponder", "reinforce", "wrong", *PLAYED):
         yield f"loss.{name}", getattr(loss, name), 0 <= getattr(loss, name) < math.inf, "0 or more"
     yield "loss.label_smoothing", loss.label_smoothing, 0 <= loss.label_smoothing < 1, "in [0, 1)"
     yield "optimizer.learning_rate", o.learning_rate, 0 < o.learning_rate < math.inf, "more than 0"
@@ -39,4 +42,7 @@ def _general(config: Config) -> Iterator[tuple[str, object, bool, str]]:
     yield "optimizer.weight_decay", o.weight_decay, 0 <= o.weight_decay < math.inf, "0 or more"
     yield "optimizer.clip", o.clip, o.clip > 0, "more than 0 (inf turns it off)"
     yield "optimizer.ema", o.ema, 0 <= o.ema < 1, "in [0, 1)"
+    yield "optimizer.momentum", o.momentum, 0 <= o.momentum < 1, "in [0, 1)"
+    yield "optimizer.decay", o.decay, 0 <= o.decay < 1, "in [0, 1)"
+    yield "loss.augment", loss.augment, 0 <= loss.augment <= 1, "in [0, 1]"
     yield "optimizer.accumulate", o.accumulate, o.accumulate >= 1, "at least 1"

@@ -14,9 +14,14 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
+import numpy as np
 
 from dynjax.config import UserError
 from dynjax.run import files
+from dynjax.show import film
+
+SHOWN = {"miou": "mIoU", "accuracy": "accuracy", "bits_per_dim": "bits/dim", "frechet": "distance"}
+"""Scores that the progress bar has, and how they are called there."""
 
 
 def read_metrics(workdir: str | Path) -> list[dict]:
@@ -83,6 +88,14 @@ class _Board:
         self._add(Event(step=step, summary=scalar(name, value)))
         if time.monotonic() > self.written + 30:
             self.flush()
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """A picture (H, W, 3)."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import image as summary
+
+        self._add(Event(step=step, summary=summary(name, image, dataformats="HWC")))
+        self.flush()
 
     def _add(self, event: Any) -> None:
         from tensorboardX.record_writer import masked_crc32c
@@ -163,12 +176,24 @@ class Log:
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Record the scores of an evaluation after `step` steps; its time does not count as training time."""
         self._write(step, {f"val/{name}": value for name, value in scores.items()})
-        for score, name in (("miou", "mIoU"), ("accuracy", "accuracy"), ("bits_per_dim", "bits/dim")):
+        for score, name in SHOWN.items():
             if score not in scores:
                 continue
             self.shown = {name: f"{scores[score]:.3f}"} | {k: v for k, v in self.shown.items() if k != name}
             if self.bar is not None:
                 self.bar.set_postfix(self.shown, refresh=False)
+        self.clock = time.perf_counter()
+
+    def pictures(self, step: int, images: np.ndarray) -> None:
+        """Keep what is drawn after `step` steps (N, H, W, 3): samples/STEP.png, and in TensorBoard."""
+        if self.file is None or self.board is None:
+            return
+        sheet = film.tile(images, math.ceil(math.sqrt(len(images)))).repeat(2, 0).repeat(2, 1)
+        folder = Path(self.file.name).parent / "samples"
+        with files.writing(f"in {folder}"):
+            folder.mkdir(exist_ok=True)
+            (folder / f"{step:07d}.png").write_bytes(film.png(sheet))
+            self.board.picture("samples", sheet, step)
         self.clock = time.perf_counter()
 
     def pause(self) -> None:

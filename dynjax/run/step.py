@@ -37,12 +37,13 @@ Step: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def schedule(config: Config) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate by step: a linear rise over the share `warmup` of the steps, then a cosine to 0."""
+    """Learning rate by step: a linear rise over the share `warmup` of the steps, then a cosine to 0, if it falls."""
     rise = round(config.optimizer.warmup * config.steps)
 
     def rate(step: jax.Array) -> jax.Array:
         fall = (step - rise) / max(config.steps - rise, 1)
-        share = jnp.where(step < rise, (step + 1) / max(rise, 1), 0.5 * (1 + jnp.cos(jnp.pi * fall)))
+        after = 0.5 * (1 + jnp.cos(jnp.pi * fall)) if config.optimizer.falls else 1.0
+        share = jnp.where(step < rise, (step + 1) / max(rise, 1), after)
         return config.optimizer.learning_rate * share
 
     return rate
@@ -56,7 +57,7 @@ def make_optimizer(config: Config, params: nnx.State, gates: nnx.filterlib.Filte
     decays = _by_path(lambda path, p: o.weight_decay if _decays(path, p) and not is_gate(path, p) else 0.0, params)
     return optax.chain(
         optax.clip_by_global_norm(o.clip),
-        optax.scale_by_adam(),
+        optax.scale_by_adam(b1=o.momentum, b2=o.decay),
         optax.stateless(lambda updates, params: jax.tree.map(lambda u, p, d: u + d * p, updates, params, decays)),
         optax.stateless(lambda updates, params: jax.tree.map(lambda u, r: u * r, updates, rates)),
         optax.scale_by_learning_rate(schedule(config)),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from flax import nnx
 
 from dynjax import models
@@ -25,7 +26,7 @@ from dynjax.run.evaluate import Arrays, Runner, make_runner, score
 from dynjax.run.step import TrainState, make_step
 from dynjax.run.stop import Stop, Stopped
 from dynjax.run.workdir import Run, check_workdir, other_classes, read_config, write_config
-from dynjax.tasks.task import Learns, Player, Scores, Task
+from dynjax.tasks.task import Learns, Pictures, Player, Scores, Task, Watches
 
 
 class Interrupted(Exception):
@@ -119,6 +120,7 @@ def fit(
     config: Config,
     workdir: str | Path | None = None,
     evaluate: Callable[[nnx.Module], Scores] | None = None,
+    draw: Callable[[nnx.Module], np.ndarray] | None = None,
     *,
     gates: nnx.filterlib.Filter = budget.gate_filter,
     classes: tuple[str, ...] = (),
@@ -132,7 +134,8 @@ def fit(
     and set_state (grain), a run resumes at the exact batch through them, otherwise by reading past those it has had. A
     state that is a whole number is that of batches of all processes, and holds for any number of them.
     `evaluate(model) -> scores` is called with the averaged parameters; it may ask `stop` between batches and raise
-    stop.Stopped. `gates` is the nnx filter of the parameters that learn as gates. With a `workdir`, which it locks, the
+    stop.Stopped. `draw(model)` gives pictures (N, H, W, 3) of them, which are kept in the workdir.
+    `gates` is the nnx filter of the parameters that learn as gates. With a `workdir`, which it locks, the
     run is logged, saved and resumed there; `classes` (names) and `examples` (their number) of the training data must
     then be those that it was made with. Nothing is written before all is checked.
     Raises UserError (bad configuration, workdir of another run or in use, full disk, a loss or gradient that is not
@@ -166,6 +169,8 @@ def fit(
                     try:
                         scores = evaluate(averaged())
                         said.evaluation(step, scores)
+                        if draw is not None:
+                            said.pictures(step, draw(averaged()))
                     except Stopped:
                         stopping = True
                 if workdir is not None and step > start and (last or stopping or step % config.checkpoint_every == 0):
@@ -276,6 +281,7 @@ def validator(task: Task, source: Source, config: Config, stop: Stop | None = No
             yield meshes.share(mesh, batch)
 
     runners: list[Runner] = []  # one, compiled at the first evaluation
+    before: list[Scores] = []
 
     def evaluate(model: nnx.Module) -> Scores:
         if task.budget is not None and task.budget.sampled:
@@ -283,9 +289,20 @@ def validator(task: Task, source: Source, config: Config, stop: Stop | None = No
         if not runners:
             runners.append(make_runner(model, task, meshes.replicated(mesh)))
         found = score(runners[0], meshes.replicate(mesh, nnx.state(model)), batches(), task)
+        if isinstance(task, Watches):
+            if trouble := task.trouble(found.scores, before[-1] if before else None):
+                raise UserError(f"{trouble}: training stopped, and checkpoints before it are kept")
+            before.append(found.scores)
         return found.scores | {"macs_fraction": found.fraction}
 
     return evaluate
+
+
+def drawer(task: Task, count: int = 64) -> Callable[[nnx.Module], np.ndarray] | None:
+    """`draw` for `fit`, of a task whose model draws pictures at once."""
+    if not isinstance(task, Pictures):
+        return None
+    return lambda model: task.pictures(model, count)
 
 
 def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> Scores:
@@ -322,6 +339,17 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> Scores
     stop = Stop()
     evaluate = validator(task, val, config, stop)
     size = len(source)
-    return fit(
-        model, task, loader, config, workdir, evaluate, classes=classes, examples=size, stop=stop, quiet=quiet
-    ).scores
+    fitted = fit(
+        model,
+        task,
+        loader,
+        config,
+        workdir,
+        evaluate,
+        drawer(task),
+        classes=classes,
+        examples=size,
+        stop=stop,
+        quiet=quiet,
+    )
+    return fitted.scores

@@ -80,11 +80,16 @@ def plot_histogram(path: str | os.PathLike, calls: dict[str, Integer[np.ndarray,
     figure.savefig(path, dpi=130)
 
 
-def png_bytes(image: UInt8[np.ndarray, "H W 3"]) -> int:
-    """Size of the picture as a PNG file: how complex it is to one who knows nothing of the model."""
+def png(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    """The picture as a PNG file."""
     said = io.BytesIO()
     Image.fromarray(image).save(said, "png", optimize=True)
-    return len(said.getvalue())
+    return said.getvalue()
+
+
+def png_bytes(image: UInt8[np.ndarray, "H W 3"]) -> int:
+    """Size of the picture as a PNG file: how complex it is to one who knows nothing of the model."""
+    return len(png(image))
 
 
 def rank_correlation(a: Num[np.ndarray, " N"], b: Num[np.ndarray, " N"]) -> float:

@@ -7,9 +7,12 @@ from typing import Protocol, TypeAlias, runtime_checkable
 from dynjax import models
 from dynjax.config import BudgetConfig, Config, UserError
 from dynjax.data.source import Source, input_of, size_of, target_of
+from dynjax.models.gan import GanConfig
 from dynjax.models.vqvae import VQVAEConfig
+from dynjax.tasks.adversarial import AdversarialTask
 from dynjax.tasks.autoregressive import AutoregressiveTask
 from dynjax.tasks.classification import ClassificationTask
+from dynjax.tasks.features import make_extractor, reference
 from dynjax.tasks.reconstruction import ReconstructionTask
 from dynjax.tasks.segmentation import SegmentationTask, class_frequencies, class_weights
 from dynjax.tasks.task import Batch, Player, Shown, Task
@@ -75,6 +78,20 @@ def _reconstruction(config: Config, source: Source, training: bool) -> Task:
     return ReconstructionTask(config.model.commitment)
 
 
+def _adversarial(config: Config, source: Source, training: bool) -> Task:
+    from dynjax.data import make_source
+
+    _check_size(config, source)
+    model = config.model
+    assert isinstance(model, GanConfig)
+    train = source if source.split == "train" else make_source(config.data, "train")
+    judged = make_source(config.data, "val") if training else source
+    extractor = make_extractor(config.features, train, config.features_path)
+    # What kernels and sizes cost is not steered.
+    spends = config.budget if models.uses(model) else None
+    return AdversarialTask(config.loss, model.dynamics, extractor, reference(extractor, judged), spends)
+
+
 def _classification(config: Config, source: Source, training: bool) -> Task:
     _check_target(config, source, "label", "pictures with one label each", training)
     return ClassificationTask(tuple(source.classes), config.loss, _spends(config), input_of(source.spec))
@@ -88,6 +105,8 @@ def _segmentation(config: Config, source: Source, training: bool) -> Task:
 
 
 _OF_CLASSES = frozenset({"loss.cross_entropy", "loss.label_smoothing"})
+_OF_PLAYERS = frozenset({"loss.adversarial", "loss.gradient_penalty", "loss.augment", "loss.distillation"})
+register("adversarial", _adversarial, _OF_PLAYERS)
 register("autoregressive", _autoregressive)
 register("classification", _classification, _OF_CLASSES)
 register("reconstruction", _reconstruction)

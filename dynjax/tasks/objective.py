@@ -63,6 +63,22 @@ def run(model: nnx.Module, x: Array) -> list[Output]:
     return model.predictions(x) if isinstance(model, Predicts) else [model(x)]
 
 
+def aim(model: nnx.Module, spends: BudgetConfig | None, key: PRNGKeyArray) -> Float[Array, ""] | float:
+    """The share of the MACs that a step is trained for; where it is drawn, the gates' threshold moves with it."""
+    if spends is None or not spends.sampled:
+        return 1.0 if spends is None else spends.target
+    # The square: low budgets are the hard ones, so they come more often.
+    target = spends.target + (1 - spends.target) * jax.random.uniform(key) ** 2
+    budget.set_threshold(model, budget.sampled_threshold(target))
+    return target
+
+
+def at_rest(model: nnx.Module, spends: BudgetConfig | None) -> None:
+    """Leave the gates at the threshold of the row's own target, ready to be evaluated or saved."""
+    if spends is not None and spends.sampled:
+        budget.set_threshold(model, budget.sampled_threshold(spends.target))
+
+
 def objective(task: Supervised, model: nnx.Module, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
     """Loss and metrics of a batch; the model is in its training view, and its statistics and random counts move on.
 
@@ -74,11 +90,7 @@ def objective(task: Supervised, model: nnx.Module, batch: Batch, key: PRNGKeyArr
     # Who weighs the outputs answers for what they cost.
     weighs = isinstance(model, Predicts) and any(isinstance(op, Weighs) for _, op in nnx.iter_modules(model))
     spends = None if weighs else task.budget
-    target: Array | float = 1.0 if spends is None else spends.target
-    if spends is not None and spends.sampled:
-        # The square: low budgets are the hard ones, so they come more often.
-        target = target + (1 - target) * jax.random.uniform(key) ** 2
-        budget.set_threshold(model, budget.sampled_threshold(target))
+    target = aim(model, spends, key)
     more: dict[str, Array] = {}
     if task.budget is None and not weighs:
         outputs, trace = run(model, batch[task.input]), None
@@ -86,8 +98,7 @@ def objective(task: Supervised, model: nnx.Module, batch: Batch, key: PRNGKeyArr
     else:
         outputs, trace = traced(run)(model, batch[task.input])
         task_loss, more = _contributed(task, model, batch, outputs, trace)
-    if spends is not None and spends.sampled:
-        budget.set_threshold(model, budget.sampled_threshold(spends.target))
+    at_rest(model, spends)
     spent: dict[str, Any] = {"macs_fraction": 1.0}
     budget_loss: Array | float = 0.0
     if spends is not None and trace is not None and any(d.full_macs for d in trace.decisions.values()):

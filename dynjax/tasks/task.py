@@ -96,6 +96,22 @@ class Task(Learns, Evaluates[M], Protocol[M]):
         """Draw into the folder what there is to see, and say it in a line: files and figures."""
 
 
+@runtime_checkable
+class Watches(Protocol):
+    """A task whose training can go wrong in ways that its loss does not show."""
+
+    def trouble(self, scores: Scores, before: Scores | None, /) -> str:
+        """What has gone wrong since an evaluation before, in words; empty where nothing has."""
+
+
+@runtime_checkable
+class Pictures(Protocol[M]):
+    """A task whose model draws pictures by itself, to be looked at while it learns."""
+
+    def pictures(self, model: M, count: int, /) -> np.ndarray:
+        """So many pictures (N, H, W, 3), uint8, the same noise always."""
+
+
 class OnePlayer(abc.ABC, Generic[M]):
     """What tasks share in which the model learns as a whole, from batches as they come."""
 
