@@ -13,13 +13,14 @@ from dynjax.tasks.distances import Moments, frechet_distance
 from dynjax.tasks.features import Extractor, digest, features_of, make_extractor, pictures, reference
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def kept(tmp_path_factory):
     """The folder of the cache, and a classifier trained into it, shortly."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("DYNJAX_CACHE", str(folder))
-        patch.setattr(classifier, "STEPS", 100)
+        patch.setattr(classifier, "STEPS", 60)
+        patch.setattr(classifier, "WIDTHS", (8, 8, 16))
         yield folder, make_extractor("classifier", make_source(DataConfig("digits8"), "train"))
 
 
@@ -39,7 +40,7 @@ def test_a_classifier_learns_its_set_and_is_read_again(kept, monkeypatch):
     image, label = jnp.asarray(np.concatenate(list(pictures(test)))), [int(test[i]["label"]) for i in range(len(test))]
     share = np.asarray(extractor.probabilities(image))
     np.testing.assert_allclose(share.sum(1), 1, rtol=1e-5)
-    assert (share.argmax(1) == label).mean() > 0.95
+    assert (share.argmax(1) == label).mean() > 0.85
     assert [file.name for file in (folder / "features").iterdir()] == [f"{extractor.checksum}.npz"]
     monkeypatch.setattr(classifier, "_train", None)  # which would fail
     again = make_extractor("classifier", make_source(DataConfig("digits8"), "train"))
@@ -57,7 +58,7 @@ def test_the_reference_is_of_all_pictures_and_kept(kept, monkeypatch):
     extractor, noise = kept[1], source()
     found = reference(extractor, noise)
     whole = features_of(extractor, [np.stack([noise[i]["image"] for i in range(40)])])
-    assert whole.shape == (40, 64) and whole.dtype == np.float32
+    assert whole.shape == (40, 16) and whole.dtype == np.float32
     np.testing.assert_allclose(found.covariance, Moments.of(whole).covariance, rtol=1e-4, atol=1e-6)
     assert found.count == 40
     assert frechet_distance(found, Moments.of(whole)) == pytest.approx(0, abs=1e-4)

@@ -25,7 +25,8 @@ RECIPE = "classifier 1"
 WIDTHS, BLOCKS = (16, 32, 64), (0, 1, 1)
 LARGEST = 32
 """Pixels of a side; larger pictures are shrunk to it."""
-STEPS, BATCH, RATE = 500, 64, 5e-3
+STEPS, PASSES, BATCH, RATE = 500, 16, 64, 5e-3
+"""So many steps, but of a small set no more than so many passes."""
 
 
 class Classifier(nnx.Module):
@@ -70,7 +71,8 @@ def classifier(source: Source) -> Classifier:
     if not len(source) or classes < 2:
         raise UserError(f"{source.describe()}: a classifier is trained on pictures of two classes at least")
     height, width = (min(side, LARGEST) for side in size_of(source))
-    net = ResNet(classes, WIDTHS, BLOCKS, 1 if max(height, width) < 20 else 2, rngs=nnx.Rngs(0))
+    stride = 1 if max(height, width) < 20 else 2
+    net = nnx.jit(lambda: ResNet(classes, WIDTHS, BLOCKS, stride, rngs=nnx.Rngs(0)))()
     name = cache.checksum([RECIPE, str((height, width, classes)), digest(source, "label")])
 
     def make() -> cache.Arrays:
@@ -89,7 +91,8 @@ def _fill(net: ResNet, arrays: cache.Arrays) -> None:
 def _train(net: ResNet, source: Source, size: Size) -> None:
     """Adam with a rate that falls by a cosine, on batches drawn with a fixed seed."""
     net = views.training(net)  # the same variables
-    optimizer = nnx.Optimizer(net, optax.adam(optax.cosine_decay_schedule(RATE, STEPS)), wrt=nnx.Param)
+    steps = min(STEPS, -(-PASSES * len(source) // BATCH))
+    optimizer = nnx.Optimizer(net, optax.adam(optax.cosine_decay_schedule(RATE, steps)), wrt=nnx.Param)
 
     @nnx.jit
     def step(net: ResNet, optimizer: nnx.Optimizer, image: jax.Array, label: jax.Array) -> None:
@@ -101,8 +104,8 @@ def _train(net: ResNet, source: Source, size: Size) -> None:
         optimizer.update(net, nnx.grad(loss)(net))
 
     rng = np.random.default_rng(0)
-    order = np.concatenate([rng.permutation(len(source)) for _ in range(-(-STEPS * BATCH // len(source)))])
-    batches = order[: STEPS * BATCH].reshape(STEPS, BATCH)
+    order = np.concatenate([rng.permutation(len(source)) for _ in range(-(-steps * BATCH // len(source)))])
+    batches = order[: steps * BATCH].reshape(steps, BATCH)
     for batch in tqdm(batches, f"classifier of {source.name}, for distances", leave=False):
         examples = [source[int(index)] for index in batch]
         image = jnp.asarray(np.stack([example["image"] for example in examples]))
