@@ -33,5 +33,6 @@ from dynjax.models import (  # isort: skip
     ranet,
     resnet,
     routed,
+    vae,
     vqvae,
 )
