@@ -2,9 +2,9 @@
 
 Writes into W: curve.csv, curve.png, compute_histogram.png, table.txt, evaluation.json, and what the task draws: of
 segmentation heatmaps.png, and as examples/*.png the pictures that it shows; of classification compute_by_class.png and
-extremes.png, and where there are exits budgeted.csv, anytime.csv and exits.png. Where users run the model itself its
-latency is measured, and latency.csv written; how long drawing takes is a matter of samplers (experiments.sample,
-benchmarks.sampling).
+extremes.png, and where there are exits budgeted.csv, anytime.csv and exits.png; of a VAE drawn.png and
+reconstructions.png. Where users run the model itself its latency is measured, and latency.csv written; how long drawing
+takes is a matter of samplers (experiments.sample, benchmarks.sampling).
 """
 
 import dataclasses

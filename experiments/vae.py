@@ -16,9 +16,9 @@ from experiments.autoregressive import SHAPES, WHAT, config
 from experiments.labelled import Row, make_row
 
 MODELS = {
-    "digits": VAEConfig(groups=(2, 5, 0)),
-    "mnist": VAEConfig(groups=(3, 4, 0)),
-    "cifar10": VAEConfig(groups=(2, 3, 4, 0), components=3),
+    "digits": VAEConfig(groups=(2, 5, 0), free_bits=1.0),
+    "mnist": VAEConfig(groups=(3, 4, 0), free_bits=1.0),
+    "cifar10": VAEConfig(groups=(2, 3, 4, 0), components=3, free_bits=1.0),
 }
 STEPS = {"digits": 2000, "mnist": 3000, "cifar10": 2000}
 FROM_TWIN = 1 / 2

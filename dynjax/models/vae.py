@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import Initializer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dynjax.core.controls import RandomGate
@@ -96,14 +97,18 @@ def bounded(x: Float[Array, "*n"], most: float = 4.0) -> Float[Array, "*n"]:
     return most * jnp.tanh(x / most)
 
 
-class Net(nnx.Module):
-    """A 3x3 convolution between two linear layers, each behind a ReLU; small at first."""
+PLAIN = nnx.initializers.lecun_normal()
+SMALL = nnx.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
+"""Of what is added to the state: many groups do (Child 2021, section 3.1)."""
 
-    def __init__(self, before: int, inner: int, after: int, *, rngs: nnx.Rngs):
-        small = nnx.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
+
+class Net(nnx.Module):
+    """A 3x3 convolution between two linear layers, each behind a ReLU."""
+
+    def __init__(self, before: int, inner: int, after: int, init: Initializer = SMALL, *, rngs: nnx.Rngs):
         self.narrow = nnx.Linear(before, inner, rngs=rngs)
         self.conv = nnx.Conv(inner, inner, (3, 3), rngs=rngs)
-        self.widen = nnx.Linear(inner, after, kernel_init=small, rngs=rngs)
+        self.widen = nnx.Linear(inner, after, kernel_init=init, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
         return self.widen(nnx.relu(self.conv(nnx.relu(self.narrow(nnx.relu(x))))))
@@ -115,8 +120,9 @@ class Group(nnx.Module):
     def __init__(self, features: int, inner: int, latents: int, *, rngs: nnx.Rngs):
         self.latents = latents
         self.prior = Net(features, inner, 2 * latents + features, rngs=rngs)
-        self.posterior = Net(2 * features, inner, 2 * latents, rngs=rngs)
-        self.enter = nnx.Linear(latents, features, rngs=rngs)
+        # From the start it must tell pictures apart: else the latents are noise that the decoder learns to ignore.
+        self.posterior = Net(2 * features, inner, 2 * latents, PLAIN, rngs=rngs)
+        self.enter = nnx.Linear(latents, features, kernel_init=SMALL, rngs=rngs)
         self.mix = Net(features, inner, features, rngs=rngs)
 
     def __call__(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from dynjax.config import BudgetConfig
 from dynjax.core import training
@@ -31,11 +31,11 @@ def integers(model: VAE, image: Array) -> Int[Array, "B H W C"]:
     return quantise(image, model.likelihood.values, model.shape[2])
 
 
-def keys_of(image: Array) -> PRNGKeyArray:
+def keys_of(image: Array) -> Key[Array, " B"]:
     """A random key for each picture of bytes (B, H, W, 3), by its content: the same in whatever batch it comes."""
     flat = image.reshape(image.shape[0], -1).astype(jnp.uint32)
     # Sums modulo 2**32 with odd weights: pictures that differ in a pixel have other keys.
-    weights = jax.random.bits(jax.random.key(0), (flat.shape[1],), jnp.uint32) | 1
+    weights = jax.random.bits(jax.random.key(0), (1, flat.shape[1]), jnp.uint32) | 1
     return jax.vmap(jax.random.key)((flat * weights).sum(1))
 
 
