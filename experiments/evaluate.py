@@ -2,9 +2,10 @@
 
 Writes into W: curve.csv, curve.png, compute_histogram.png, table.txt, evaluation.json, and what the task draws: of
 segmentation heatmaps.png, and as examples/*.png the pictures that it shows; of classification compute_by_class.png and
-extremes.png, and where there are exits budgeted.csv, anytime.csv and exits.png. Where users run the model itself its
-latency is measured, and latency.csv written; how long drawing takes is a matter of samplers (experiments.sample,
-benchmarks.sampling).
+extremes.png, and where there are exits budgeted.csv, anytime.csv and exits.png; of a VAE drawn.png and
+reconstructions.png; of a GAN drawn.png, distances.csv and what is dynamic in it (extremes.png, steps.png, sizes.csv,
+discriminator.csv). Where users run the model itself its latency is measured, and latency.csv written; how long drawing
+takes is a matter of samplers (experiments.sample, benchmarks.sampling).
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from dynjax.data.source import Source, read, shape_of, stack
 from dynjax.run import checkpoint, files, log
 from dynjax.run.build import build
 from dynjax.run.checks import LARGEST_SIDE
-from dynjax.run.evaluate import Evaluation, evaluate, make_runner, score, shown, steers
+from dynjax.run.evaluate import Evaluation, decides, evaluate, make_runner, score, shown
 from dynjax.run.workdir import other_classes, read_config
 from dynjax.show import report
 from dynjax.show.curve import Point, calibration_table, curve_table, latency_table, layer_table, plot_curve, read_curve
@@ -299,7 +300,7 @@ def main(raw: list[str]) -> None:
         twin,
         task,
         static=static,
-        budgets=budgets_of(arguments, config.row, static, steers(model)),
+        budgets=budgets_of(arguments, config.row, static, decides(model, task, next(iter(batches(val))))),
         calibration=[] if static else calibration_batches(val, size, -(-min(arguments.calibration, len(val)) // size)),
         batches=lambda: batches(source),
         timing=timing_inputs(source, arguments.timing, sizes),

@@ -20,12 +20,13 @@ from experiments import (
     ranet,
     resnet,
     routed,
+    vae,
     vqvae,
     width,
 )
 
 PREDICT = (digits_unet, camvid_unet, resnet, policy, width, msdnet, ranet, halt, routed, moe, dynamicconvnet)
-DRAW = (autoregressive, nextscale, vqvae, gan)
+DRAW = (autoregressive, nextscale, vqvae, gan, vae)
 ROWS: dict[str, Callable[[], Config]] = {row.__name__: row for file in (*PREDICT, *DRAW) for row in file.ROWS}
 
 

@@ -9,6 +9,11 @@ under which every pixel takes blocks until its prediction is sure, whatever the 
 --label 3 asks a conditional row for one class; --complete gives the upper half of pictures of the test set.
 Of rows *_codes the codes are drawn, and decoded: what is said of pixels is then said of codes.
 
+Rows *_gan_* and *_vae_* make a picture of noise at once, without a sampler: --budget as above, --class K of those that
+are asked for by class, --size 16 of *_gan_scales. They write grid.png, pictures/NUMBER.png, compute.csv (per picture:
+label, MACs, milliseconds, size as PNG, pixels that differ from those without skipping), and where pictures differ in
+compute compute.png; film.png has the refinement steps of *_gan_steps.
+
 Writes DIR/grid.png, film.png (how the first ones come to be), calls.png (how often each pixel was evaluated, of *_exits
 the blocks that it took), and calls.csv (per picture: label, calls or refined tiles, evaluations per pixel, MACs where a
 budget steers, milliseconds, size as PNG, pixels that differ).
@@ -19,11 +24,12 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from flax import nnx
 from tqdm.auto import tqdm
 
@@ -44,6 +50,7 @@ from dynjax.show import film
 from dynjax.tasks.autoregressive import integers
 from experiments import cli
 from experiments.evaluate import Place, fresh_twin, with_path
+from experiments.generate import Wanted, generate
 
 T = TypeVar("T")
 COMMAND = "experiments.sample"
@@ -65,8 +72,10 @@ class Arguments:
     """Number of pictures."""
     seed: int = 0
     """Fixes the noise."""
-    label: int | None = None
+    label: Annotated[int | None, tyro.conf.arg(aliases=["--class"])] = None
     """Class of all pictures, of a conditional row; else every class in turn, or those of the pictures to complete."""
+    size: int | None = None
+    """Height in pixels of the pictures of a row that draws several sizes (*_gan_scales); the full size otherwise."""
     complete: bool = False
     """Give the upper half of pictures of the test set."""
     batch_size: int = 1
@@ -75,13 +84,14 @@ class Arguments:
     """Rows (transformer: pixels) that fixed-point draws at once; the family's own when it is not given."""
     check: Literal["none", "cached", "pixel"] = "cached"
     """Exact sampler that draws the pictures once more, to count the pixels that differ. Of coarse-to-fine, which has no
-    exact one beside it, the masked execution, which computes everything, does; none turns it off."""
+    exact one beside it, and of models that draw at once, the masked execution, which computes everything, does; none
+    turns it off."""
     data: Place = dataclasses.field(default_factory=Place)
 
 
 def check(arguments: Arguments) -> None:
     """Raises UserError."""
-    cli.check_least(arguments, "n", "batch_size", "window")
+    cli.check_least(arguments, "n", "batch_size", "window", "size")
     if arguments.window is not None and arguments.sampler not in (None, "fixed-point"):
         raise UserError(f"--window is of --sampler fixed-point; {arguments.sampler} has none")
     if arguments.budget is not None and not 0 < arguments.budget <= 1:
@@ -256,14 +266,30 @@ class Job:
         return np.stack([np.asarray(self.to_pictures(each))[0] for each in moments])
 
 
+AT_ONCE = ("adversarial", "variational")
+"""Tasks of models that make a picture of noise in one go, without a sampler."""
+
+
+def wanted(arguments: Arguments, row: str) -> Wanted:
+    """What is asked for of a model that draws at once. Raises UserError for options that say how to sample."""
+    given = {"sampler": arguments.sampler, "window": arguments.window, "complete": arguments.complete or None}
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"--{name} {value}: row {row} draws a picture at once and has no sampler; leave it out")
+    a = arguments
+    return Wanted(a.workdir, a.out, a.budget, a.n, a.seed, a.label, a.batch_size, a.size, a.check != "none")
+
+
 def make_job(arguments: Arguments) -> tuple[Job, str]:
     """The job, and the title of what comes of it. Raises UserError."""
     config, names = read_config(arguments.workdir)
     if models.task_of(config.model) != "autoregressive":
         raise UserError(
             f"--workdir {arguments.workdir}: row {config.row} draws no pictures; the rows *_pixelcnn, "
-            "*_transformer, *_codes and *_nextscale do"
+            "*_transformer, *_codes, *_nextscale, *_gan_* and *_vae_* do"
         )
+    if arguments.size is not None:
+        raise UserError(f"--size {arguments.size}: row {config.row} draws pictures of one size; leave it out")
     config, whole, step = checkpoint.load(arguments.workdir)
     scales = isinstance(whole, InScales)
     own = "coarse-to-fine" if scales else "fixed-point"
@@ -290,6 +316,9 @@ def main(raw: list[str]) -> None:
     arguments = cli.parse(Arguments, raw, command=COMMAND)
     check(arguments)
     cli.check_folder(arguments.out, "out")
+    config, _ = read_config(arguments.workdir)
+    if models.task_of(config.model) in AT_ONCE:
+        return generate(wanted(arguments, config.row))
     job, title = make_job(arguments)
     out, number = cli.make_folder(arguments.out, "out"), arguments.n
     drawn, took = job.draw(job.model, job.arguments.sampler)

@@ -69,6 +69,8 @@ def run(model: ModelConfig, classes: int = 3, size: tuple[int, int] = (8, 8)) ->
         built = models.build(model, classes, rngs=nnx.Rngs(0))
         label = jnp.zeros(len(x), jnp.int32)
         given = (x, label) if getattr(built, "classes", 0) else (x,)
+        if task == "variational":
+            given = (x, jax.vmap(built.noise)(jax.random.split(jax.random.key(0), len(x))).latents)
         out = built(*given)
         still = {"deterministic": True, "use_running_average": True, "raise_if_not_found": False}
         compact = nnx.view(built, execution="compact", **still)
@@ -81,6 +83,8 @@ def run(model: ModelConfig, classes: int = 3, size: tuple[int, int] = (8, 8)) ->
             side = 2**model.vqvae.halvings
             shape = (model.vqvae.shape[0] // side, model.vqvae.shape[1] // side, 1)
         x = jax.ShapeDtypeStruct((2, *shape), jnp.int32)
+    elif task == "variational":
+        x = jax.ShapeDtypeStruct((2, *model.shape), jnp.int32)
     elif task == "reconstruction":
         x = jax.ShapeDtypeStruct((2, *model.shape[:2], 3), jnp.uint8)
     else:

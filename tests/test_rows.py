@@ -41,7 +41,7 @@ ONE_OF_A_KIND = (
     "digits_policy_reinforce digits_slimmable_slices digits_msdnet_exits digits_halt_sact digits_halt_pondernet "
     "digits_routed_gates digits_moe_experts digits_dyconv_kernels digits_dynamicconvnet_ddf "
     "digits_pixelcnn cifar10_pixelcnn digits_transformer digits_pixelcnn_labels "
-    "digits_codes digits_codes_exits digits_transformer_exits"
+    "digits_codes digits_codes_exits digits_transformer_exits digits_vae_groups cifar10_vae_random"
 ).split()
 """Rows whose tiny form is trained in every run of the tests; the others' in `make test-slow`."""
 
@@ -77,7 +77,7 @@ def test_the_tiny_form_trains_two_steps(name, tmp_path, camvid):
     if task == "reconstruction":
         assert scores["psnr"] > 0
         return
-    if task == "autoregressive":
+    if task in ("autoregressive", "variational"):
         assert 0 < scores["bits_per_dim"] < 20
         return
     segments = task == "segmentation"
@@ -133,6 +133,8 @@ def test_every_row_uses_the_options_that_it_sets():
         ("digits_nextscale", "loss.label_smoothing", 0.1),
         ("digits_codes_exits", "loss.cross_entropy", 2.0),
         ("digits_vqvae", "loss.dice", 1.0),
+        ("digits_vae_static", "budget.target", 0.4),
+        ("digits_vae_groups", "loss.label_smoothing", 0.1),
     ],
 )
 def test_an_option_that_a_row_does_not_use_is_refused(name, option, value, tmp_path):

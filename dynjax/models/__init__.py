@@ -34,5 +34,6 @@ from dynjax.models import (  # isort: skip
     ranet,
     resnet,
     routed,
+    vae,
     vqvae,
 )

@@ -226,6 +226,22 @@ class GAN(nnx.Module):
     def __call__(self, latent: Float[Array, "B L"], label: Int[Array, " B"] | None = None) -> Float[Array, "B H W C"]:
         return self.generator(latent, label)
 
+    @property
+    def refines(self) -> bool:
+        """Whether a picture may stop after any of the steps."""
+        return isinstance(self.generator.refine, Halt)
+
+    @property
+    def heights(self) -> tuple[int, ...]:
+        """Heights of the pictures that it draws, the full size first."""
+        return tuple(self.shape[0] >> size for size in range(len(self.generator.painters)))
+
+    def picture(
+        self, noise: Float[Array, "B L"], label: Int[Array, " B"] | None = None, *, size: int = 0
+    ) -> UInt8[Array, "B H W 3"]:
+        """Pictures of bytes, at a size of those that there are."""
+        return to_bytes(self.generator(noise, label, size=size))
+
     def noise(self, key: PRNGKeyArray) -> Float[Array, " L"]:
         """All that chance has to say of one picture."""
         return jax.random.normal(key, (self.latent,))

@@ -64,6 +64,27 @@ class InScales(Protocol):
     def draw(self, noise: Noise, label: Array | None, known: "Known | None", /) -> tuple[Array, Array, Array, Any]: ...
 
 
+@runtime_checkable
+class AtOnce(Protocol):
+    """A model that makes a whole picture of noise at once, such as a `GAN` or a `VAE`."""
+
+    shape: tuple[int, int, int]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes that pictures can be asked for by; 0: none."""
+
+    @property
+    def heights(self) -> tuple[int, ...]:
+        """Of the sizes of pictures that it draws, the full size first."""
+
+    def noise(self, key: PRNGKeyArray, /) -> Noise:
+        """All that chance has to say of one picture."""
+
+    def picture(self, noise: Noise, label: Array | None = None, /, *, size: int = 0) -> Array:
+        """Pictures (B, H, W, 3) of bytes, of noise with an axis of examples, at a size of those that there are."""
+
+
 class Sampled(NamedTuple):
     """Pictures, and what each took."""
 

@@ -33,6 +33,19 @@ def steers(model: nnx.Module) -> bool:
     return any(isinstance(each, Threshold) for _, each in nnx.iter_graph(model))
 
 
+def decides(model: nnx.Module, task: Evaluates, batch: Arrays) -> bool:
+    """Whether what the task infers takes decisions that a budget can move: others may be for training alone."""
+    if not steers(model):
+        return False
+    graphdef, state = nnx.split(model)
+
+    def run(state: nnx.State, batch: Arrays) -> Any:
+        model = nnx.merge(graphdef, state)
+        return traced(lambda model, batch: task.infer(model, batch))(model, task.prepare(model, batch))[1]
+
+    return bool(jax.eval_shape(run, state, batch).decisions)
+
+
 def alternate(
     functions: dict[Any, Callable[[Any], Any]], inputs: Sequence[Any], *, repeats: int = 1
 ) -> dict[Any, np.ndarray]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from dynjax.show.report import LINES, engineering, line, plot
@@ -63,6 +65,32 @@ def plot_extremes(
         for panel, (image, caption) in zip(axes, row, strict=False):
             panel.imshow(image, interpolation="nearest")
             panel.set_xlabel(caption, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def plot_grid(
+    path: str | os.PathLike,
+    images: UInt8[np.ndarray, "N H W 3"],
+    macs: Float[np.ndarray, " N"],
+    *,
+    columns: int = 16,
+    title: str = "",
+) -> None:
+    """All pictures side by side, those that took the fewest MACs first, each in a frame of its compute's colour."""
+    order = np.argsort(macs, kind="stable")
+    rows = -(-len(order) // columns)
+    figure = Figure(figsize=(0.55 * columns + 1.0, 0.6 * rows + 0.7), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    grid = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    scale, prefix = engineering(float(macs.max()))
+    colours = ScalarMappable(Normalize(macs.min() / scale, macs.max() / scale), "viridis")
+    for panel in grid[len(order) :]:
+        panel.axis("off")
+    for panel, index in zip(grid, order, strict=False):
+        panel.imshow(images[index], interpolation="nearest")
+        panel.set(xticks=[], yticks=[])
+        panel.spines[:].set(color=colours.to_rgba(macs[index] / scale), linewidth=3)
+    figure.colorbar(colours, ax=list(grid), label=f"{prefix}MAC", shrink=0.9, aspect=30, pad=0.01)
     figure.savefig(path, dpi=130)
 
 

@@ -8,6 +8,7 @@ from dynjax import models
 from dynjax.config import BudgetConfig, Config, UserError
 from dynjax.data.source import Source, input_of, size_of, target_of
 from dynjax.models.gan import GanConfig
+from dynjax.models.vae import VAEConfig
 from dynjax.models.vqvae import VQVAEConfig
 from dynjax.tasks.adversarial import AdversarialTask
 from dynjax.tasks.autoregressive import AutoregressiveTask
@@ -16,6 +17,7 @@ from dynjax.tasks.features import make_extractor, reference
 from dynjax.tasks.reconstruction import ReconstructionTask
 from dynjax.tasks.segmentation import SegmentationTask, class_frequencies, class_weights
 from dynjax.tasks.task import Batch, Player, Shown, Task
+from dynjax.tasks.variational import VariationalTask
 
 __all__ = ["Batch", "Player", "Shown", "Task", "make_task", "refuse_unused", "register"]
 
@@ -92,6 +94,12 @@ def _adversarial(config: Config, source: Source, training: bool) -> Task:
     return AdversarialTask(config.loss, model.dynamics, extractor, reference(extractor, judged), spends)
 
 
+def _variational(config: Config, source: Source, training: bool) -> Task:
+    _check_size(config, source)
+    assert isinstance(config.model, VAEConfig)
+    return VariationalTask(config.model.beta, config.model.free_bits, _spends(config))
+
+
 def _classification(config: Config, source: Source, training: bool) -> Task:
     _check_target(config, source, "label", "pictures with one label each", training)
     return ClassificationTask(tuple(source.classes), config.loss, _spends(config), input_of(source.spec))
@@ -110,6 +118,7 @@ register("adversarial", _adversarial, _OF_PLAYERS)
 register("autoregressive", _autoregressive)
 register("classification", _classification, _OF_CLASSES)
 register("reconstruction", _reconstruction)
+register("variational", _variational)
 register("segmentation", _segmentation, _OF_CLASSES | {"loss.dice", "loss.class_weights"})
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from dynjax.tasks import generated
 from dynjax.tasks.contest import CONTESTS, augmented, penalty
 from dynjax.tasks.distances import Moments, frechet_distance
 from dynjax.tasks.features import Extractor
-from dynjax.tasks.objective import aim, at_rest
+from dynjax.tasks.generated import keys_of
+from dynjax.tasks.objective import aim, charge
 from dynjax.tasks.task import Batch, Loss, Player, Progress, Scores, Shown
 
 Images = Float[Array, "B H W C"]
@@ -99,12 +100,8 @@ DRAWS: dict[str, Callable[..., Drawn]] = {"steps": _steps, "width": _width, "sca
 
 
 def latents(image: UInt8[Array, "B H W 3"], size: int) -> Float[Array, "B L"]:
-    """A latent for each picture of a split, whatever batch it is in: the noise follows from its bytes."""
-    x = image.astype(jnp.uint32).reshape(len(image), -1)
-    odd = 2 * jnp.arange(x.shape[1], dtype=jnp.uint32) + jnp.uint32(2654435761)
-    content = (x * odd[None]).sum(1, dtype=jnp.uint32)
-    keys = jax.vmap(lambda each: jax.random.fold_in(jax.random.key(0), each))(content)
-    return jax.vmap(lambda key: jax.random.normal(key, (size,)))(keys)
+    """A latent for each picture of a split, whatever batch it is in."""
+    return jax.vmap(lambda key: jax.random.normal(key, (size,)))(keys_of(image))
 
 
 def _scores(model: GAN, images: list[Images], label: Array | None) -> Float[Array, "B sizes"]:
@@ -173,10 +170,10 @@ class AdversarialTask:
         of_real, of_drawn = jnp.split(scores, 2)
         contest = CONTESTS[self.losses.adversarial].discriminator(of_real, of_drawn)
         steep = self._steepness(model, real, drawn, label, keys[3])
-        at_rest(model, of_discriminator)
-        metrics = {"contest": contest, "steepness": steep, "accuracy": (of_real > of_drawn).mean()}
-        loss = contest + self.losses.gradient_penalty * steep
-        return self._with_budget(loss, metrics, trace, target, of_discriminator, progress)
+        costly, spent = charge(model.discriminator, of_discriminator, trace, target, progress)
+        loss = contest + self.losses.gradient_penalty * steep + costly
+        accuracy = (of_real > of_drawn).mean()
+        return _told(loss, contest=contest, steepness=steep, accuracy=accuracy, budget_loss=costly, **spent)
 
     def _steepness(
         self, model: GAN, real: list[Images], drawn: list[Images], label: Array | None, key: PRNGKeyArray
@@ -200,31 +197,14 @@ class AdversarialTask:
         spends = None if self.dynamics == "discriminator" else self.budget
         target = aim(model, spends, keys[3])
         found = self._draw(model, label, len(batch["image"]), keys[0])
-        at_rest(model, spends)
         judge = views.still(model)
         real = [augmented(each, self.losses.augment, keys[2]) for each in self._real(model, batch, len(found.images))]
         drawn = [augmented(each, self.losses.augment, keys[1]) for each in found.images]
         of_real, of_drawn = _scores(judge, real, label), _scores(judge, drawn, label)
         contest = CONTESTS[self.losses.adversarial].generator(of_real, of_drawn)
-        metrics = {"contest": contest, "off": found.off}
-        loss = contest + self.losses.distillation * found.off
-        return self._with_budget(loss, metrics, found.trace, target, spends, progress)
-
-    def _with_budget(
-        self,
-        loss: Array,
-        metrics: dict[str, Any],
-        trace: Trace,
-        target: Array | float,
-        spends: BudgetConfig | None,
-        progress: Progress,
-    ) -> Loss:
-        if spends is not None and any(d.full_macs for d in trace.decisions.values()):
-            costly = spends.weight * budget.budget_loss(trace, target, budget.release(progress))
-            loss = loss + costly
-            metrics |= {"target": target, "budget_loss": costly, **budget.statistics(trace)}
-        metrics["loss"] = loss
-        return loss, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+        costly, spent = charge(model.generator, spends, found.trace, target, progress)
+        loss = contest + self.losses.distillation * found.off + costly
+        return _told(loss, contest=contest, off=found.off, budget_loss=costly, **spent)
 
     # Evaluation
 
@@ -309,6 +289,10 @@ class AdversarialTask:
 
     def show(self, folder: Path, shown: Shown) -> str:
         return generated.show(folder, shown, self)
+
+
+def _told(loss: Array, **metrics: Array | float) -> Loss:
+    return loss, {name: jnp.asarray(value, jnp.float32) for name, value in {"loss": loss, **metrics}.items()}
 
 
 def _label(model: GAN, batch: Batch) -> Int[Array, " B"] | None:

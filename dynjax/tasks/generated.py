@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 from dynjax.core import cost, views
 from dynjax.core.trace import traced
 from dynjax.models.gan import GAN, halved, to_bytes
-from dynjax.ops.halting import Halt
+from dynjax.ops.sampling import AtOnce, Noise
 from dynjax.show import film, gallery, report
 from dynjax.tasks.distances import Moments, frechet_distance, kernel_distance, manifolds
 from dynjax.tasks.features import Extractor, features_of
@@ -27,18 +27,26 @@ GRID, ROW, MOST = 64, 10, 5000
 """Pictures of a grid, of a row, and of which neighbours are looked for at most."""
 
 
-def make_noise(model: GAN, seed: int, first: int, count: int) -> Float[Array, "B L"]:
+def keys_of(image: Array) -> Key[Array, " B"]:
+    """A random key for each picture of bytes (B, H, W, 3), by its content: the same in whatever batch it comes."""
+    flat = image.reshape(image.shape[0], -1).astype(jnp.uint32)
+    # Sums modulo 2**32 with odd weights: pictures that differ in a pixel have other keys.
+    weights = jax.random.bits(jax.random.key(0), (1, flat.shape[1]), jnp.uint32) | 1
+    return jax.vmap(jax.random.key)((flat * weights).sum(1))
+
+
+def make_noise(model: AtOnce, seed: int, first: int, count: int) -> Noise:
     """All that chance has to say of `count` pictures from number `first` on, whatever batch they are drawn in."""
     key = jax.random.key(seed)
     return jax.vmap(lambda number: model.noise(jax.random.fold_in(key, number)))(first + jnp.arange(count))
 
 
-def labels(model: GAN, count: int) -> np.ndarray | None:
+def labels(model: AtOnce, count: int) -> np.ndarray | None:
     """All classes in turn; None where pictures cannot be asked for by class."""
     return np.arange(count, dtype=np.int32) % model.classes if model.classes else None
 
 
-def pictures(model: GAN, count: int) -> UInt8[np.ndarray, "N H W 3"]:
+def pictures(model: AtOnce, count: int) -> UInt8[np.ndarray, "N H W 3"]:
     """The first pictures of seed 0, of all classes in turn."""
     graphdef, state = nnx.split(model)
     label = labels(model, count)
@@ -46,7 +54,7 @@ def pictures(model: GAN, count: int) -> UInt8[np.ndarray, "N H W 3"]:
     @jax.jit
     def run(state: nnx.State) -> Array:
         model = nnx.merge(graphdef, state)
-        return to_bytes(model(make_noise(model, 0, 0, count), None if label is None else jnp.asarray(label)))
+        return model.picture(make_noise(model, 0, 0, count), None if label is None else jnp.asarray(label))
 
     return np.asarray(run(state))
 
@@ -158,15 +166,15 @@ def difficulty(seen: Look) -> str:
     return said
 
 
-def steps(model: GAN, count: int = 8) -> UInt8[np.ndarray, "N T H W 3"]:
-    """Pictures after each step, whatever stops."""
+def steps(model: GAN, count: int = 8, seed: int = 0, label: np.ndarray | None = None) -> UInt8[np.ndarray, "N T H W 3"]:
+    """Pictures after each step, whatever stops; of all classes in turn if no labels (N,) are given."""
     graphdef, state = nnx.split(views.masked(model))
-    label = labels(model, count)
+    label = labels(model, count) if label is None else np.resize(label, count)
 
     @jax.jit
     def run(state: nnx.State) -> Array:
         model = nnx.merge(graphdef, state)
-        noise = make_noise(model, 0, 0, count)
+        noise = make_noise(model, seed, 0, count)
         outputs = model.generator.predictions(noise, None if label is None else jnp.asarray(label))
         return jnp.stack([to_bytes(each) for each in outputs], 1)
 
@@ -218,7 +226,7 @@ def show(folder: Path, shown: Shown, task: Any) -> str:
     if len(set(seen.macs.tolist())) > 1:
         plot_compute(folder / "extremes.png", seen, shown.title)
         written.append("extremes.png")
-    if isinstance(model.generator.refine, Halt) and model.generator.refine.size is None:
+    if model.refines:
         film.save_film(folder / "steps.png", steps(model))
         written.append("steps.png")
     if task.dynamics == "scales":

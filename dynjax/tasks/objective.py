@@ -63,22 +63,6 @@ def run(model: nnx.Module, x: Array) -> list[Output]:
     return model.predictions(x) if isinstance(model, Predicts) else [model(x)]
 
 
-def aim(model: nnx.Module, spends: BudgetConfig | None, key: PRNGKeyArray) -> Float[Array, ""] | float:
-    """The share of the MACs that a step is trained for; where it is drawn, the gates' threshold moves with it."""
-    if spends is None or not spends.sampled:
-        return 1.0 if spends is None else spends.target
-    # The square: low budgets are the hard ones, so they come more often.
-    target = spends.target + (1 - spends.target) * jax.random.uniform(key) ** 2
-    budget.set_threshold(model, budget.sampled_threshold(target))
-    return target
-
-
-def at_rest(model: nnx.Module, spends: BudgetConfig | None) -> None:
-    """Leave the gates at the threshold of the row's own target, ready to be evaluated or saved."""
-    if spends is not None and spends.sampled:
-        budget.set_threshold(model, budget.sampled_threshold(spends.target))
-
-
 def objective(task: Supervised, model: nnx.Module, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
     """Loss and metrics of a batch; the model is in its training view, and its statistics and random counts move on.
 
@@ -98,17 +82,36 @@ def objective(task: Supervised, model: nnx.Module, batch: Batch, key: PRNGKeyArr
     else:
         outputs, trace = traced(run)(model, batch[task.input])
         task_loss, more = _contributed(task, model, batch, outputs, trace)
-    at_rest(model, spends)
-    spent: dict[str, Any] = {"macs_fraction": 1.0}
-    budget_loss: Array | float = 0.0
-    if spends is not None and trace is not None and any(d.full_macs for d in trace.decisions.values()):
-        spent = {"target": target, **budget.statistics(trace)}
-        if not training.rewarded(model):
-            budget_loss = spends.weight * budget.budget_loss(trace, target, budget.release(progress))
+    budget_loss, spent = charge(model, spends, trace, target, progress)
     loss = task_loss + budget_loss + sum(more.values(), jnp.float32(0))
     metrics = {"loss": loss, "task_loss": task_loss, "budget_loss": budget_loss, **more, **spent}
     metrics |= task.metrics(outputs, batch)
     return loss, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+
+def aim(model: nnx.Module, spends: BudgetConfig | None, key: PRNGKeyArray) -> Array | float:
+    """The share of the MACs that this step may spend; where it is drawn, the gates' threshold moves to it."""
+    target: Array | float = 1.0 if spends is None else spends.target
+    if spends is not None and spends.sampled:
+        # The square: low budgets are the hard ones, so they come more often.
+        target = target + (1 - target) * jax.random.uniform(key) ** 2
+        budget.set_threshold(model, budget.sampled_threshold(target))
+    return target
+
+
+def charge(
+    model: nnx.Module, spends: BudgetConfig | None, trace: Trace | None, target: Array | float, progress: Progress
+) -> tuple[Array | float, dict[str, Any]]:
+    """The weighted loss on what a step spent that `aim`ed at `target`, and metrics; the threshold goes back to that of
+    the row's own target."""
+    if spends is not None and spends.sampled:
+        budget.set_threshold(model, budget.sampled_threshold(spends.target))
+    if spends is None or trace is None or not any(d.full_macs for d in trace.decisions.values()):
+        return 0.0, {"macs_fraction": 1.0}
+    spent = {"target": target, **budget.statistics(trace)}
+    if training.rewarded(model):
+        return 0.0, spent
+    return spends.weight * budget.budget_loss(trace, target, budget.release(progress)), spent
 
 
 def _contributed(
