@@ -122,14 +122,14 @@ def draw(model: Any, run: Callable, wanted: Wanted, label: np.ndarray | None, na
     """All pictures in batches, each batch timed after one that compiles; the MACs are read off a masked run of each."""
     graphdef, state = nnx.split(model)
     masked_def, masked_state = nnx.split(views.masked(model))
-    picture = jax.jit(lambda state, given: run(nnx.merge(graphdef, state), given))
+    program = jax.jit(lambda state, given: run(nnx.merge(graphdef, state), given))
     spent = jax.jit(lambda state, given: traced(run)(nnx.merge(masked_def, state), given)[1].macs())
     batch, images, macs, took = min(wanted.batch, wanted.number), [], [], []
-    jax.block_until_ready(picture(state, inputs(model, label, wanted.seed, 0, batch)))
+    jax.block_until_ready(program(state, inputs(model, label, wanted.seed, 0, batch)))
     for first in tqdm(range(0, wanted.number, batch), desc=name, unit="batch", disable=None):
         given = jax.block_until_ready(inputs(model, label, wanted.seed, first, batch))
         began = time.perf_counter()
-        images.append(np.asarray(picture(state, given)))
+        images.append(np.asarray(program(state, given)))
         took += [1e3 * (time.perf_counter() - began) / batch] * batch
         macs.append(np.asarray(spent(masked_state, given)))
     count = wanted.number
@@ -145,7 +145,7 @@ def generate(wanted: Wanted) -> None:
     _, classes = read_config(wanted.workdir)
     assert isinstance(model, AtOnce)
     size, label = size_of(wanted, model, config.row), label_of(wanted, model, config.row, classes)
-    run = functools.partial(_picture, size=size)
+    run = functools.partial(picture, size=size)
     chosen, told = within_budget(wanted, model, run, config, len(classes))
     out = cli.make_folder(wanted.out, "out")
     drawn = draw(chosen, run, wanted, label, config.row)
@@ -191,6 +191,6 @@ def generate(wanted: Wanted) -> None:
     print(f"{out}: {' '.join(written)}")
 
 
-def _picture(model: AtOnce, given: tuple[Any, Array | None], *, size: int) -> UInt8[Array, "B H W 3"]:
+def picture(model: AtOnce, given: tuple[Any, Array | None], *, size: int) -> UInt8[Array, "B H W 3"]:
     noise, label = given
     return model.picture(noise, label, size=size)
