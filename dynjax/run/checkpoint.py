@@ -83,8 +83,9 @@ def any_finished(workdir: str | Path) -> bool:
     return any((Path(workdir) / "checkpoints" / str(step) / SEAL).exists() for step in steps(workdir))
 
 
-def save(workdir: str | Path, step: int, state: Any, position: Any) -> None:
-    """Write every array of `state` and the JSON value `position` as checkpoint `step`; the oldest beyond KEEP go.
+def save(workdir: str | Path, step: int, state: Any, position: Any, good: int = -1) -> None:
+    """Write every array of `state` and the JSON value `position` as checkpoint `step`; the oldest beyond KEEP go, but
+    for the last that is not after step `good`.
 
     Raises UserError when the disk is full, or the workdir cannot be written or is there no more.
     """
@@ -105,8 +106,11 @@ def save(workdir: str | Path, step: int, state: Any, position: Any) -> None:
             ocp.save_checkpointables(folder / str(step), {"state": arrays, "sidecar": sidecar}, overwrite=True)
         if jax.process_index() == 0:
             _seal(folder / str(step))
-            for old in steps(workdir)[:-KEEP]:
-                _remove(folder / str(old))
+            kept = steps(workdir)
+            safe = max((each for each in kept if each <= good), default=None)
+            for old in kept[:-KEEP]:
+                if old != safe:
+                    _remove(folder / str(old))
         return
     except Exception as error:
         if (reason := _disk_trouble(error)) is None:

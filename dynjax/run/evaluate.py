@@ -39,7 +39,7 @@ def decides(model: nnx.Module, task: Evaluates, batch: Arrays) -> bool:
         return False
     graphdef, state = nnx.split(model)
 
-    def run(state: nnx.State, batch: Arrays) -> Any:
+    def run(state: nnx.State, batch: Batch) -> Any:
         model = nnx.merge(graphdef, state)
         return traced(lambda model, batch: task.infer(model, batch))(model, task.prepare(model, batch))[1]
 

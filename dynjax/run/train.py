@@ -26,7 +26,10 @@ from dynjax.run.evaluate import Arrays, Runner, make_runner, score
 from dynjax.run.step import TrainState, make_step
 from dynjax.run.stop import Stop, Stopped
 from dynjax.run.workdir import Run, check_workdir, other_classes, read_config, write_config
-from dynjax.tasks.task import Learns, Pictures, Player, Scores, Task, Watches
+from dynjax.tasks.task import Learns, Pictures, Player, Scores, Task, Troubled, Watches
+
+Draw = Callable[[nnx.Module], np.ndarray]
+"""Pictures (N, H, W, 3) of a model, uint8."""
 
 
 class Interrupted(Exception):
@@ -120,7 +123,7 @@ def fit(
     config: Config,
     workdir: str | Path | None = None,
     evaluate: Callable[[nnx.Module], Scores] | None = None,
-    draw: Callable[[nnx.Module], np.ndarray] | None = None,
+    draw: Draw | None = None,
     *,
     gates: nnx.filterlib.Filter = budget.gate_filter,
     classes: tuple[str, ...] = (),
@@ -159,7 +162,7 @@ def fit(
         said = log.Log(workdir, start=start, steps=config.steps, images_per_step=config.batch_size, quiet=quiet)
         with contextlib.closing(said):
             scores: Scores = {}
-            reports = _Reports(said, workdir, task.players)
+            reports = _Reports(said, workdir, task.players, start)
             # The order is an invariant: evaluate, checkpoint, fetch, step, log the step before.
             for step in range(start, config.steps + 1):
                 last, stopping = step == config.steps, stop()
@@ -167,15 +170,12 @@ def fit(
                 if evaluate is not None and (last or due) and not stopping:
                     reports.flush()
                     try:
-                        scores = evaluate(averaged())
-                        said.evaluation(step, scores)
-                        if draw is not None:
-                            said.pictures(step, draw(averaged()))
+                        scores = reports.evaluation(step, averaged(), evaluate, draw)
                     except Stopped:
                         stopping = True
                 if workdir is not None and step > start and (last or stopping or step % config.checkpoint_every == 0):
                     reports.flush()  # what is saved is known to be finite
-                    checkpoint.save(workdir, step, state, _position(batches, step))
+                    checkpoint.save(workdir, step, state, _position(batches, step), reports.good)
                     said.pause()
                 if last or stopping:
                     break
@@ -216,8 +216,8 @@ def _say(text: str) -> None:
 class _Reports:
     """Metrics on their way to the log: those of a step are fetched when the next one has begun."""
 
-    def __init__(self, said: log.Log, workdir: str | Path | None, players: tuple[Player, ...]):
-        self.said, self.workdir, self.players = said, workdir, players
+    def __init__(self, said: log.Log, workdir: str | Path | None, players: tuple[Player, ...], good: int):
+        self.said, self.workdir, self.players, self.good = said, workdir, players, good
         self.waiting: tuple[int, dict] | None = None
 
     def add(self, step: int, metrics: dict) -> None:
@@ -225,6 +225,25 @@ class _Reports:
         self.flush()
         resting = tuple(f"{player.name}/" for player in self.players if step % player.every)
         self.waiting = step + 1, {name: each for name, each in metrics.items() if not name.startswith(resting)}
+
+    def evaluation(
+        self, step: int, model: nnx.Module, evaluate: Callable[[nnx.Module], Scores], draw: Draw | None
+    ) -> Scores:
+        """Scores of the model after `step` steps, logged, and what it draws. Raises Stopped, and UserError when the
+        task says that training has gone wrong since the last time; what was saved since then is moved aside."""
+        try:
+            scores = evaluate(model)
+        except Troubled as trouble:
+            kept = [] if self.workdir is None else [k for k in checkpoint.steps(self.workdir) if k <= self.good]
+            if self.workdir is not None and kept:
+                checkpoint.tidy(self.workdir, kept[-1])
+            last = f"step {kept[-1]} of {self.workdir} is the last good checkpoint" if kept else "there is none before"
+            raise UserError(f"{trouble} at step {step}: training stopped; {last}") from None
+        self.good = step
+        self.said.evaluation(step, scores)
+        if draw is not None:
+            self.said.pictures(step, draw(model))
+        return scores
 
     def flush(self) -> None:
         """Log what waits. Raises UserError when its loss or gradient is not finite."""
@@ -291,14 +310,16 @@ def validator(task: Task, source: Source, config: Config, stop: Stop | None = No
         found = score(runners[0], meshes.replicate(mesh, nnx.state(model)), batches(), task)
         if isinstance(task, Watches):
             if trouble := task.trouble(found.scores, before[-1] if before else None):
-                raise UserError(f"{trouble}: training stopped, and checkpoints before it are kept")
+                raise Troubled(trouble)
             before.append(found.scores)
+            for remark in task.remarks(found.scores, found.fraction):
+                _say(remark)
         return found.scores | {"macs_fraction": found.fraction}
 
     return evaluate
 
 
-def drawer(task: Task, count: int = 64) -> Callable[[nnx.Module], np.ndarray] | None:
+def drawer(task: Task, count: int = 64) -> Draw | None:
     """`draw` for `fit`, of a task whose model draws pictures at once."""
     if not isinstance(task, Pictures):
         return None

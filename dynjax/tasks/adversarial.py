@@ -257,6 +257,22 @@ class AdversarialTask:
             return f"the generator has diverged: {self.score_name} {what}"
         return ""
 
+    def remarks(self, scores: Scores, spent: float) -> list[str]:
+        """A discriminator that nothing deceives, pictures nearly alike, gates that do not follow the budget."""
+        found = []
+        if scores["discriminator"] > 0.995:
+            found.append(
+                f"the discriminator ranks {scores['discriminator']:.1%} of the real pictures above drawn ones: if that "
+                "stays so, the generator learns little; a larger --loss.gradient-penalty may help"
+            )
+        if scores["diversity"] < 0.2:
+            found.append(f"drawn pictures are nearly alike: {scores['diversity']:.0%} of the real ones' diversity")
+        if self.budget is not None and self.dynamics in ("steps", "width"):
+            target = self.budget.target
+            if abs(spent - target) > 0.3:
+                found.append(f"gates do not follow the budget: {spent:.0%} of the MACs at a target of {target:.0%}")
+        return found
+
     def pictures(self, model: GAN, count: int = 64) -> UInt8[np.ndarray, "N H W 3"]:
         """The first pictures of seed 0, of all classes in turn."""
         return generated.pictures(model, count)

@@ -96,12 +96,19 @@ class Task(Learns, Evaluates[M], Protocol[M]):
         """Draw into the folder what there is to see, and say it in a line: files and figures."""
 
 
+class Troubled(Exception):
+    """Training has gone wrong since the last evaluation; the message says how."""
+
+
 @runtime_checkable
 class Watches(Protocol):
     """A task whose training can go wrong in ways that its loss does not show."""
 
     def trouble(self, scores: Scores, before: Scores | None, /) -> str:
         """What has gone wrong since an evaluation before, in words; empty where nothing has."""
+
+    def remarks(self, scores: Scores, spent: float, /) -> list[str]:
+        """What to look at, where a share `spent` of the MACs was spent; empty where all is as it should be."""
 
 
 @runtime_checkable
