@@ -49,6 +49,12 @@ def test_the_newest_stay_and_a_step_can_be_written_again(tmp_path):
     assert checkpoint.read(tmp_path, 5)[0]["count"] == 50
 
 
+def test_the_last_good_one_stays(tmp_path):
+    for step in range(1, 7):
+        checkpoint.save(tmp_path, step, state(step), step, good=2 if step > 2 else -1)
+    assert checkpoint.steps(tmp_path) == [2, 4, 5, 6]
+
+
 def test_nothing_yet(tmp_path):
     assert checkpoint.steps(tmp_path) == []
     assert checkpoint.read_newest(tmp_path) is None

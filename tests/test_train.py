@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import standin
 from flax import nnx
+from PIL import Image
 
 from dynjax.config import BudgetConfig, OptimizerConfig, UserError
 from dynjax.ops import Experts
@@ -22,6 +23,7 @@ from dynjax.ops.kernels import CondConv
 from dynjax.run import checkpoint, lock, log, step, train
 from dynjax.run.arrays import named_arrays
 from dynjax.run.stop import Stop, Stopped
+from dynjax.tasks.task import Troubled
 
 HERE = Path(__file__).parent
 
@@ -180,6 +182,44 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, gradient, name):
 def test_nan_before_any_checkpoint():
     with pytest.raises(UserError, match="loss is nan at step 1: training stopped, there is no checkpoint yet"):
         standin.fit(standin.config(), task=Broken(0, 6, False))
+
+
+def test_a_training_that_goes_wrong_ends_at_its_last_good_checkpoint(tmp_path):
+    """Good at step 6, bad at 9: what was saved between is moved aside."""
+
+    def evaluate(model):
+        times.append(1)
+        if len(times) == 3:
+            raise Troubled("pictures are all alike")
+        return {}
+
+    times = []
+    config = standin.config(steps=12, evaluate_every=3, checkpoint_every=2)
+    with pytest.raises(UserError, match=r"alike at step 9: training stopped; step 6 of .* is the last good checkpoint"):
+        standin.fit(config, tmp_path, evaluate=evaluate)
+    assert checkpoint.steps(tmp_path) == [4, 6]
+
+
+def test_trouble_before_any_checkpoint():
+    def evaluate(model):
+        raise Troubled("pictures are all alike")
+
+    with pytest.raises(UserError, match="alike at step 3: training stopped; there is none before"):
+        standin.fit(standin.config(evaluate_every=3), evaluate=evaluate)
+
+
+def test_what_is_drawn_at_an_evaluation_is_kept(tmp_path):
+    images = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
+    model, task, config = standin.Net(nnx.Rngs(0)), standin.Task(), standin.config(evaluate_every=3)
+    batches = standin.Batches(config.batch_size)
+    gates = dict(gates=standin.is_gate, quiet=True)
+    train.fit(model, task, batches, config, tmp_path, lambda model: {}, lambda model: images, **gates)
+    found = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert found == ["0000003.png", "0000006.png"]
+    with Image.open(tmp_path / "samples" / found[0]) as picture:
+        assert picture.size == (2 * (2 * 6 + 2), 2 * (2 * 6 + 2))
+    (board,) = (tmp_path / "tensorboard").iterdir()
+    assert board.read_bytes().count(b"\x89PNG") == 2
 
 
 def test_everything_is_logged(tmp_path):
