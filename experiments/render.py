@@ -24,7 +24,7 @@ def render(results: list[Result], figures: list[str], notes: str = "") -> str:
     parts = [
         "# Results",
         "Generated from `results.csv` by `python -m experiments.results render`. Scores are in percent, but bits per "
-        "dimension (lower is better) and PSNR in dB (mean ± standard deviation over seeds). "
+        "dimension and distances (lower is better) and PSNR in dB (mean ± standard deviation over seeds). "
         "MACs are per image, means over the split; % is the share of the static twin's. "
         "Latency is the median per image at batch 1, the static twin timed in the same run, alternating picture by "
         "picture; at 32 is the speed-up in batches of 32.",

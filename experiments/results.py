@@ -33,11 +33,20 @@ COMMAND = "experiments.results"
 HERE = Path(__file__).parent
 SHARES = ("accuracy", "mIoU")
 """Scores that are shown in percent; others (bits/dim, PSNR) as they are."""
-DRAWN = ("grid", "film", "calls")
-"""Pictures that experiments.sample makes."""
-FIGURES = ("curve", "heatmaps", "compute_histogram", "compute_by_class", "extremes", "exits")
+DRAWN = ("grid", "film", "calls", "compute")
+"""Pictures that experiments.sample makes, the first always."""
+FIGURES = (
+    "curve",
+    "heatmaps",
+    "compute_histogram",
+    "compute_by_class",
+    "extremes",
+    "exits",
+    "steps",
+    "reconstructions",
+)
 """Pictures that experiments.evaluate makes, of one task or the other."""
-FEW = ("curve", "heatmaps", "extremes")
+FEW = ("curve", "heatmaps", "extremes", "steps", "reconstructions")
 """Those of rows of small data."""
 
 
@@ -184,8 +193,9 @@ def changes(workdir: str) -> str:
 def _pictures(choice: Add, row: str, budgets: int) -> list[Path]:
     """What is to be shown of a row. Raises UserError."""
     drawn = [Path(choice.samples) / f"{name}.png" for name in (DRAWN if choice.samples else ())]
-    if missing := [picture.name for picture in drawn if not picture.exists()]:
-        raise UserError(f"--samples {choice.samples} has no {missing[0]}: run experiments.sample --out on it")
+    if drawn and not drawn[0].exists():
+        raise UserError(f"--samples {choice.samples} has no {drawn[0].name}: run experiments.sample --out on it")
+    drawn = [*filter(Path.exists, drawn)]
     # Of a row with one budget, pictures of budgets and of compute are plain.
     names = (FEW if row.startswith(render.SMALL) else FIGURES) if budgets > 1 else ()
     return [*filter(Path.exists, (Path(choice.workdir[0]) / f"{name}.png" for name in names)), *drawn]

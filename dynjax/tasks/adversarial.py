@@ -126,7 +126,7 @@ class AdversarialTask:
 
     score: ClassVar[str] = "frechet"
     percent: ClassVar[bool] = False
-    timed: ClassVar[tuple[int, ...]] = (1, 64)
+    timed: ClassVar[tuple[int, ...]] = (1, 32)
 
     @property
     def score_name(self) -> str:
