@@ -10,7 +10,7 @@ from flax import nnx
 from dynjax import models
 from dynjax.config import UserError
 from dynjax.models import vqvae
-from dynjax.models.blocks import gather_pixels, spread_pixels
+from dynjax.models.blocks import as_bytes, gather_pixels, spread_pixels
 from dynjax.models.codes import CodesConfig
 from dynjax.models.pixelcnn import PixelCNNConfig
 from dynjax.models.pixeltransformer import PixelTransformerConfig
@@ -55,7 +55,7 @@ def test_the_losses_are_those_of_the_paper(coder):
     assert float(found.codebook) == pytest.approx(float(distance.min(-1).mean() / 3), rel=1e-4)
     assert float(found.commitment) == pytest.approx(float(found.codebook), rel=1e-6)
     np.testing.assert_array_equal(coder.encode(image), found.codes)
-    np.testing.assert_array_equal(vqvae.to_bytes(found.image), coder.decode(found.codes))
+    np.testing.assert_array_equal(as_bytes(found.image), coder.decode(found.codes))
 
 
 def test_gradients_go_past_the_codes_to_the_encoder_and_each_loss_moves_its_own(coder):

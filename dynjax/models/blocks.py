@@ -20,6 +20,17 @@ def pixels(image: UInt8[Array, "B H W 3"] | Float[Array, "B H W 3"], dtype: Any)
     return image.astype(dtype) / 127.5 - 1
 
 
+def in_channels(x: Float[Array, "B H W 3"], channels: int) -> Float[Array, "B H W C"]:
+    """Colours as they are, for 3 channels, or as their mean."""
+    return x if channels == 3 else x.mean(-1, keepdims=True)
+
+
+def as_bytes(x: Float[Array, "B H W C"]) -> UInt8[Array, "B H W 3"]:
+    """Numbers from 0 to 1 as bytes of three colours."""
+    x = jnp.round(255 * jnp.clip(x.astype(jnp.float32), 0, 1)).astype(jnp.uint8)
+    return jnp.broadcast_to(x, (*x.shape[:3], 3))
+
+
 def leaky(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """A rectifier that lets a fifth of what is negative pass, as in most discriminators."""
     return nnx.leaky_relu(x, 0.2)

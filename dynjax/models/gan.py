@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from dynjax.models import rules
-from dynjax.models.blocks import leaky, make_gate, pixels, repeat_pixels, spread_pixels
+from dynjax.models.blocks import as_bytes, in_channels, leaky, make_gate, pixels, repeat_pixels, spread_pixels
 from dynjax.models.discriminator import Discriminator, make_dynamic
 from dynjax.models.halting import make_halt
 from dynjax.models.registry import BUDGET, Family, register
@@ -248,8 +248,7 @@ class GAN(nnx.Module):
 
     def pixels(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W C"]:
         """Bytes as the generator draws: from -1 to 1; grey is the mean of the colours."""
-        x = pixels(image, self.generator.mapping.kernel.dtype)
-        return x if self.shape[2] == 3 else x.mean(-1, keepdims=True)
+        return in_channels(pixels(image, self.generator.mapping.kernel.dtype), self.shape[2])
 
 
 def halved(image: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
@@ -260,8 +259,7 @@ def halved(image: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
 
 def to_bytes(image: Float[Array, "B H W C"]) -> UInt8[Array, "B H W 3"]:
     """Numbers from -1 to 1 as bytes of three colours."""
-    x = jnp.round(127.5 * (jnp.clip(image.astype(jnp.float32), -1, 1) + 1)).astype(jnp.uint8)
-    return jnp.broadcast_to(x, (*x.shape[:3], 3))
+    return as_bytes((image + 1) / 2)
 
 
 # What is dynamic

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from dynjax.core.gates import straight_through
 from dynjax.models import rules
-from dynjax.models.blocks import gather_pixels, spread_pixels
+from dynjax.models.blocks import as_bytes, gather_pixels, in_channels, spread_pixels
 from dynjax.models.registry import Family, built_by, register
 from dynjax.models.rules import WIDEST, Count, Halvings, Range, Rule, Width
 
@@ -100,8 +100,7 @@ class VQVAE(nnx.Module):
 
     def pixels(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W C"]:
         """Bytes as numbers from 0 to 1; grey is the mean of the colours."""
-        x = image.astype(self.enter.kernel.dtype) / 255
-        return x if self.shape[2] == 3 else x.mean(-1, keepdims=True)
+        return in_channels(image.astype(self.enter.kernel.dtype) / 255, self.shape[2])
 
     def _vectors(self, x: Array) -> Array:
         x = self.enter(2 * x - 1)
@@ -138,13 +137,7 @@ class VQVAE(nnx.Module):
 
     def decode(self, codes: Int[Array, "B h w"]) -> UInt8[Array, "B H W 3"]:
         """Pictures of codes."""
-        return to_bytes(self._picture(unit(self.codebook[...])[codes]))
-
-
-def to_bytes(x: Float[Array, "B H W C"]) -> UInt8[Array, "B H W 3"]:
-    """Numbers from 0 to 1 as bytes of three colours."""
-    x = jnp.round(255 * jnp.clip(x.astype(jnp.float32), 0, 1)).astype(jnp.uint8)
-    return jnp.broadcast_to(x, (*x.shape[:3], 3))
+        return as_bytes(self._picture(unit(self.codebook[...])[codes]))
 
 
 def _rules(config: VQVAEConfig) -> Iterator[Rule]:
