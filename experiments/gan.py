@@ -1,13 +1,13 @@
 """Generators that refine their picture in steps, and stop where it is good enough; and the discriminators beside them.
 
 python -m experiments.train mnist_gan_static --workdir runs/mnist_gan_static --data.path data/mnist
-python -m experiments.train mnist_gan_steps --workdir runs/mnist_gan_steps --data.path data/mnist \\
-    --init-from runs/mnist_gan_static
+python -m experiments.train mnist_gan_steps --workdir runs/mnist_gan_steps --data.path data/mnist
+python -m experiments.train mnist_gan_width --workdir runs/width --data.path data/mnist --init-from runs/mnist_gan_static
 python -m experiments.evaluate --workdir runs/mnist_gan_steps --twin runs/mnist_gan_static
 python -m experiments.sample --workdir runs/mnist_gan_steps --n 64 --budget 0.5 --out samples
 
-{digits,mnist,fashion,cifar10}_gan_{static,steps,steps_random,scales,width,kernels,dynamicd}, asked for by class; all
-but static start from the trained twin (--init-from). digits are shown at 16x16; digits8_gan_steps draws them at 8x8,
+{digits,mnist,fashion,cifar10}_gan_{static,steps,steps_random,scales,width,kernels,dynamicd}, asked for by class; the
+last four start from the trained twin (--init-from). digits are shown at 16x16; digits8_gan_steps draws them at 8x8,
 without classes, from nothing. *_full want a GPU, and pictures64_gan_* a folder of pictures by class (--data.path).
 """
 
@@ -42,7 +42,10 @@ MODELS = {
     "cifar10": GanConfig(shape=(32, 32, 3), widths=(96, 48, 32), discriminator=(32, 64, 96), conditional=True, steps=6),
 }
 STEPS = {"digits": 1500, "digits8": 1500, "mnist": 1600, "fashion": 1600, "cifar10": 2400}
-"""Of the static twin; what starts from it has half as many."""
+"""Of rows that start from nothing; those that start from the static twin have half as many."""
+FROM_NOTHING = ("static", "steps")
+"""What is dynamic in rows that start from nothing. A step of the trained twin is one of many before there is a picture:
+it is harder to make it stop early than to learn it anew."""
 SMALL = dict(augment=0.5)
 """Of the loss, for few pictures: a discriminator learns a thousand of them by heart."""
 KINDS = {
@@ -79,7 +82,7 @@ def config(data: str, kind: str, **changes: object) -> Config:
             ema=0.995,
             falls=False,
         ),
-        steps=STEPS[data] if dynamics == "static" or data == "digits8" else STEPS[data] // 2,
+        steps=STEPS[data] if dynamics in FROM_NOTHING else STEPS[data] // 2,
         batch_size=64,
         checkpoint_every=250,
         evaluate_every=500,
@@ -89,7 +92,8 @@ def config(data: str, kind: str, **changes: object) -> Config:
 
 def row(made: Config, kind: str, data: str, where: str = "") -> Row:
     """A row that draws pictures of `data`."""
-    begin = "nothing" if kind == "static" or data == "digits8" else f"the weights of {data}_gan_static (--init-from)"
+    begin = f"the weights of {data}_gan_static (--init-from)"
+    begin = "nothing" if made.model.dynamics in FROM_NOTHING else begin
     protocol = f"{made.steps} steps of {made.batch_size} from {begin}. Report test: as many pictures as it has."
     return make_row(made, f"{KINDS[kind][1]}; {WHAT[data]}{where}.", protocol)
 
