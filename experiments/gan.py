@@ -2,7 +2,8 @@
 
 python -m experiments.train mnist_gan_static --workdir runs/mnist_gan_static --data.path data/mnist
 python -m experiments.train mnist_gan_steps --workdir runs/mnist_gan_steps --data.path data/mnist
-python -m experiments.train mnist_gan_width --workdir runs/width --data.path data/mnist --init-from runs/mnist_gan_static
+python -m experiments.train mnist_gan_width --workdir runs/width --data.path data/mnist \\
+    --init-from runs/mnist_gan_static
 python -m experiments.evaluate --workdir runs/mnist_gan_steps --twin runs/mnist_gan_static
 python -m experiments.sample --workdir runs/mnist_gan_steps --n 64 --budget 0.5 --out samples
 
