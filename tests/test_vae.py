@@ -224,10 +224,10 @@ def test_same_noise_same_picture(gated):
 
 @pytest.mark.parametrize("gate", ["learned", "random"])
 def test_training_goes_down(gate):
-    config = dataclasses.replace(GATED, gate=gate, shape=(4, 4, 1), groups=(1, 1))
+    config = dataclasses.replace(GATED, gate=gate, shape=(4, 4, 1), groups=(1, 1), features=12, inner=8)
     model = models.build(config, 10, rngs=nnx.Rngs(0))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    task, optimizer = VariationalTask(budget=BudgetConfig(target=0.5)), optax.adam(1e-2)
+    task, optimizer = VariationalTask(free_bits=1.0, budget=BudgetConfig(target=0.5)), optax.adam(1e-2)
     # Half of them bright on the left: one bit a picture.
     side = np.zeros((8, 4, 4, 3), np.uint8)
     side[::2, :, :2] = side[1::2, :, 2:] = 255
@@ -245,11 +245,12 @@ def test_training_goes_down(gate):
         return optax.apply_updates(params, updates), rest, state, metrics
 
     state, seen = optimizer.init(params), []
-    for number in range(80):
+    for number in range(100):
         params, rest, state, metrics = step(params, rest, state, jax.random.key(number))
         seen.append({name: float(value) for name, value in metrics.items()})
-    last = {name: np.mean([each[name] for each in seen[-10:]]) for name in seen[0]}
-    assert seen[0]["bits_per_dim"] > 1.2 and last["bits_per_dim"] < 0.5
+    last = {name: np.mean([each[name] for each in seen[-20:]]) for name in seen[0]}
+    # Pixels by themselves take a bit each.
+    assert seen[0]["bits_per_dim"] > 1 and last["bits_per_dim"] < 0.7
     assert 0 < last["macs_fraction"] < 1 and {"target", "gate_entropy"} <= last.keys()
 
 

@@ -2,7 +2,7 @@
 
 An encoder looks at the picture from fine to coarse. A decoder goes from coarse to fine in groups: each draws latents z,
 from the prior p(z|h) of what is drawn so far or, of a picture that is known, from the posterior q(z|h, picture), and
-adds them to the state h (section 3, eq. 3 to 5). The gate of a group sees h alone: its decision is the same function
+adds them to the state h (section 2.2 and fig. 3). The gate of a group sees h alone: its decision is the same function
 whether a picture is drawn or explained, so the bound is exact at every budget, and a group that is skipped has no
 latents and a divergence of 0.
 
@@ -99,7 +99,7 @@ def bounded(x: Float[Array, "*n"], most: float = 4.0) -> Float[Array, "*n"]:
 
 PLAIN = nnx.initializers.lecun_normal()
 SMALL = nnx.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
-"""Of what is added to the state: many groups do (Child 2021, section 3.1)."""
+"""Of what is added to the state: many groups do (Child 2021, section 3)."""
 
 
 class Net(nnx.Module):
@@ -175,7 +175,7 @@ class VAE(nnx.Module):
         last = len(config.groups) - 1
         self.shape, self.latents = config.shape, config.latents
         self.likelihood = make_likelihood(config.likelihood, config.values, channels, config.components)
-        self.sides = [(height >> last - k, width >> last - k) for k in range(last + 1)]
+        self.sides = tuple((height >> last - k, width >> last - k) for k in range(last + 1))
         self.enter = nnx.Conv(channels, f, (3, 3), rngs=rngs)
         fine_first = reversed(config.groups)
         self.look = nnx.List([Look(f, inner, k == 0, used > 0, rngs=rngs) for k, used in enumerate(fine_first)])
