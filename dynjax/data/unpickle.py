@@ -5,10 +5,11 @@ are only read, by `pickletools.genops`; what NumPy writes for an array is recogn
 """
 
 import dataclasses
+import io
 import math
 import pickletools
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -24,13 +25,17 @@ def read_data(content: bytes) -> Any:
     No length and no index in the file makes it take more memory than the file has. Raises ValueError, in one line, for
     what is damaged or refused.
     """
-    reader = _Reader(len(content))
+    return _array(read_pickle(io.BytesIO(content), Reader(len(content))))
+
+
+def read_pickle(stream: io.BytesIO, reader: "Reader") -> Any:
+    """The value of the pickle that begins here, of which the stream is at the end then. Raises ValueError."""
     try:
-        for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             if number >= MOST_OPCODES:
                 raise ValueError(f"more than {MOST_OPCODES} opcodes")
             if opcode.name == "STOP":
-                return _array(reader.pop())
+                return reader.pop()
             reader.step(opcode.name, argument)
     except (IndexError, KeyError, TypeError) as error:  # of an empty stack, of a memo without that entry
         raise ValueError(f"not a whole pickle ({type(error).__name__})") from None
@@ -82,8 +87,13 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _PLAIN = (None, None, None, -1, -1, 0)  # no shape, names or fields of its own, no size, no flags
 
 
-class _Reader:
+class Reader:
     """A stack and a memo, both no larger than the file's opcodes fill them."""
+
+    names: ClassVar[Mapping[str, str]] = _NAMES
+    """What may be called by name, and what it is called here."""
+    of: ClassVar[str] = "CIFAR-10"
+    """What files it is for, in errors."""
 
     def __init__(self, size: int) -> None:
         self.room = size  # for text that is turned into bytes: no text of a file needs that twice
@@ -121,10 +131,10 @@ class _Reader:
             if argument is None:
                 last, module = self.pop(), self.pop()
                 argument = f"{module} {last}" if isinstance(module, str) and isinstance(last, str) else "?"
-            if argument not in _NAMES:
+            if argument not in self.names:
                 shown = ascii(".".join(argument.split()))[1:80].rstrip("'")
-                raise ValueError(f"{shown} does not belong in CIFAR-10 and was not run")
-            self.stack.append(Named(_NAMES[argument]))
+                raise ValueError(f"{shown} does not belong in {self.of} and was not run")
+            self.stack.append(Named(self.names[argument]))
         elif name == "REDUCE":
             given = self.pop()
             self.stack.append(self.called(self.pop(), given))
@@ -150,7 +160,7 @@ class _Reader:
             values = [self.pop(), self.pop()][::-1] if name == "SETITEM" else self.since_mark()
             self.top(dict).update(_paired(values))
         else:
-            raise ValueError(f"the opcode {name} does not belong in CIFAR-10 and was not run")
+            raise ValueError(f"the opcode {name} does not belong in {self.of} and was not run")
 
     def called(self, what: Any, given: Any) -> Any:
         if not isinstance(what, Named) or what.name == "ndarray" or not isinstance(given, tuple):

@@ -55,6 +55,10 @@ def make_extractor(kind: Kind, source: Source, path: str = "") -> Extractor:
         from dynjax.tasks.classifier import classifier
 
         return classifier(source)
+    if kind in ("efficientnet_lite0", "inception"):
+        from dynjax.tasks import pretrained
+
+        return pretrained.efficientnet_lite0() if kind == "efficientnet_lite0" else pretrained.inception(path)
     raise UserError(f"features {kind!r} are not known: there are classifier, efficientnet_lite0, inception")
 
 
