@@ -7,9 +7,9 @@ python -m experiments.train mnist_gan_width --workdir runs/width --data.path dat
 python -m experiments.evaluate --workdir runs/mnist_gan_steps --twin runs/mnist_gan_static
 python -m experiments.sample --workdir runs/mnist_gan_steps --n 64 --budget 0.5 --out samples
 
-{digits,mnist,fashion,cifar10}_gan_{static,steps,steps_random,scales,width,kernels,dynamicd}, asked for by class; the
-last four start from the trained twin (--init-from). digits are shown at 16x16; digits8_gan_steps draws them at 8x8,
-without classes, from nothing. *_full want a GPU, and pictures64_gan_* a folder of pictures by class (--data.path).
+{digits,mnist,fashion,cifar10}_gan_{static,steps,steps_random,scales,width,kernels,dynamicd}, asked for by class; all
+but static start from the trained twin (--init-from). digits are shown at 16x16; digits8_gan_{static,steps} draws them
+at 8x8, without classes. *_full want a GPU, and pictures64_gan_* a folder of pictures by class (--data.path).
 """
 
 import dataclasses
@@ -44,9 +44,6 @@ MODELS = {
 }
 STEPS = {"digits": 1500, "digits8": 1500, "mnist": 1600, "fashion": 1600, "cifar10": 2400}
 """Of rows that start from nothing; those that start from the static twin have half as many."""
-FROM_NOTHING = ("static", "steps")
-"""What is dynamic in rows that start from nothing. A step of the trained twin is one of many before there is a picture:
-it is harder to make it stop early than to learn it anew."""
 SMALL = dict(augment=0.5)
 """Of the loss, for few pictures: a discriminator learns a thousand of them by heart."""
 KINDS = {
@@ -71,7 +68,9 @@ def config(data: str, kind: str, **changes: object) -> Config:
         data=DATA[data],
         model=model,
         budget=BudgetConfig(target=0.3 if dynamics in ("steps", "width", "discriminator") else 0.5),
-        loss=LossConfig(**(SMALL if data.startswith("digits") else {})),
+        loss=LossConfig(
+            distillation=30.0 if dynamics == "steps" else 10.0, **(SMALL if data.startswith("digits") else {})
+        ),
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
             warmup=0.02,
@@ -83,7 +82,7 @@ def config(data: str, kind: str, **changes: object) -> Config:
             ema=0.995,
             falls=False,
         ),
-        steps=STEPS[data] if dynamics in FROM_NOTHING else STEPS[data] // 2,
+        steps=STEPS[data] if dynamics == "static" else STEPS[data] // 2,
         batch_size=64,
         checkpoint_every=250,
         evaluate_every=500,
@@ -94,7 +93,7 @@ def config(data: str, kind: str, **changes: object) -> Config:
 def row(made: Config, kind: str, data: str, where: str = "") -> Row:
     """A row that draws pictures of `data`."""
     begin = f"the weights of {data}_gan_static (--init-from)"
-    begin = "nothing" if made.model.dynamics in FROM_NOTHING else begin
+    begin = "nothing" if kind == "static" else begin
     protocol = f"{made.steps} steps of {made.batch_size} from {begin}. Report test: as many pictures as it has."
     return make_row(made, f"{KINDS[kind][1]}; {WHAT[data]}{where}.", protocol)
 
@@ -115,7 +114,7 @@ def full(data: str, kind: str, pictures: DataConfig, widths: tuple[int, ...], **
 def _rows() -> Iterator[Row]:
     for data in ("digits", "mnist", "fashion", "cifar10"):
         yield from (row(config(data, kind), kind, data) for kind in KINDS)
-    yield row(config("digits8", "steps"), "steps", "digits8")
+    yield from (row(config("digits8", kind), kind, "digits8") for kind in ("static", "steps"))
     folder = DataConfig(name="class_folder", path="data/pictures", size=(64, 64), augment=DATA["cifar10"].augment)
     for kind in ("static", "steps"):
         yield full("cifar10", kind, dataclasses.replace(DATA["cifar10"], size=(32, 32)), (256, 128, 96))

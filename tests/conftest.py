@@ -37,6 +37,7 @@ def pytest_configure(config):
     if "DYNJAX_TESTS_TRAINED" not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="dynjax-tests-")
         os.environ["DYNJAX_TESTS_TRAINED"] = folder.name
+        os.environ["DYNJAX_CACHE"] = os.path.join(folder.name, "cache")
         config.add_cleanup(folder.cleanup)
 
 

@@ -41,7 +41,8 @@ ONE_OF_A_KIND = (
     "digits_policy_reinforce digits_slimmable_slices digits_msdnet_exits digits_halt_sact digits_halt_pondernet "
     "digits_routed_gates digits_moe_experts digits_dyconv_kernels digits_dynamicconvnet_ddf "
     "digits_pixelcnn cifar10_pixelcnn digits_transformer digits_pixelcnn_labels "
-    "digits_codes digits_codes_exits digits_transformer_exits digits_vae_groups cifar10_vae_random"
+    "digits_codes digits_codes_exits digits_transformer_exits digits_vae_groups cifar10_vae_random "
+    "digits_gan_steps digits_gan_dynamicd"
 ).split()
 """Rows whose tiny form is trained in every run of the tests; the others' in `make test-slow`."""
 
@@ -69,11 +70,16 @@ def test_the_tiny_form_trains_two_steps(name, tmp_path, camvid):
         scores = last_scores(vqvae)
         assert scores["psnr"] > 0 and 1 <= scores["perplexity"] <= config.model.vqvae.codes
         make(row, name, init_from=str(vqvae))
+    elif models.base_of(config.model) != config.model:
+        make(row, name, init_from=str(make(tmp_path / "twin", name.split("_")[0] + "_gan_static")))
     else:
         make(row, name)
     scores = last_scores(row)
     assert 0 < scores["macs_fraction"] <= 1 + 1e-6
     task = models.task_of(config.model)
+    if task == "adversarial":
+        assert scores["frechet"] >= 0 and (row / "samples" / "0000002.png").exists()
+        return
     if task == "reconstruction":
         assert scores["psnr"] > 0
         return

@@ -22,7 +22,7 @@ from dynjax.models import rules
 from dynjax.models.blocks import as_bytes, in_channels, leaky, make_gate, pixels, repeat_pixels, spread_pixels
 from dynjax.models.discriminator import Discriminator, make_dynamic
 from dynjax.models.halting import make_halt
-from dynjax.models.registry import BUDGET, Family, register
+from dynjax.models.registry import BUDGET, Family, register, without_dynamics
 from dynjax.models.rules import Depth, Range, Rule, Width, Widths
 from dynjax.ops.halting import Halt
 from dynjax.ops.kernels import CondConv, HyperConv
@@ -129,7 +129,7 @@ class Painter(nnx.Module):
         one = 0.3 * nnx.initializers.lecun_normal()(rngs.params(), (3, 3, channels, colours))
         self.conv.kernel[...] = jnp.tile(one, (1, 1, 1, fine**2))
 
-    def __call__(self, h: Float[Array, "B h w C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, h: Float[Array, "B h w C"]) -> Float[Array, "B H W D"]:
         return jnp.tanh(spread_pixels(self.conv(leaky(unit(h))), self.fine))
 
 
@@ -207,8 +207,26 @@ def _smallest(config: GanConfig) -> tuple[int, int]:
 # The two players together
 
 
+class Frozen(nnx.Variable):
+    """A weight that does not learn."""
+
+
+def frozen(module: Generator) -> Generator:
+    """A copy whose weights do not learn."""
+    copy = nnx.clone(module)
+    for _, each in list(nnx.iter_modules(copy)):
+        for name, value in list(vars(each).items()):
+            if isinstance(value, nnx.Param):
+                setattr(each, name, Frozen(value[...]))
+    return copy
+
+
 class GAN(nnx.Module):
-    """A generator and the discriminator that it learns from; called, it draws."""
+    """A generator and the discriminator that it learns from; called, it draws.
+
+    Where pictures may stop after any step, `teacher` is the static twin that it started from: what every step is to
+    come to for the same latent.
+    """
 
     def __init__(self, config: GanConfig, classes: int = 0, *, rngs: nnx.Rngs):
         self.shape, self.latent = config.shape, config.latent
@@ -222,6 +240,7 @@ class GAN(nnx.Module):
             sizes=len(self.generator.painters),
             rngs=rngs,
         )
+        self.teacher: Generator | None = frozen(self.generator) if config.dynamics == "steps" else None
 
     def __call__(self, latent: Float[Array, "B L"], label: Int[Array, " B"] | None = None) -> Float[Array, "B H W C"]:
         return self.generator(latent, label)
@@ -298,6 +317,7 @@ def build(config: GanConfig, classes: int, *, rngs: nnx.Rngs, twin_params: nnx.S
     model = GAN(config, classes, rngs=rngs)
     if twin_params is not None:
         nnx.update(model, twin_params)
+        model.teacher = frozen(model.generator) if model.teacher is not None else None
     generator, gate, last = model.generator, config.gate, config.widths[-1]
     assert isinstance(generator.refine, Repeat)
     step = generator.refine.step
@@ -351,5 +371,6 @@ FAMILY = register(
         rules=_rules,
         uses=lambda config: BUDGET if config.dynamics in ("steps", "width", "discriminator") else frozenset(),
         apart=("tile", "kernel"),
+        base=lambda config: without_dynamics(config) if config.dynamics == "steps" else config,
     )
 )

@@ -44,8 +44,9 @@ class Drawn:
 
 
 # What the discriminator judges, by what is dynamic. A batch has all kinds of compute in it, side by side: the sandwich
-# rule (Yu & Huang 2019, arXiv:1903.05134, section 3.2), and the whole net teaches its parts (in-place distillation,
-# section 3.3), without a second pass through either player.
+# rule (Yu & Huang 2019, arXiv:1903.05134, section 3.2), without a second pass through either player, and the whole net
+# teaches its parts (in-place distillation, section 3.3). Of steps it is a frozen twin that teaches: what learns from the
+# pictures that follow it drags them along, until all are one.
 
 
 def _turns(examples: int, kinds: int) -> list[Float[Array, "B 1 1 1"]]:
@@ -54,41 +55,47 @@ def _turns(examples: int, kinds: int) -> list[Float[Array, "B 1 1 1"]]:
     return [(turn == kind).astype(jnp.float32)[:, None, None, None] for kind in range(kinds)]
 
 
-def _plain(generator: Generator, latent: Array, label: Array | None, key: PRNGKeyArray) -> Drawn:
-    images, trace = traced(lambda model: [model(latent, label)], examples=len(latent))(generator)
+def _plain(model: GAN, latent: Array, label: Array | None, key: PRNGKeyArray) -> Drawn:
+    images, trace = traced(lambda model: [model(latent, label)], examples=len(latent))(model.generator)
     return Drawn(images, jnp.float32(0), trace)
 
 
-def _steps(generator: Generator, latent: Array, label: Array | None, key: PRNGKeyArray) -> Drawn:
+def _steps(model: GAN, latent: Array, label: Array | None, key: PRNGKeyArray) -> Drawn:
     """A third of the pictures after all steps, a third after any number of them, a third where the gate says."""
-    outputs, trace = traced(lambda model: model.predictions(latent, label), examples=len(latent))(generator)
+    every, trace = traced(_every_step, examples=len(latent))(model.generator, latent, label)
     (decision,) = trace.decisions.values()
-    every, whole = jnp.stack(outputs, 1), outputs[-1]
+    whole = every[:, -1]
     if decision.place == "tile":  # tiles that have stopped stay in what follows: the last picture is what gates give
         stopped = whole
     else:
         after = jnp.concatenate([decision.keep[:, 1:], jnp.zeros_like(decision.keep[:, :1])], 1)
         stopped = ((decision.keep - after)[:, :, None, None, None].astype(every.dtype) * every).sum(1)
-    chance = jax.nn.one_hot(jax.random.randint(key, (len(whole),), 0, len(outputs)), len(outputs), dtype=every.dtype)
-    anywhere = (chance[:, :, None, None, None] * every).sum(1)
+    chance = jax.nn.one_hot(jax.random.randint(key, (len(whole),), 0, every.shape[1]), every.shape[1])
+    anywhere = (chance[:, :, None, None, None].astype(every.dtype) * every).sum(1)
     parts = zip(_turns(len(whole), 3), (whole, anywhere, stopped), strict=True)
-    goal = jax.lax.stop_gradient(whole)
-    off = (((every[:, :-1] - goal[:, None]) ** 2).mean() + ((stopped - goal) ** 2).mean()) / 2
-    return Drawn([sum(turn.astype(image.dtype) * image for turn, image in parts)], off, trace)
+    assert model.teacher is not None
+    goal = jax.lax.stop_gradient(model.teacher(latent, label))
+    off = (((every - goal[:, None]) ** 2).mean() + ((stopped - goal) ** 2).mean()) / 2
+    judged = jnp.stack([turn.astype(image.dtype) * image for turn, image in parts]).sum(0)
+    return Drawn([judged], off, trace)
 
 
-def _width(generator: Generator, latent: Array, label: Array | None, key: PRNGKeyArray) -> Drawn:
+def _every_step(generator: Generator, latent: Array, label: Array | None) -> Float[Array, "B S H W C"]:
+    return jnp.stack(generator.predictions(latent, label), 1)
+
+
+def _width(model: GAN, latent: Array, label: Array | None, key: PRNGKeyArray) -> Drawn:
     """Half of the pictures at full width, half at that of the gates."""
-    narrow, trace = traced(lambda model: model(latent, label), examples=len(latent))(generator)
-    whole = nnx.view(generator, width=1.0)(latent, label)
+    narrow, trace = traced(lambda model: model(latent, label), examples=len(latent))(model.generator)
+    whole = nnx.view(model.generator, width=1.0)(latent, label)
     first, second = _turns(len(whole), 2)
     judged = first.astype(whole.dtype) * whole + second.astype(whole.dtype) * narrow
     return Drawn([judged], ((narrow - jax.lax.stop_gradient(whole)) ** 2).mean(), trace)
 
 
-def _scales(generator: Generator, latent: Array, label: Array | None, key: PRNGKeyArray) -> Drawn:
+def _scales(model: GAN, latent: Array, label: Array | None, key: PRNGKeyArray) -> Drawn:
     """Every picture at every size; small ones are to be the large one, seen from afar."""
-    images, trace = traced(lambda model: model.sizes(latent, label), examples=len(latent))(generator)
+    images, trace = traced(lambda model: model.sizes(latent, label), examples=len(latent))(model.generator)
     off, goal = [], jax.lax.stop_gradient(images[0])
     for image in images[1:]:
         goal = halved(goal)
@@ -145,7 +152,7 @@ class AdversarialTask:
     def _draw(self, model: GAN, label: Array | None, examples: int, key: PRNGKeyArray) -> Drawn:
         first, second = jax.random.split(key)
         latent = jax.random.normal(first, (examples, model.latent))
-        return DRAWS.get(self.dynamics, _plain)(model.generator, latent, label, second)
+        return DRAWS.get(self.dynamics, _plain)(model, latent, label, second)
 
     def _real(self, model: GAN, batch: Batch, sizes: int) -> list[Images]:
         images = [model.pixels(batch["image"])]
