@@ -42,7 +42,7 @@ MODELS = {
     "fashion": GanConfig(conditional=True),
     "cifar10": GanConfig(shape=(32, 32, 3), widths=(96, 48, 32), discriminator=(32, 64, 96), conditional=True, steps=6),
 }
-STEPS = {"digits": 1500, "digits8": 1500, "mnist": 1600, "fashion": 1600, "cifar10": 2400}
+STEPS = {"digits": 1500, "digits8": 1500, "mnist": 1600, "fashion": 1600, "cifar10": 1600}
 """Of rows that start from nothing; those that start from the static twin have half as many."""
 SMALL = dict(augment=0.5)
 """Of the loss, for few pictures: a discriminator learns a thousand of them by heart."""
