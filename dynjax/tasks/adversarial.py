@@ -27,7 +27,7 @@ from dynjax.tasks.generated import keys_of
 from dynjax.tasks.objective import aim, charge
 from dynjax.tasks.task import Batch, Loss, Player, Progress, Scores, Shown
 
-Images = Float[Array, "B H W C"]
+Images = Float[Array, "B _ _ C"]
 PENALISED = 4
 """One in so many examples of a batch is looked at for its gradient, whose own gradient is dear."""
 

@@ -20,7 +20,7 @@ from dynjax.models.gan import GAN, halved, to_bytes
 from dynjax.ops.sampling import AtOnce, Noise
 from dynjax.show import film, gallery, report
 from dynjax.tasks.distances import Moments, frechet_distance, kernel_distance, manifolds
-from dynjax.tasks.features import Extractor, features_of
+from dynjax.tasks.features import BATCH, Extractor, features_of
 from dynjax.tasks.task import Batch, Shown
 
 GRID, ROW, MOST = 64, 10, 5000
@@ -136,7 +136,9 @@ def look(model: nnx.Module, task: Any, batches: Iterable[dict[str, np.ndarray]])
 
 def distances(extractor: Extractor, seen: Look, budget: float) -> Distances:
     """Every distance of the drawn pictures from the real ones."""
-    real, drawn = (features_of(extractor, np.array_split(x, max(len(x) // 128, 1))) for x in (seen.real, seen.drawn))
+    real, drawn = (
+        features_of(extractor, (x[k : k + BATCH] for k in range(0, len(x), BATCH))) for x in (seen.real, seen.drawn)
+    )
     kernel = kernel_distance(real, drawn, subsets=20, size=min(1000, max(len(real) // 2, 2)))
     around = manifolds(real[:MOST], drawn[:MOST], min(5, len(real) - 1))
     frechet = frechet_distance(Moments.of(drawn), Moments.of(real))
