@@ -45,8 +45,8 @@ class Drawn:
 
 # What the discriminator judges, by what is dynamic. A batch has all kinds of compute in it, side by side: the sandwich
 # rule (Yu & Huang 2019, arXiv:1903.05134, section 3.2), without a second pass through either player, and the whole net
-# teaches its parts (in-place distillation, section 3.3). Of steps it is a frozen twin that teaches: what learns from the
-# pictures that follow it drags them along, until all are one.
+# teaches its parts (in-place distillation, section 3.3). Of steps it is a frozen twin that teaches: were it the last
+# step itself, it would be dragged along, until all pictures are one.
 
 
 def _turns(examples: int, kinds: int) -> list[Float[Array, "B 1 1 1"]]:
