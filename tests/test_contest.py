@@ -112,14 +112,18 @@ def test_strength_0_is_the_identity():
     assert augmented(x, 0.0, jax.random.key(0)) is x
 
 
+once = jax.jit(augmented, static_argnums=1)
+SHAPE = COUNT, HEIGHT, WIDTH = 48, 16, 24
+
+
 def found_by(x, strength, seed):
-    return np.asarray(augmented(jnp.asarray(x, jnp.float32), strength, jax.random.key(seed)))
+    return np.asarray(once(jnp.asarray(x, jnp.float32), strength, jax.random.key(seed)))
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_every_picture_is_shifted_over_black_cut_out_and_brightened(strength):
     """Every pixel has a value of its own, so that what became of each can be told; both sides differ."""
-    count, (height, width) = 64, (16, 24)
+    count, height, width = SHAPE
     x = np.arange(height * width).reshape(1, height, width, 1) / (height * width) - 0.5
     found = found_by(np.repeat(x, count, 0), strength, 0)
     shifts, squares, brightness, cut = set(), set(), [], 0
@@ -144,7 +148,7 @@ def test_every_picture_is_shifted_over_black_cut_out_and_brightened(strength):
         brightness.append(light)
     most = {axis: max(abs(shift[axis]) for shift in shifts) for axis in (0, 1)}
     assert most == {0: round(strength * height / 8), 1: round(strength * width / 8)}
-    assert len(shifts) > 8 and cut > 60
+    assert len(shifts) > 8 and cut > 40
     assert max(high for high, _ in squares) <= strength * height / 2
     assert max(wide for _, wide in squares) <= strength * width / 2
     assert max(high for high, _ in squares) >= strength * height / 2 - 1
@@ -152,17 +156,22 @@ def test_every_picture_is_shifted_over_black_cut_out_and_brightened(strength):
 
 
 def test_the_same_key_does_the_same():
-    x = image(8, 8, 8, 1)
+    x = image(*SHAPE, 1)
     np.testing.assert_array_equal(found_by(x, 1.0, 3), found_by(x, 1.0, 3))
-    assert np.abs(found_by(x, 1.0, 3) - found_by(x, 1.0, 4)).max() > 0.1
+    assert np.abs(found_by(x, 1.0, 3) - found_by(x, 1.0, 4)).max(axis=(1, 2, 3)).min() > 0.1
 
 
 def test_augmentation_is_differentiable_and_what_is_cut_out_has_no_gradient():
-    """It is linear but for the brightness: its derivative along a direction is what it does to that, over no border."""
-    x, direction = 0.2 * image(4, 8, 8, 1), image(4, 8, 8, 1, seed=1)
-    key = jax.random.key(0)
-    _, moved = jax.jvp(lambda x: augmented(x, 1.0, key), (x,), (direction,))
-    np.testing.assert_allclose(moved, augmented(x + direction, 1.0, key) - augmented(x, 1.0, key), atol=1e-5)
-    grads = np.asarray(jax.grad(lambda x: augmented(x, 1.0, key).sum())(x))
-    assert set(np.round(grads, 5).ravel()) == {0.0, 1.0}
-    assert (grads.sum((1, 2, 3)) >= 8 * 8 - 2 * 8 - 9).all() and (grads.sum((1, 2, 3)) < 64).all()
+    """But for what it adds it is linear, so that its derivative along a direction is what it does to that."""
+    x, direction, key = image(*SHAPE, 1), image(*SHAPE, 1, seed=1), jax.random.key(3)
+
+    @jax.jit
+    def run(x):
+        y, back = jax.vjp(lambda x: augmented(x, 1.0, key), x)
+        return y, back(jnp.ones_like(y))[0], jax.jvp(lambda x: augmented(x, 1.0, key), (x,), (direction,))[1]
+
+    y, grads, moved = run(x)
+    np.testing.assert_allclose(moved, found_by(x + direction, 1.0, 3) - y, atol=1e-5)
+    assert set(np.round(np.asarray(grads), 5).ravel()) == {0.0, 1.0}
+    gone = (HEIGHT * WIDTH - np.asarray(grads).sum((1, 2, 3))).max()
+    assert 0 < gone <= HEIGHT * WIDTH / 4 + 2 * WIDTH + 3 * HEIGHT  # a square, and what was shifted out
