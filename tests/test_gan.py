@@ -36,6 +36,9 @@ FORMS = {
     "discriminator": dict(dynamics="discriminator"),
 }
 
+MIDDLE = -2.0
+"""A threshold at which the gates of all that `build` makes tell pictures apart."""
+
 
 def config(**changes):
     return GanConfig(**SMALL | changes)
@@ -45,10 +48,13 @@ def build(**changes):
     """With weights that are none of them zero, and gates that are of another mind about every picture."""
     model = make(lambda rngs: models.build(config(**changes), CLASSES, rngs=rngs))
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        if path[-1] == "out" and path[-2] == "logits":
-            variable[...] = 10 * variable[...]
-        if path[-1] == "share":
+        name = ".".join(map(str, path))
+        if name.endswith("share"):
             variable[...] = jnp.ones(())
+        elif name in ("generator.enter.kernel", "generator.mapping.kernel") or name.endswith("logits.out"):
+            variable[...] = 6 * variable[...]
+        elif name.endswith("logits.bias"):
+            variable[...] = 0 * variable[...]
     return model
 
 
@@ -105,7 +111,7 @@ def test_masked_equals_compact(form):
         model, call, inputs, strategies = build(**FORMS[form]), draws, given(5), BOTH
     run = ways(call, model, inputs, strategies)
     ends, mixed = [], 0
-    for threshold in (LOWEST, -1.0, 0.0, 1.0, HIGHEST):
+    for threshold in (LOWEST, -4.0, MIDDLE, 0.0, 2.0, HIGHEST):
         out, share, _, compact = run(jnp.float32(threshold), *inputs)
         for other in compact:
             assert_same(other, out)
@@ -129,7 +135,7 @@ def test_a_picture_is_the_same_in_every_batch_and_execution(form):
         compact = [draws(still(here, "compact"), z[:number], label[:number]) for number in (64, 1)]
         return [masked, *compact], trace.macs()
 
-    pictures, macs = run(jnp.float32(0.0), z, label)
+    pictures, macs = run(jnp.float32(MIDDLE), z, label)
     assert_same(pictures[1], pictures[0])
     assert_same(pictures[2], pictures[0][:1])
     assert np.abs(np.diff(np.asarray(pictures[0]), axis=0)).max((1, 2, 3)).min() > 1e-3, "no two are alike"
@@ -151,7 +157,7 @@ def test_generated_kernels_are_those_of_each_picture_by_itself():
                 conv = block.look.conv
                 (code,) = conv.attention(style)
                 product = conv.left(code).reshape(-1, conv.rank) @ conv.right(code).reshape(conv.rank, -1)
-                plain = nnx.eval_shape(lambda: nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0)))
+                plain = make(lambda rngs: nnx.Conv(4, 4, (3, 3), rngs=rngs))
                 plain.kernel[...] = conv.kernel[...] + product.reshape(conv.kernel.shape)
                 plain.bias[...] = conv.bias[...]
                 block.look.conv = plain
@@ -226,7 +232,7 @@ def test_a_small_size_runs_its_prefix_alone():
         assert found[-1] == by_hand(size, 32, widths, 1, (2, 4))
         of_xla = xla_macs(lambda state, *args, run=run: run(nnx.merge(graphdef, state), *args), state, *inputs)
         assert of_xla == pytest.approx(found[-1], rel=0.04)
-    assert found[0] > 3 * found[1] > 9 * found[2]
+    assert found[0] > 2 * found[1] > 4 * found[2]
 
 
 # Costs
@@ -250,7 +256,7 @@ def test_so_many_steps_cost_what_a_generator_of_so_many_steps_costs():
     fixed = {n: macs_of(build(steps=n)) for n in (1, 2, 3)}
     assert fixed[3] == by_hand(0, 4, (4, 4), 3, (2, 3), fine=2)
     run, numbers = trace_of(model, draws, number=64), set()
-    for threshold in (LOWEST, 0.0, HIGHEST):
+    for threshold in (LOWEST, MIDDLE, HIGHEST):
         trace = run(threshold)
         assert trace.full_macs == fixed[3] + 3 * GATE["pictures"]
         assert trace.static_macs == trace.full_macs - 3 * (fixed[3] - fixed[2] + GATE["pictures"])
@@ -270,7 +276,7 @@ def test_so_wide_costs_what_a_view_of_that_width_costs():
     assert of_width[1.0] == twin
     decisions = 1 + 3  # a block of the coarse map, and one that is applied three times
     run, varied = trace_of(model, draws), set()
-    for threshold in (LOWEST, 0.0, HIGHEST):
+    for threshold in (LOWEST, MIDDLE, HIGHEST):
         trace = run(threshold)
         assert len(trace.decisions) == decisions
         assert trace.full_macs == twin + decisions * GATE["width"]
@@ -285,11 +291,11 @@ def test_so_wide_costs_what_a_view_of_that_width_costs():
 
 def test_tiles_cost_no_more_than_whole_maps_and_stop():
     run, twin = trace_of(build(**FORMS["tiles"]), draws), macs_of(build())
-    most, some, least = (run(threshold) for threshold in (LOWEST, 0.0, HIGHEST))
+    most, some, least = (run(threshold) for threshold in (LOWEST, MIDDLE, HIGHEST))
     np.testing.assert_allclose(most.macs(), most.full_macs, rtol=1e-6)
     gates = 3 * 2 * 2 * (12 * 16 + 16)  # after every step one for each tile, of what is in it and on the map
     assert most.full_macs == twin + gates
-    assert (least.macs() < some.macs()).all() and (some.macs() <= most.full_macs).all()
+    assert (least.macs() <= some.macs()).all() and len(np.unique(some.macs())) > 2
     (decision,) = least.decisions.values()
     assert np.asarray(decision.keep).sum() == 5 * 4, "every tile takes the first step alone"
 
@@ -432,8 +438,9 @@ def test_pictures_of_classes_want_labels():
     with pytest.raises(ValueError, match=r"this discriminator knows 3 classes: give the labels \(B,\)"):
         model.discriminator(image(2, 8, 12, 1))
     free = build(conditional=False)
-    assert free.classes == 0 and free(z).shape == (2, 8, 12, 1)
-    np.testing.assert_array_equal(free(z), free(z, label))
+    without, with_labels = jax.jit(lambda m: (m(z), m(z, label)))(free)
+    assert free.classes == 0 and without.shape == (2, 8, 12, 1)
+    np.testing.assert_array_equal(without, with_labels)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ ONE_OF_A_KIND = (
     "digits_policy_reinforce digits_slimmable_slices digits_msdnet_exits digits_halt_sact digits_halt_pondernet "
     "digits_routed_gates digits_moe_experts digits_dyconv_kernels digits_dynamicconvnet_ddf "
     "digits_pixelcnn cifar10_pixelcnn digits_transformer digits_pixelcnn_labels "
-    "digits_codes digits_codes_exits digits_transformer_exits"
+    "digits_codes digits_codes_exits digits_transformer_exits digits_gan_steps digits_gan_dynamicd"
 ).split()
 """Rows whose tiny form is trained in every run of the tests; the others' in `make test-slow`."""
 
@@ -79,6 +79,11 @@ def test_the_tiny_form_trains_two_steps(name, tmp_path, camvid):
         return
     if task == "autoregressive":
         assert 0 < scores["bits_per_dim"] < 20
+        return
+    if task == "adversarial":
+        assert scores["frechet"] > 0 and scores["diversity"] >= 0 and 0 <= scores["discriminator"] <= 1
+        with Image.open(row / "samples" / "0000002.png") as picture:
+            assert min(picture.size) >= 8 * 8 * 2  # 64 pictures, twice as large
         return
     segments = task == "segmentation"
     assert 0 <= scores["miou" if segments else "accuracy"] <= 1
