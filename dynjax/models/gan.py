@@ -5,7 +5,7 @@ refines it; a painter turns any of these maps into a picture. What is dynamic, b
 takes (`Halt`, per picture or tile), how wide the blocks are (`Slimmable`), with which kernels they look (`HyperConv`
 from the style, `CondConv`), at which resolution it stops (a painter at each), or what the discriminator looks at.
 
-Letters: B examples, L latent, V style, H W pixels, h w places of a map, C channels, S steps.
+Letters: B examples, L latent, V style, H W pixels, h w places of a map, C channels, D those of a map that is painted.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from dynjax.models.halting import make_halt
 from dynjax.models.registry import BUDGET, Family, register, without_dynamics
 from dynjax.models.rules import Depth, Range, Rule, Width, Widths
 from dynjax.ops.halting import Halt
-from dynjax.ops.kernels import CondConv, HyperConv
+from dynjax.ops.kernels import CondConv, HyperConv, with_kernels
 from dynjax.ops.width import Slimmable
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
@@ -129,7 +129,7 @@ class Painter(nnx.Module):
         one = 0.3 * nnx.initializers.lecun_normal()(rngs.params(), (3, 3, channels, colours))
         self.conv.kernel[...] = jnp.tile(one, (1, 1, 1, fine**2))
 
-    def __call__(self, h: Float[Array, "B h w C"]) -> Float[Array, "B H W D"]:
+    def __call__(self, h: Float[Array, "B h w D"]) -> Float[Array, "B H W C"]:
         return jnp.tanh(spread_pixels(self.conv(leaky(unit(h))), self.fine))
 
 
@@ -305,7 +305,9 @@ def _with_kernels(look: Look, kind: str, style: int, gate: str, rngs: nnx.Rngs) 
     assert isinstance(conv, nnx.Conv) and conv.bias is not None
     shape = conv.in_features, conv.out_features, (3, 3)
     if kind == "mixed":
-        return Look(CondConv(*shape, random=random, rngs=rngs), look.linear)
+        mixed = with_kernels(look, {"conv": "condconv"}, random=random, rngs=rngs)
+        assert isinstance(mixed, Look)
+        return mixed
     new = HyperConv(*shape, condition=style, from_input=False, random=random, rngs=rngs)
     assert new.bias is not None
     new.kernel[...], new.bias[...] = conv.kernel[...], conv.bias[...]
@@ -352,10 +354,18 @@ def _rules(config: GanConfig) -> Iterator[Rule]:
     yield Rule(
         "discriminator", config.discriminator, halved, f"fewer: {height}x{width} pixels are no multiple of {side}"
     )
+    several = config.dynamics != "scales" or levels > 1
+    yield Rule("widths", config.widths, several, "two numbers or more: one for each size")
     same = config.dynamics != "scales" or deep == levels
     yield Rule("discriminator", config.discriminator, same, f"one number for each of the {levels} sizes")
     tiles = not config.tile or config.dynamics == "steps"
     yield Rule("tile", config.tile, tiles, "0: only pictures that are refined in steps have tiles")
+    asked = config.dynamics != "scales" or config.gate != "random"
+    yield Rule("gate", config.gate, asked, "learned: a size is asked for, and no gate decides about it")
+
+
+def _twin(config: GanConfig) -> GanConfig:
+    return dataclasses.replace(without_dynamics(config), tile=0)
 
 
 def _tiny(config: GanConfig) -> dict[str, object]:
@@ -370,7 +380,8 @@ FAMILY = register(
         tiny=_tiny,
         rules=_rules,
         uses=lambda config: BUDGET if config.dynamics in ("steps", "width", "discriminator") else frozenset(),
+        twin=_twin,
         apart=("tile", "kernel"),
-        base=lambda config: without_dynamics(config) if config.dynamics == "steps" else config,
+        base=lambda config: _twin(config) if config.dynamics == "steps" else config,
     )
 )

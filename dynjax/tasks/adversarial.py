@@ -319,5 +319,9 @@ def _told(loss: Array, **metrics: Array | float) -> Loss:
 
 
 def _label(model: GAN, batch: Batch) -> Int[Array, " B"] | None:
-    """Labels of conditional pictures; blank examples draw the first class."""
-    return jnp.maximum(batch["label"], 0) if model.classes else None
+    """Labels of conditional pictures; blank examples draw the first class. Raises ValueError where there are none."""
+    if not model.classes:
+        return None
+    if "label" not in batch:
+        raise ValueError(f"the batch has {', '.join(batch)}: pictures of {model.classes} classes are drawn by label")
+    return jnp.maximum(batch["label"], 0)
