@@ -32,6 +32,7 @@ PENALISED = 4
 """One in so many examples of a batch is looked at for its gradient, whose own gradient is dear."""
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drawn:
     """What a generator gives in training."""
