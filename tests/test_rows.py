@@ -142,13 +142,17 @@ def test_every_row_uses_the_options_that_it_sets():
         ("digits_codes_exits", "loss.cross_entropy", 2.0),
         ("digits_vqvae", "loss.dice", 1.0),
         ("digits_vae_static", "budget.target", 0.4),
+        ("digits_gan_scales", "budget.target", 0.4),
+        ("digits_vae_static", "features", "inception"),
         ("digits_vae_groups", "loss.label_smoothing", 0.1),
     ],
 )
 def test_an_option_that_a_row_does_not_use_is_refused(name, option, value, tmp_path):
-    part, field = option.split(".")
-    row = rows.get_row(name)
-    row = dataclasses.replace(row, **{part: dataclasses.replace(getattr(row, part), **{field: value})})
+    *part, field = option.split(".")
+    row, new = rows.get_row(name), {field: value}
+    for each in part:
+        new = {each: dataclasses.replace(getattr(row, each), **new)}
+    row = dataclasses.replace(row, **new)
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {value}: row {name} .* does not use it"):
         train.train(row, tmp_path / "w", quiet=True)
     assert not (tmp_path / "w").exists()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from dynjax import models
-from dynjax.config import BudgetConfig, Config, UserError
+from dynjax.config import BudgetConfig, Config, LossConfig, UserError
 from dynjax.data.source import Source, input_of, size_of, target_of
 from dynjax.models.gan import GanConfig
 from dynjax.models.vae import VAEConfig
@@ -33,6 +33,9 @@ class OfShape(Protocol):
 Make: TypeAlias = Callable[[Config, Source, bool], Task]
 """Makes the task of a row from a source of its data, for training or only to evaluate. Raises UserError."""
 
+OF_FEATURES = frozenset({"features", "features_path"})
+"""Options of a row by whose features pictures are compared."""
+
 _TASKS: dict[str, tuple[Make, frozenset[str]]] = {}
 
 
@@ -45,12 +48,14 @@ def register(name: str, make: Make, uses: frozenset[str] = frozenset()) -> None:
 def refuse_unused(config: Config) -> None:
     """Raises UserError for an option of the loss or the budget that is set, and that nothing of the row looks at."""
     used = _kind(config)[1] | models.uses(config.model)
-    for part, own in (("loss", config.loss), ("budget", config.budget)):
-        for field in dataclasses.fields(own):
-            name, value = f"{part}.{field.name}", vars(own)[field.name]
-            if name not in used and value != field.default:
-                row = f"row {config.row} ({models.describe(config.model)})"
-                raise UserError(f"--{name.replace('_', '-')} {value}: {row} does not use it; leave it out")
+    options = {f"loss.{field.name}": (field, config.loss) for field in dataclasses.fields(config.loss)}
+    options |= {f"budget.{field.name}": (field, config.budget) for field in dataclasses.fields(config.budget)}
+    options |= {field.name: (field, config) for field in dataclasses.fields(config) if field.name in OF_FEATURES}
+    for name, (field, own) in options.items():
+        value = vars(own)[field.name]
+        if name not in used and value != field.default:
+            row = f"row {config.row} ({models.describe(config.model)})"
+            raise UserError(f"--{name.replace('_', '-')} {value}: {row} does not use it; leave it out")
 
 
 def make_task(config: Config, source: Source, *, training: bool = True) -> Task:
@@ -113,7 +118,7 @@ def _segmentation(config: Config, source: Source, training: bool) -> Task:
 
 
 _OF_CLASSES = frozenset({"loss.cross_entropy", "loss.label_smoothing"})
-_OF_PLAYERS = frozenset({"loss.adversarial", "loss.gradient_penalty", "loss.augment", "loss.distillation"})
+_OF_PLAYERS = OF_FEATURES | {"loss.adversarial", "loss.gradient_penalty", "loss.augment", "loss.distillation"}
 register("adversarial", _adversarial, _OF_PLAYERS)
 register("autoregressive", _autoregressive)
 register("classification", _classification, _OF_CLASSES)
