@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from dynjax import models
 from dynjax.config import BudgetConfig, Config, LossConfig, UserError
@@ -48,7 +48,8 @@ def register(name: str, make: Make, uses: frozenset[str] = frozenset()) -> None:
 def refuse_unused(config: Config) -> None:
     """Raises UserError for an option of the loss or the budget that is set, and that nothing of the row looks at."""
     used = _kind(config)[1] | models.uses(config.model)
-    options = {f"loss.{field.name}": (field, config.loss) for field in dataclasses.fields(config.loss)}
+    options: dict[str, tuple[dataclasses.Field, Any]] = {}
+    options |= {f"loss.{field.name}": (field, config.loss) for field in dataclasses.fields(config.loss)}
     options |= {f"budget.{field.name}": (field, config.budget) for field in dataclasses.fields(config.budget)}
     options |= {field.name: (field, config) for field in dataclasses.fields(config) if field.name in OF_FEATURES}
     for name, (field, own) in options.items():
