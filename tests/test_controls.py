@@ -111,7 +111,7 @@ def combinations():
 
 @pytest.mark.parametrize("model", list(combinations()), ids=lambda model: f"{model.family}-{model.dynamics}")
 def test_a_random_gate_learns_nothing_or_is_refused(model):
-    refused = {"static", "single", "sandwich", "involution", "ddf"}
+    refused = {"static", "single", "sandwich", "involution", "ddf", "scales"}
     if model.dynamics in refused:
         with pytest.raises((UserError, ValueError), match="gate"):
             nnx.eval_shape(lambda: models.build(model, 10, rngs=nnx.Rngs(0)))
