@@ -146,7 +146,7 @@ def leaves(state, name=None):
     return {path: np.asarray(each) for path, each in found.items() if name is None or path.startswith(name)}
 
 
-@pytest.mark.parametrize("form", ["pictures", "discriminator"])
+@pytest.mark.parametrize("form", ["pictures", pytest.param("discriminator", marks=pytest.mark.slow)])
 def test_a_step_is_two_updates_one_after_the_other(form):
     """The gates draw noise and the step's budget, and each player learns against what the other has become."""
     task = task_of(FORMS[form]["dynamics"], BudgetConfig(target=0.3), augment=0.5)
