@@ -161,6 +161,15 @@ def unmet(row: str, budget: float, spent: Spent | Report, whole: float) -> str:
     return f"budget {budget:g} is not met: {said}"
 
 
+def told(budget: float, report: Report, whole: float) -> str:
+    """What a budget came to, in a line. `whole`: the static twin's MACs."""
+    return (
+        f"budget {budget:.0%} {'met' if report.met else 'NOT met'}: mean {report.mean / 1e6:.2f} MMAC "
+        f"({report.mean / whole:.1%} of the static twin's {whole / 1e6:.2f}), p95 {report.p95 / 1e6:.2f}, max "
+        f"{report.max / 1e6:.2f}; threshold {report.threshold:.2f}"
+    )
+
+
 def fresh_twin(config: Config, classes: int) -> nnx.Module:
     """The static twin of a row's model, not trained."""
     return views.still(build(dataclasses.replace(config, model=models.static_twin(config.model)), classes))

@@ -57,13 +57,13 @@ KINDS = {
 }
 
 
-def config(data: str, kind: str, **changes: object) -> Config:
-    """The configuration of a row, on the data of which it draws more."""
+def config(data: str, kind: str) -> Config:
+    """The configuration of a row."""
     dynamics = KINDS[kind][0]
     model = dataclasses.replace(
         MODELS[data], dynamics=dynamics, gate="random" if kind.endswith("random") else "learned"
     )
-    row = Config(
+    return Config(
         row=f"{data}_gan_{kind}",
         data=DATA[data],
         model=model,
@@ -87,18 +87,17 @@ def config(data: str, kind: str, **changes: object) -> Config:
         checkpoint_every=250,
         evaluate_every=500,
     )
-    return dataclasses.replace(row, **changes)
 
 
 def row(made: Config, kind: str, data: str, where: str = "") -> Row:
     """A row that draws pictures of `data`."""
-    begin = f"the weights of {data}_gan_static (--init-from)"
-    begin = "nothing" if kind == "static" else begin
+    twin = made.row.replace(f"_gan_{kind}", "_gan_static")
+    begin = "nothing" if kind == "static" else f"the weights of {twin} (--init-from)"
     protocol = f"{made.steps} steps of {made.batch_size} from {begin}. Report test: as many pictures as it has."
     return make_row(made, f"{KINDS[kind][1]}; {WHAT[data]}{where}.", protocol)
 
 
-def full(data: str, kind: str, pictures: DataConfig, widths: tuple[int, ...], **changes: object) -> Row:
+def full(data: str, kind: str, pictures: DataConfig, widths: tuple[int, ...]) -> Row:
     """A row of a GPU's size."""
     small = config("cifar10", kind)
     model = dataclasses.replace(
@@ -107,7 +106,7 @@ def full(data: str, kind: str, pictures: DataConfig, widths: tuple[int, ...], **
     long = dict(
         steps=100_000 if kind == "static" else 50_000, batch_size=256, checkpoint_every=2000, evaluate_every=5000
     )
-    made = dataclasses.replace(small, row=f"{data}_gan_{kind}_full", data=pictures, model=model, **long, **changes)
+    made = dataclasses.replace(small, row=f"{data}_gan_{kind}_full", data=pictures, model=model, **long)
     return row(made, kind, data, " (GPU)")
 
 

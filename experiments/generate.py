@@ -26,7 +26,7 @@ from dynjax.run.workdir import read_config
 from dynjax.show import film, gallery
 from dynjax.tasks.generated import labels, make_noise, steps
 from experiments import cli
-from experiments.evaluate import fresh_twin
+from experiments.evaluate import fresh_twin, told
 
 CALIBRATION, CALIBRATION_FIRST = 256, 2**30
 """Pictures on which the threshold is solved; their numbers are beyond those of all that are kept."""
@@ -71,15 +71,14 @@ def size_of(wanted: Wanted, model: AtOnce, row: str) -> int:
     return heights.index(wanted.size)
 
 
-def label_of(wanted: Wanted, model: AtOnce, row: str, classes: tuple[str, ...]) -> np.ndarray | None:
+def label_of(wanted: Wanted, model: AtOnce, row: str) -> np.ndarray | None:
     """The class of every picture (N,); None where there is none to ask for. Raises UserError."""
     if wanted.label is None:
         return labels(model, wanted.number)
     if not model.classes:
         raise UserError(f"--class {wanted.label}: row {row} was not trained by class")
     if not 0 <= wanted.label < model.classes:
-        named = f", {classes[0]} to {classes[-1]}" if classes else ""
-        raise UserError(f"--class {wanted.label}: row {row} has the classes 0 to {model.classes - 1}{named}")
+        raise UserError(f"--class {wanted.label}: row {row} has the classes 0 to {model.classes - 1}")
     return np.full(wanted.number, wanted.label, np.int32)
 
 
@@ -109,13 +108,7 @@ def within_budget(wanted: Wanted, model: Any, run: Callable, config: Config, cla
     ]
     twin = static_macs(fresh_twin(config, classes), jax.eval_shape(lambda: batches[0]), run)
     deployed = solve(model, twin, [wanted.budget], batches, run)[wanted.budget]
-    report = deployed.report
-    told = (
-        f"budget {wanted.budget:.0%} {'met' if report.met else 'NOT met'}: mean {report.mean / 1e6:.2f} MMAC "
-        f"({report.mean / twin:.1%} of the static twin's {twin / 1e6:.2f}), p95 {report.p95 / 1e6:.2f}, max "
-        f"{report.max / 1e6:.2f}; threshold {report.threshold:.2f}"
-    )
-    return deployed.model, told
+    return deployed.model, told(wanted.budget, deployed.report, twin)
 
 
 def draw(model: Any, run: Callable, wanted: Wanted, label: np.ndarray | None, name: str) -> Drawn:
@@ -144,9 +137,9 @@ def generate(wanted: Wanted) -> None:
     config, model, step = checkpoint.load(wanted.workdir)
     _, classes = read_config(wanted.workdir)
     assert isinstance(model, AtOnce)
-    size, label = size_of(wanted, model, config.row), label_of(wanted, model, config.row, classes)
+    size, label = size_of(wanted, model, config.row), label_of(wanted, model, config.row)
     run = functools.partial(picture, size=size)
-    chosen, told = within_budget(wanted, model, run, config, len(classes))
+    chosen, met = within_budget(wanted, model, run, config, len(classes))
     out = cli.make_folder(wanted.out, "out")
     drawn = draw(chosen, run, wanted, label, config.row)
     flips = None
@@ -180,8 +173,8 @@ def generate(wanted: Wanted) -> None:
         with open(out / "compute.csv", "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([columns, *zip(*columns.values(), strict=True)])
     mean, least, most = (value / 1e6 for value in (drawn.macs.mean(), drawn.macs.min(), drawn.macs.max()))
-    if told:
-        print(told)
+    if met:
+        print(met)
     print(f"{title}: {wanted.number} pictures, {drawn.milliseconds.mean():.2f} ms each in batches of {wanted.batch}")
     print(f"{mean:.2f} MMAC a picture ({least:.2f} to {most:.2f})")
     if flips is not None:

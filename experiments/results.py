@@ -42,11 +42,10 @@ FIGURES = (
     "compute_by_class",
     "extremes",
     "exits",
-    "steps",
     "reconstructions",
 )
 """Pictures that experiments.evaluate makes, of one task or the other."""
-FEW = ("curve", "heatmaps", "extremes", "steps", "reconstructions")
+FEW = ("curve", "heatmaps", "extremes", "reconstructions")
 """Those of rows of small data."""
 
 

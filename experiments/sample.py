@@ -49,7 +49,7 @@ from dynjax.run.workdir import read_config
 from dynjax.show import film
 from dynjax.tasks.autoregressive import integers
 from experiments import cli
-from experiments.evaluate import Place, fresh_twin, with_path
+from experiments.evaluate import Place, fresh_twin, told, with_path
 from experiments.generate import Wanted, generate
 
 T = TypeVar("T")
@@ -167,11 +167,7 @@ def within_budget(model: OfIntegers, budget: float | None, seed: int, config: Co
     draw = make_draw(model, sampler("coarse-to-fine" if isinstance(model, InScales) else "cached"), seed, size)
     drawn = [jax.device_get(draw(2**30 + k * size, label, None).image) for k in range(4)]
     found = solve(model, twin, [budget], drawn)[budget]
-    told, met = found.report, "met" if found.report.met else "NOT met"
-    print(
-        f"budget {budget:.0%} {met}: mean {told.mean / 1e6:.2f} MMAC ({told.mean / twin:.1%} of the static twin's "
-        f"{twin / 1e6:.2f}), p95 {told.p95 / 1e6:.2f}, max {told.max / 1e6:.2f}; threshold {told.threshold:.2f}"
-    )
+    print(told(budget, found.report, twin))
     return found.model
 
 

@@ -91,7 +91,7 @@ def test_a_vae_draws_at_a_budget(vae, tmp_path):
 @pytest.mark.parametrize(
     ("row", "arguments", "message"),
     [
-        ("steps", ["--class", 12], r"--class 12: row digits_gan_steps has the classes 0 to 9, 0 to 9"),
+        ("steps", ["--class", 12], r"--class 12: row digits_gan_steps has the classes 0 to 9$"),
         ("vae", ["--class", 1], "--class 1: row digits_vae_groups was not trained by class"),
         ("steps", ["--size", 16], r"--size 16: row digits_gan_steps draws pictures of 8 pixels; rows \*_gan_scales"),
         ("scales", ["--size", 5], "--size 5: row digits_gan_scales draws pictures of 4, 8 pixels"),

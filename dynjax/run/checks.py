@@ -10,9 +10,6 @@ from dynjax import models
 from dynjax.config import Config
 from dynjax.models.rules import LARGEST_SIDE, Rule, refuse
 
-PLAYED = ("gradient_penalty", "distillation")
-"""Weights of adversarial training."""
-
 
 def check_config(config: Config) -> None:
     """Raises UserError naming, as its option, the first field whose value makes no sense."""
@@ -33,7 +30,10 @@ def _general(config: Config) -> Iterator[tuple[str, object, bool, str]]:
     yield "data.size", size, sides, f"height and width in pixels, each from 1 to {LARGEST_SIDE}"
     yield "budget.target", config.budget.target, 0 < config.budget.target <= 1, "a share of the MACs in (0, 1]"
     yield "budget.weight", config.budget.weight, 0 <= config.budget.weight < math.inf, "0 or more"
-    for name in ("cross_entropy", "dice", "load_balance", "router_z", "ponder", "reinforce", "wrong", *PLAYED):
+    for name in (
+        *("cross_entropy", "dice", "load_balance", "router_z", "ponder", "reinforce", "wrong"),
+        *("gradient_penalty", "distillation"),
+    ):
         yield f"loss.{name}", getattr(loss, name), 0 <= getattr(loss, name) < math.inf, "0 or more"
     yield "loss.label_smoothing", loss.label_smoothing, 0 <= loss.label_smoothing < 1, "in [0, 1)"
     yield "optimizer.learning_rate", o.learning_rate, 0 < o.learning_rate < math.inf, "more than 0"

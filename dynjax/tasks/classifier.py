@@ -3,6 +3,8 @@
 Letters: B examples, H W pixels, D features, K classes.
 """
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,20 +37,11 @@ class Classifier(nnx.Module):
     It looks at pictures of one size, to which others are resized bilinearly, averaged where they shrink.
     """
 
-    def __init__(self, net: ResNet, size: Size, named: str):
-        self.net, self.size, self.named = net, size, named
+    name: ClassVar[str] = "classifier"
+    distance_name: ClassVar[str] = "Fréchet distance (classifier)"
 
-    @property
-    def name(self) -> str:
-        return "classifier"
-
-    @property
-    def distance_name(self) -> str:
-        return "Fréchet distance (classifier)"
-
-    @property
-    def checksum(self) -> str:
-        return self.named
+    def __init__(self, net: ResNet, size: Size, checksum: str):
+        self.net, self.size, self.checksum = net, size, checksum
 
     def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B D"]:
         x = pixels(_resized(image, self.size), jnp.float32)

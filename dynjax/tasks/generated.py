@@ -4,6 +4,7 @@ Letters: N pictures, B examples, H W pixels, C channels, D features.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,15 @@ def labels(model: AtOnce, count: int) -> np.ndarray | None:
 
 def pictures(model: AtOnce, count: int) -> UInt8[np.ndarray, "N H W 3"]:
     """The first pictures of seed 0, of all classes in turn."""
-    graphdef, state = nnx.split(model)
+    return np.asarray(_first(*nnx.split(model), count))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _first(graphdef: nnx.GraphDef, state: nnx.State, count: int) -> Array:
+    """At the module's level: compiled once for all evaluations of a training."""
+    model = nnx.merge(graphdef, state)
     label = labels(model, count)
-
-    @jax.jit
-    def run(state: nnx.State) -> Array:
-        model = nnx.merge(graphdef, state)
-        return model.picture(make_noise(model, 0, 0, count), None if label is None else jnp.asarray(label))
-
-    return np.asarray(run(state))
+    return model.picture(make_noise(model, 0, 0, count), None if label is None else jnp.asarray(label))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ Letters: B examples, H W h w pixels, D features.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,22 +27,17 @@ class EfficientNetFeatures(nnx.Module):
     is faster, and gives another distance.
     """
 
+    name: ClassVar[str] = "efficientnet_lite0"
+
     def __init__(self, net: EfficientNetLite0, size: Size = (224, 224)):
         self.net, self.size = net, size
-
-    @property
-    def name(self) -> str:
-        return "efficientnet_lite0"
+        self.checksum = cache.checksum(["efficientnet_lite0-57934424", str(size)])
 
     @property
     def distance_name(self) -> str:
         height, width = self.size
         at = "" if self.size == (224, 224) else f" at {height}x{width}"
         return f"Fréchet distance (EfficientNet-Lite0{at})"
-
-    @property
-    def checksum(self) -> str:
-        return cache.checksum(["efficientnet_lite0-57934424", str(self.size)])
 
     def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B D"]:
         return self.net.features(_resized(image, self.size, averaged=True)).astype(jnp.float32)
@@ -58,20 +53,11 @@ class InceptionFeatures(nnx.Module):
     compare 50,000 drawn pictures with all of the training set; whoever gives a number says both.
     """
 
-    def __init__(self, net: Inception, named: str):
-        self.net, self.named = net, named
+    name: ClassVar[str] = "inception"
+    distance_name: ClassVar[str] = "FID"
 
-    @property
-    def name(self) -> str:
-        return "inception"
-
-    @property
-    def distance_name(self) -> str:
-        return "FID"
-
-    @property
-    def checksum(self) -> str:
-        return self.named
+    def __init__(self, net: Inception, checksum: str):
+        self.net, self.checksum = net, checksum
 
     def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B D"]:
         return self.net(_resized(image, (299, 299), averaged=False) / 127.5 - 1)
