@@ -1,4 +1,8 @@
-"""Convolutions with kernels of the input: a kernel of its own for each example, or for each pixel.
+"""Convolutions as the platform wants them, and with kernels of the input: one for each example, or for each pixel.
+
+XLA's grouped convolutions take many times as long on CPUs as a sum of shifted products, and a convolution of single
+pixels is a matrix product, with a faster gradient; `convolution` is `jax.lax.conv_general_dilated` that chooses, and
+`by_platform` puts it into the layers of a model.
 
 `vmap` of a convolution over kernels becomes one with as many groups as there are examples, which a CPU runs many times
 slower than the static convolution; mixing the outputs of K convolutions costs K convolutions. So here the "loop"
@@ -10,13 +14,16 @@ Letters: B examples, H W pixels, h w pixels of the output, C D channels in and o
 G groups of channels that share a kernel, K kernels that are mixed.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -128,6 +135,64 @@ def per_pixel(
     return y.reshape(batch, height, width, channels)
 
 
+Model = TypeVar("Model", bound=nnx.Module)
+_LAST = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+"""Channels last, as `nnx.Conv` has them."""
+_plain = contextvars.ContextVar("_plain", default=False)
+
+
+def convolution(
+    x: Float[Array, "B *pixels C"],
+    kernel: Float[Array, "*sides I D"],
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    **ways: Any,
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated`, on CPUs by shifted products where it is depthwise and by a matrix product where
+    its kernel has one pixel: the same numbers but for rounding."""
+    numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
+    channels = numbers.lhs_spec == _LAST.lhs_spec and numbers.rhs_spec == _LAST.rhs_spec
+    channels = channels and numbers.out_spec == _LAST.out_spec and set(lhs_dilation or (1,)) == {1}
+    asked = any(value is not None for value in ways.values())  # a precision, say
+    groups = feature_group_count
+    if _here() and channels and not asked and padding != "SAME_LOWER":
+        if groups > 1 and kernel.shape[2:] == (1, groups):
+            dilation = rhs_dilation or 1
+            return depthwise(x, kernel, strides=window_strides, padding=padding, dilation=dilation, strategy="shifted")
+        bare = isinstance(padding, str) or not any(map(any, padding))
+        if groups == 1 and kernel.shape[:2] == (1, 1) and bare:
+            return x[:, :: window_strides[0], :: window_strides[1]] @ kernel[0, 0]
+    return lax.conv_general_dilated(
+        x, kernel, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, groups, **ways
+    )
+
+
+def _here() -> bool:
+    return jax.default_backend() == "cpu" and not _plain.get()
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Inside this all convolutions are XLA's own, for what reads them in a jaxpr."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def by_platform(model: Model) -> Model:
+    """`model` itself, in whose `nnx.Conv`s `convolution` convolves, unless they have something else of their own."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Conv) and module.conv_general_dilated is lax.conv_general_dilated:
+            module.conv_general_dilated = convolution
+    return model
+
+
 def depthwise(
     x: Float[Array, "B H W C"],
     kernel: Float[Array, "kh kw 1 C"],
@@ -148,7 +213,7 @@ def depthwise(
         ValueError: for another padding or strategy.
     """
     if strategy == "auto":
-        strategy = "shifted" if jax.default_backend() == "cpu" else "grouped"
+        strategy = "shifted" if _here() else "grouped"
     if strategy not in ("shifted", "grouped"):
         raise ValueError(f"strategy={strategy!r} must be 'auto', 'shifted' or 'grouped'")
     sides = kernel.shape[:2]

@@ -15,7 +15,7 @@ from flax import nnx
 
 from dynjax.core import budget as budgets
 from dynjax.core import check as checks
-from dynjax.core import views
+from dynjax.core import convolve, views
 from dynjax.core.deployed import Deployed, apart, call_of, together
 from dynjax.core.devices import automatic
 from dynjax.core.trace import Trace, traced
@@ -110,7 +110,7 @@ class Solver:
         self.batches = [_batch(x, whole=run is None) for x in calibration]
         if not self.batches:
             raise ValueError("calibration is empty: give at least one batch of inputs")
-        self.model = nnx.clone(views.still(model))
+        self.model = convolve.by_platform(nnx.clone(views.still(model)))
         self._call = run or functools.partial(_called, method=method)
         self._method = method
         graphdef, self._state = nnx.split(self.model)

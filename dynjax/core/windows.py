@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
+from dynjax.core import convolve
 from dynjax.core.devices import spread_over
 from dynjax.core.views import fresh
 
@@ -79,7 +80,8 @@ def trace(
 ) -> jex.ClosedJaxpr:
     """The jaxpr of `block` on a map (1, H, W, C), `shape` (..., C) gives the channels, and others of one example."""
     more = [jax.ShapeDtypeStruct((pixels[0], *other.shape[1:]), other.dtype) for other in others]
-    return jax.make_jaxpr(fresh(block))(jax.ShapeDtypeStruct((*pixels, shape[-1]), dtype), *more)
+    with convolve.plain():  # a strip's are chosen by the platform when it is run
+        return jax.make_jaxpr(fresh(block))(jax.ShapeDtypeStruct((*pixels, shape[-1]), dtype), *more)
 
 
 def run_strip(
@@ -303,7 +305,10 @@ class _Walk:
             drop = self.radius - x.margin[0]
             inside = lax.slice_in_dim(self.inside, drop, drop + value.shape[1], axis=1)
             value = jnp.where(inside, value, jnp.zeros((), value.dtype))
-        (out,) = _bind(eqn, [value, kernel], padding=((0, 0), (reach[1], reach[1])))
+        ways = {name: p[name] for name in ("dimension_numbers", "feature_group_count", "precision")}
+        ways |= dict(preferred_element_type=p["preferred_element_type"], rhs_dilation=p["rhs_dilation"])
+        value, kernel = spread_over([value, kernel])
+        out = convolve.convolution(value, kernel, (1, 1), ((0, 0), (reach[1], reach[1])), **ways)
         return [_Strip(out, margin)]
 
     def matrix_product(self, eqn, args):

@@ -4,6 +4,7 @@ from dynjax.models.registry import (
     FAMILIES,
     Family,
     base_of,
+    beginning,
     build,
     check,
     describe,

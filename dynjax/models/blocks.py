@@ -165,3 +165,36 @@ def spread_pixels(x: Float[Array, "B H W C"], factor: int) -> Float[Array, "B H*
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height, width, factor, factor, channels // factor**2).swapaxes(2, 3)
     return x.reshape(batch, height * factor, width * factor, channels // factor**2)
+
+
+def enlarge(x: Float[Array, "B H W C"], factor: int) -> Float[Array, "B H*{factor} W*{factor} C"]:
+    """Bilinear interpolation, pixels of the border repeated: `jax.image.resize` without its product with a matrix,
+    whose work grows with the size of the map."""
+    for axis in (1, 2):
+        ends = [jax.lax.slice_in_dim(x, start, start + 1, axis=axis) for start in (0, x.shape[axis] - 1)]
+        padded = jnp.concatenate([ends[0], x, ends[1]], axis)
+        phases = []
+        for phase in range(factor):
+            place = (phase + 0.5) / factor - 0.5  # of the finer pixel, in those of x
+            first = 0 if place < 0 else 1
+            low, high = (jax.lax.slice_in_dim(padded, k, k + x.shape[axis], axis=axis) for k in (first, first + 1))
+            share = place % 1
+            phases.append(low * (1 - share) + high * share)
+        shape = list(x.shape)
+        shape[axis] *= factor
+        x = jnp.stack(phases, axis + 1).reshape(shape)
+    return x
+
+
+class Classify(nnx.Module):
+    """Logits of every pixel of a picture, float32, from a map that has one for `stride` x `stride` of them: of each of
+    these by itself where `sharp`, otherwise interpolated."""
+
+    def __init__(self, features: int, classes: int, stride: int, sharp: bool = False, *, rngs: nnx.Rngs):
+        self.stride, self.sharp = stride, sharp
+        self.linear = nnx.Linear(features, classes * (stride**2 if sharp else 1), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[Array, "B _h _w _K"]:
+        logits = self.linear(x).astype(jnp.float32)
+        logits = spread_pixels(logits, self.stride) if self.sharp else enlarge(logits, self.stride)
+        return logits[:, : size[0], : size[1]]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from dynjax.config import ModelConfig
 from dynjax.core.training import Predicts
 from dynjax.models import registry, rules
+from dynjax.models.frozen import freeze
 from dynjax.models.likelihoods import Likelihood, OfIntegers
 from dynjax.models.registry import Family, register
 from dynjax.models.rules import Rule
@@ -34,22 +35,6 @@ class CodesConfig(Generic[Prior]):
     def shape(self) -> tuple[int, int, int]:
         """Of the pictures."""
         return self.vqvae.shape
-
-
-Model = TypeVar("Model", bound=nnx.Module)
-
-
-class Frozen(nnx.Variable):
-    """What was a parameter and is not trained any more."""
-
-
-def freeze(model: Model) -> Model:
-    """`model` itself, its parameters being none any more."""
-    for _, module in list(nnx.iter_modules(model)):
-        for name, value in list(vars(module).items()):
-            if isinstance(value, nnx.Param):
-                setattr(module, name, Frozen(value[...]))
-    return model
 
 
 class Codes(nnx.Module):

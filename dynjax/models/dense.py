@@ -13,7 +13,7 @@ Letters: B examples, H W pixels, K classes.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -28,12 +28,10 @@ from dynjax.models.rules import Rule
 
 @runtime_checkable
 class BackboneConfig(ModelConfig, Protocol):
-    """Of a backbone; `widths` and `blocks` are those of its levels, the finest first."""
+    """Of a backbone; `widths` are those of its maps, the finest first."""
 
     @property
     def widths(self) -> tuple[int, ...]: ...
-    @property
-    def blocks(self) -> tuple[int, ...]: ...
 
 
 @runtime_checkable
@@ -46,16 +44,26 @@ class DynamicsConfig(ModelConfig, Protocol):
     """Of dynamics."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where dynamics go: a module that keeps the shape of its map."""
+
+    modules: nnx.List
+    number: int
+    """Of the module in that list."""
+    channels: int
+    level: int
+    """Of the map of the backbone whose resolution it works at, 0 the finest."""
+
+
+def sites_of(blocks: Sequence[nnx.List], channels: Sequence[int]) -> Iterator[Site]:
+    """All modules of a list for each level, which has so many channels."""
+    for level, (modules, width) in enumerate(zip(blocks, channels, strict=False)):
+        yield from (Site(modules, number, width, level) for number in range(len(modules)))
+
+
 @runtime_checkable
-class InBlocks(Protocol):
-    """What dynamics can be put into."""
-
-    blocks: Sequence[nnx.List]
-    """Modules of each level, the finest first, that keep the shape of their input: dynamics wrap or replace them."""
-
-
-@runtime_checkable
-class Backbone(InBlocks, Protocol):
+class Backbone(Protocol):
     """Maps of a picture (B, H, W, 3) of bytes, the finest first."""
 
     widths: tuple[int, ...]
@@ -64,13 +72,20 @@ class Backbone(InBlocks, Protocol):
     """Pixels of the picture, along a side, to one of each map; odd sizes are rounded up."""
 
     def __call__(self, image: Array, /) -> list[jax.Array]: ...
+    def sites(self) -> Iterable[Site]:
+        """In the order in which they run."""
+
+    @property
+    def tail(self) -> nnx.List:
+        """Modules that run one after the other and give the coarsest map: its sites may be replaced, and more added."""
 
 
 @runtime_checkable
-class Head(InBlocks, Protocol):
+class Head(Protocol):
     """Logits (B, H, W, K), float32, of every pixel of a picture of `size`, from the maps of a backbone."""
 
     def __call__(self, maps: Sequence[Array], size: tuple[int, int], /) -> jax.Array: ...
+    def sites(self) -> Iterable[Site]: ...
 
 
 B = TypeVar("B", bound=BackboneConfig)
@@ -105,20 +120,25 @@ class Dense(nnx.Module):
         return self.head(self.backbone(image), (image.shape[1], image.shape[2]))
 
     def wrap(self, wrapper: Callable[[nnx.Module, int, int], nnx.Module], levels: int | None = None) -> "Dense":
-        """The model itself with `wrapper(block, channels, level)` in the place of every block of the finest `levels`,
-        of all by default: the head's before the backbone's."""
-        for part in (self.head, self.backbone):
-            for level, blocks in enumerate(part.blocks[:levels]):
-                for number, block in enumerate(blocks):
-                    blocks[number] = wrapper(block, self.backbone.widths[level], level)
+        """The model itself with `wrapper(module, channels, level)` in the place of every site of the finest `levels`,
+        of all by default: the head's before the backbone's. Raises ValueError where there is none."""
+        most = len(self.backbone.widths) if levels is None else levels
+        sites = [site for part in (self.head, self.backbone) for site in part.sites() if site.level < most]
+        if not sites:
+            parts = f"{type(self.backbone).__name__} and {type(self.head).__name__}"
+            raise ValueError(f"{parts} have no block at the finest {most} levels that dynamics could go into")
+        for site in sites:
+            site.modules[site.number] = wrapper(site.modules[site.number], site.channels, site.level)
         return self
 
     def coarsest(self, blocks: Sequence[nnx.Module]) -> "Dense":
-        """The model itself with `blocks` in the place of those of its coarsest map."""
-        own = self.backbone.blocks[-1]
-        while len(own):
-            own.pop()
-        own.extend(blocks)
+        """The model itself with `blocks`, of its coarsest map's channels, in the place of that map's sites."""
+        tail = self.backbone.tail
+        replaced = {site.number for site in self.backbone.sites() if site.modules is tail}
+        kept = [module for number, module in enumerate(tail) if number not in replaced]
+        while len(tail):
+            tail.pop()
+        tail.extend([*kept, *blocks])
         return self
 
 
@@ -149,5 +169,7 @@ FAMILY = register(
         uses=lambda config: registry.uses(config.dynamics),
         dynamics=lambda config: config.dynamics.family,
         twin=lambda config: dataclasses.replace(config, dynamics=StaticConfig()),
+        weights=lambda config: registry.family_of(config.backbone).weights(config.backbone),
+        begin=lambda config, model: registry.family_of(config.backbone).begin(config.backbone, model.backbone),
     )
 )

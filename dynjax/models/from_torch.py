@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Shaped
 
 from dynjax.config import UserError
+from dynjax.models.frozen import FrozenNorm
 
 Tensors = Mapping[str, Shaped[np.ndarray, "..."]]
 SHOWN = 4
@@ -48,7 +49,7 @@ def fill(layers: Mapping[str, nnx.Module], tensors: Tensors, where: object, othe
 
 def _parts(layer: nnx.Module) -> dict[str, nnx.Variable]:
     """The variables of a layer by PyTorch's names."""
-    if isinstance(layer, nnx.BatchNorm):
+    if isinstance(layer, nnx.BatchNorm | FrozenNorm):
         found = {"weight": layer.scale, "bias": layer.bias, "running_mean": layer.mean, "running_var": layer.var}
     else:
         assert isinstance(layer, nnx.Conv | nnx.Linear)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from dynjax.models import rules
 from dynjax.models.blocks import as_bytes, in_channels, leaky, make_gate, pixels, repeat_pixels, spread_pixels
 from dynjax.models.discriminator import Discriminator, make_dynamic
+from dynjax.models.frozen import freeze
 from dynjax.models.halting import make_halt
 from dynjax.models.registry import BUDGET, Family, register, without_dynamics
 from dynjax.models.rules import Depth, Range, Rule, Width, Widths
@@ -207,20 +208,6 @@ def _smallest(config: GanConfig) -> tuple[int, int]:
 # The two players together
 
 
-class Frozen(nnx.Variable):
-    """A weight that does not learn."""
-
-
-def frozen(module: Generator) -> Generator:
-    """A copy whose weights do not learn."""
-    copy = nnx.clone(module)
-    for _, each in list(nnx.iter_modules(copy)):
-        for name, value in list(vars(each).items()):
-            if isinstance(value, nnx.Param):
-                setattr(each, name, Frozen(value[...]))
-    return copy
-
-
 class GAN(nnx.Module):
     """A generator and the discriminator that it learns from; called, it draws.
 
@@ -240,7 +227,7 @@ class GAN(nnx.Module):
             sizes=len(self.generator.painters),
             rngs=rngs,
         )
-        self.teacher: Generator | None = frozen(self.generator) if config.dynamics == "steps" else None
+        self.teacher: Generator | None = freeze(nnx.clone(self.generator)) if config.dynamics == "steps" else None
 
     def __call__(self, latent: Float[Array, "B L"], label: Int[Array, " B"] | None = None) -> Float[Array, "B H W C"]:
         return self.generator(latent, label)
@@ -319,7 +306,7 @@ def build(config: GanConfig, classes: int, *, rngs: nnx.Rngs, twin_params: nnx.S
     model = GAN(config, classes, rngs=rngs)
     if twin_params is not None:
         nnx.update(model, twin_params)
-        model.teacher = frozen(model.generator) if model.teacher is not None else None
+        model.teacher = freeze(nnx.clone(model.generator)) if model.teacher is not None else None
     generator, gate, last = model.generator, config.gate, config.widths[-1]
     assert isinstance(generator.refine, Repeat)
     step = generator.refine.step

@@ -5,12 +5,13 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from flax import nnx
 
 from dynjax.config import ModelConfig, UserError
 from dynjax.models import rules
+from dynjax.models.frozen import TRAINED
 from dynjax.models.rules import Range, Rule
 
 C = TypeVar("C", bound=ModelConfig)
@@ -52,6 +53,10 @@ class Family(Generic[C]):
     """Fields that the twin's weights do not depend on, beside `dynamics` and `gate`."""
     base: Callable[[C], ModelConfig] = lambda config: config
     """Configuration of the model that it takes its first weights from, but for dynamics."""
+    weights: Callable[[C], str] = lambda config: vars(config).get("weights", "")
+    """Weights that were trained elsewhere and that training begins with, as an option has them; empty: none."""
+    begin: Callable[[C, Any], None] = lambda config, model: None
+    """`(config, model)`: put these into the new static model, in place."""
 
 
 OPEN: dict[type, dict[str, Family]] = collections.defaultdict(dict)
@@ -85,6 +90,19 @@ def build(config: ModelConfig, classes: int, *, rngs: nnx.Rngs, twin_params: nnx
     """
     check(config)
     return family_of(config).build(config, classes, rngs=rngs, twin_params=twin_params)
+
+
+def beginning(config: ModelConfig, classes: int, *, rngs: nnx.Rngs) -> nnx.State | None:
+    """Variables of the static twin, with weights that were trained elsewhere; None where the configuration wants none.
+
+    Raises UserError where these are not there or do not fit.
+    """
+    twin = static_twin(config)
+    if not family_of(twin).weights(twin):
+        return None
+    model = build(twin, classes, rngs=rngs)
+    family_of(twin).begin(twin, model)
+    return nnx.state(model, TRAINED)
 
 
 def filled(model: Module, twin_params: nnx.State | None) -> Module:

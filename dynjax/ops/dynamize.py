@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from dynjax.core import views
+from dynjax.core import convolve, views
 from dynjax.core.deployed import call_of
 from dynjax.core.modules import name, replace
 from dynjax.core.standing import inputs
@@ -46,7 +46,7 @@ def dynamize(
             a dynamic module, or where the input channels are not to be found.
     """
     _check_model(model)
-    copy = nnx.clone(model)
+    copy = convolve.by_platform(nnx.clone(model))
     # Lists and dicts are modules too; wrapping one would hide its items from the model that indexes it.
     paths = {name(path): m for path, m in nnx.iter_modules(copy) if path and not isinstance(m, nnx.List | nnx.Dict)}
     chosen = _matches(paths, wrappers)

@@ -19,6 +19,7 @@ from dynjax import models
 from dynjax.config import Config, UserError
 from dynjax.core import budget, views
 from dynjax.data.source import Source
+from dynjax.models.frozen import TRAINED
 from dynjax.run import checkpoint, checks, lock, log
 from dynjax.run import mesh as meshes
 from dynjax.run.build import build, check_memory
@@ -275,7 +276,7 @@ def _twin(config: Config, classes: tuple[str, ...]) -> nnx.State:
     # A VQ-VAE has no classes.
     if models.task_of(other.model) != "reconstruction" and (different := other_classes(names, classes)):
         raise UserError(f"--init-from {config.init_from}: trained for other classes: {different}")
-    return nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+    return nnx.state(model, TRAINED)
 
 
 def validator(task: Task, source: Source, config: Config, stop: Stop | None = None) -> Callable[[nnx.Module], Scores]:
@@ -353,7 +354,12 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> Scores
     task = make_task(config, source)
     # Parameters, their average and the two moments of Adam.
     check_memory(config, len(classes), copies=4 if config.optimizer.ema else 3)
-    twin = _twin(config, classes) if from_twin else None
+    if from_twin:
+        twin = _twin(config, classes)
+    elif checkpoint.any_finished(workdir):
+        twin = None
+    else:
+        twin = models.beginning(config.model, len(classes), rngs=nnx.Rngs(config.seed))
     model = build(config, len(classes), twin)
     augment = config.data.augment
     loader = make_loader(source, config.batch_size, seed=config.seed, augment=augment, **meshes.processes())

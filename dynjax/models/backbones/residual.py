@@ -14,7 +14,7 @@ from jaxtyping import Array, UInt8
 
 from dynjax.models import rules
 from dynjax.models.blocks import Block, Mix, gather_pixels, pixels
-from dynjax.models.dense import BackboneConfig
+from dynjax.models.dense import BackboneConfig, Site, sites_of
 from dynjax.models.registry import Family, register
 from dynjax.models.rules import Counts, Rule, Widths
 
@@ -55,6 +55,13 @@ class Residual(nnx.Module):
                 x = block(x)
             maps.append(x)
         return maps
+
+    def sites(self) -> Iterator[Site]:
+        return sites_of(self.blocks, self.widths)
+
+    @property
+    def tail(self) -> nnx.List:
+        return self.blocks[-1]
 
 
 def _rules(config: ResidualConfig) -> Iterator[Rule]:

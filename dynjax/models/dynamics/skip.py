@@ -1,15 +1,13 @@
 """Whole blocks run or not, per picture."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Literal
 
 from flax import nnx
 
 from dynjax.models.blocks import make_gate
-from dynjax.models.dense import BackboneConfig, Dense, DynamicsConfig
+from dynjax.models.dense import Dense, DynamicsConfig
 from dynjax.models.registry import BUDGET, Family, register
-from dynjax.models.rules import Rule
 from dynjax.ops import Skip
 
 
@@ -28,9 +26,4 @@ def build(config: SkipConfig, model: Dense, *, rngs: nnx.Rngs) -> Dense:
     return model.wrap(wrapper)
 
 
-def _rules(config: SkipConfig, backbone: BackboneConfig) -> Iterator[Rule]:
-    wanted = f"static: there is nothing to skip, --model.backbone.blocks is {backbone.blocks}"
-    yield Rule("family", config.family, any(backbone.blocks), wanted)
-
-
-FAMILY = register(Family(SkipConfig, build, rules=_rules, uses=BUDGET), DynamicsConfig)
+FAMILY = register(Family(SkipConfig, build, uses=BUDGET), DynamicsConfig)

@@ -39,8 +39,6 @@ def build(config: TilesConfig, model: Dense, *, rngs: nnx.Rngs) -> Dense:
 def tiled(config: TiledConfig, backbone: BackboneConfig) -> Iterator[Rule]:
     sides, levels = config.tiles, len(backbone.widths)
     yield Rule("tiles", sides, 1 <= len(sides) <= levels, f"one side for each of the first 1 to {levels} levels")
-    has_blocks = all(backbone.blocks[: len(sides)])
-    yield Rule("tiles", sides, has_blocks, f"of levels with blocks, and --model.backbone.blocks is {backbone.blocks}")
 
 
 FAMILY = register(Family(TilesConfig, build, tiny=dict(tiles=(4,)), rules=tiled, uses=BUDGET), DynamicsConfig)

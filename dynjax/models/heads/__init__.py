@@ -1,3 +1,3 @@
 """Heads of dense prediction, one a file; see `dynjax.models.dense`."""
 
-from dynjax.models.heads import unet
+from dynjax.models.heads import attention, deeplab, fcn, pspnet, recursive, segnet, unet

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.models.blocks import Block, repeat_pixels, spread_pixels
-from dynjax.models.dense import Backbone, BackboneConfig, HeadConfig
+from dynjax.models.dense import Backbone, BackboneConfig, HeadConfig, Site, sites_of
 from dynjax.models.registry import Family, register
 from dynjax.models.rules import Counts, Rule
 
@@ -47,10 +47,9 @@ class UNetHead(nnx.Module):
     """Gives every pixel of the finest map the logits of the stride^2 pixels of the picture under it."""
 
     def __init__(self, config: UNetHeadConfig, backbone: Backbone, classes: int, *, rngs: nnx.Rngs):
-        widths, strides = backbone.widths, backbone.strides
-        if any(coarse != 2 * fine for fine, coarse in itertools.pairwise(strides)):
-            raise ValueError(f"strides={strides} of the backbone: each level must work at half the resolution")
-        self.stride = strides[0]
+        halves(backbone)
+        self.widths = widths = backbone.widths
+        self.stride = backbone.strides[0]
         self.up = nnx.List([Merge(fine, coarse, rngs=rngs) for fine, coarse in itertools.pairwise(widths)])
         levels = zip(widths[:-1], config.blocks, strict=True)
         self.blocks = nnx.List([nnx.List([Block(w, rngs=rngs) for _ in range(n)]) for w, n in levels])
@@ -64,11 +63,26 @@ class UNetHead(nnx.Module):
                 x = block(x)
         return spread_pixels(self.linear(x).astype(jnp.float32), self.stride)[:, : size[0], : size[1]]
 
+    def sites(self) -> Iterator[Site]:
+        return sites_of(self.blocks, self.widths)
 
-def _rules(config: UNetHeadConfig, backbone: BackboneConfig) -> Iterator[Rule]:
+
+def halves(backbone: Backbone) -> None:
+    """Raises ValueError where a map has not half the resolution of the one before."""
+    strides = backbone.strides
+    if any(coarse != 2 * fine for fine, coarse in itertools.pairwise(strides)):
+        raise ValueError(f"strides={strides} of the backbone: each level must work at half the resolution")
+
+
+def of_levels(blocks: tuple[int, ...], backbone: BackboneConfig) -> Iterator[Rule]:
+    """Of a field `blocks` of a decoder."""
     levels = len(backbone.widths) - 1
     wanted = f"one number for each level but the coarsest, which are {levels}"
-    yield Rule("blocks", config.blocks, len(config.blocks) == levels, wanted)
+    yield Rule("blocks", blocks, len(blocks) == levels, wanted)
+
+
+def _rules(config: UNetHeadConfig, backbone: BackboneConfig) -> Iterator[Rule]:
+    return of_levels(config.blocks, backbone)
 
 
 FAMILY = register(Family(UNetHeadConfig, UNetHead, tiny=dict(blocks=(1,)), rules=_rules), HeadConfig)

@@ -1,0 +1,61 @@
+"""Inverted residual blocks, of which mobile networks are made.
+
+Letters: B examples, H W pixels, C D channels.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dynjax.core import convolve
+
+Init = Callable[..., Any] | None
+Padding = str | Sequence[tuple[int, int]]
+
+
+class Ways:
+    """How the layers of one network are made."""
+
+    def __init__(self, epsilon: float, padding: Callable[[int], Padding], init: Init, rngs: nnx.Rngs):
+        self.epsilon, self.padding, self.rngs = epsilon, padding, rngs
+        self.init: dict[str, Any] = {} if init is None else {"kernel_init": init}
+
+    def norm(self, channels: int) -> nnx.BatchNorm:
+        return nnx.BatchNorm(channels, momentum=0.99, epsilon=self.epsilon, rngs=self.rngs)
+
+    def linear(self, before: int, after: int) -> nnx.Linear:
+        return nnx.Linear(before, after, use_bias=False, rngs=self.rngs, **self.init)
+
+    def conv(self, before: int, after: int, side: int, stride: int, groups: int = 1) -> nnx.Conv:
+        ways: dict[str, Any] = dict(feature_group_count=groups, conv_general_dilated=convolve.convolution)
+        ways |= dict(padding=self.padding(side), use_bias=False, rngs=self.rngs)
+        return nnx.Conv(before, after, (side, side), (stride, stride), **ways, **self.init)
+
+
+class InvertedBlock(nnx.Module):
+    """More channels by a linear layer, a convolution of each channel, fewer channels; around a shortcut where the shape
+    stays (Sandler et al. 2018, arXiv:1801.04381, section 3.3)."""
+
+    def __init__(self, before: int, after: int, side: int, stride: int, expansion: int, ways: Ways):
+        inner = before * expansion
+        self.expand = ways.linear(before, inner) if expansion > 1 else None
+        self.expand_norm = ways.norm(inner) if expansion > 1 else None
+        self.depthwise, self.depthwise_norm = ways.conv(inner, inner, side, stride, inner), ways.norm(inner)
+        self.project, self.project_norm = ways.linear(inner, after), ways.norm(after)
+        self.stays = stride == 1 and before == after
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        y = x
+        if self.expand is not None and self.expand_norm is not None:
+            y = nnx.relu6(self.expand_norm(self.expand(y)))
+        y = nnx.relu6(self.depthwise_norm(self.depthwise(y)))
+        y = self.project_norm(self.project(y))
+        return x + y if self.stays else y
+
+    def layers(self) -> list[tuple[nnx.Module, nnx.Module]]:
+        """Its layers, each with its norm, in their order."""
+        pairs = (self.expand, self.expand_norm), (self.depthwise, self.depthwise_norm)
+        found = (*pairs, (self.project, self.project_norm))
+        return [(layer, norm) for layer, norm in found if layer is not None and norm is not None]

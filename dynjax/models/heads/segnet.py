@@ -1,0 +1,79 @@
+"""The decoder of SegNet (Badrinarayanan et al. 2017, arXiv:1511.00561, section 3).
+
+Letters: B examples, H W pixels, C D channels, K classes.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dynjax.models.blocks import Block, Classify, Mix, gather_pixels, spread_pixels
+from dynjax.models.dense import Backbone, BackboneConfig, HeadConfig, Site, sites_of
+from dynjax.models.heads.unet import halves, of_levels
+from dynjax.models.registry import Family, register
+from dynjax.models.rules import Counts, Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class SegNetHeadConfig:
+    """From the coarsest map up; of the finer ones only where their maxima are is used."""
+
+    family: Literal["segnet"] = "segnet"
+    blocks: Counts = (1, 1, 1)
+    """Residual blocks of each level but the coarsest, finest first."""
+
+
+def pooling_indices(x: Float[Array, "B H W C"]) -> Int[Array, "B h w C"]:
+    """Which of the 2x2 pixels under each has the largest value, 0 to 3 by rows; the first of several."""
+    four = gather_pixels(x)
+    return four.reshape(*four.shape[:3], 4, x.shape[3]).argmax(3)
+
+
+def unpool(x: Float[Array, "B h w C"], indices: Int[Array, "B h w C"]) -> Float[Array, "B 2*h 2*w C"]:
+    """Every value at the pixel of its index, and 0 at the three others."""
+    spread = jnp.where(indices[:, :, :, None] == jnp.arange(4)[None, None, None, :, None], x[:, :, :, None], 0)
+    return spread_pixels(spread.reshape(*x.shape[:3], -1), 2)
+
+
+class SegNetHead(nnx.Module):
+    """Each level: fewer channels, unpooled to where the finer map has its maxima, a linear layer, and blocks.
+
+    Deviation: the indices are those of the backbone's finer map, whether or not it made the coarser one by pooling at
+    its maxima; blocks are residual.
+    """
+
+    def __init__(self, config: SegNetHeadConfig, backbone: Backbone, classes: int, *, rngs: nnx.Rngs):
+        halves(backbone)
+        self.widths = backbone.widths
+        pairs = list(itertools.pairwise(self.widths))
+        self.narrow = nnx.List([Mix(coarse, fine, rngs=rngs) for fine, coarse in pairs])
+        self.fill = nnx.List([Mix(fine, fine, rngs=rngs) for fine, _ in pairs])
+        levels = zip(self.widths[:-1], config.blocks, strict=True)
+        self.blocks = nnx.List([nnx.List([Block(w, rngs=rngs) for _ in range(n)]) for w, n in levels])
+        self.classify = Classify(self.widths[0], classes, backbone.strides[0], sharp=True, rngs=rngs)
+
+    def __call__(self, maps: Sequence[Array], size: tuple[int, int]) -> Float[Array, "B H W K"]:
+        x: jax.Array = jnp.asarray(maps[-1])
+        for level in reversed(range(len(self.blocks))):
+            fine = maps[level]
+            x = unpool(self.narrow[level](x), pooling_indices(fine))
+            x = self.fill[level](x[:, : fine.shape[1], : fine.shape[2]])
+            for block in self.blocks[level]:
+                x = block(x)
+        return self.classify(x, size)
+
+    def sites(self) -> Iterator[Site]:
+        return sites_of(self.blocks, self.widths)
+
+
+def _rules(config: SegNetHeadConfig, backbone: BackboneConfig) -> Iterator[Rule]:
+    return of_levels(config.blocks, backbone)
+
+
+FAMILY = register(Family(SegNetHeadConfig, SegNetHead, tiny=dict(blocks=(1,)), rules=_rules), HeadConfig)
