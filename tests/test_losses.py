@@ -95,7 +95,7 @@ def test_soft_dice_by_hand():
 
 
 def lovasz(logits, mask):
-    """Berman et al. 2018, equation 11 and algorithm 1 as it is written; value and gradient by the probabilities."""
+    """Berman et al. 2018, algorithm 1 as it is written, a mean over classes: value, gradient by probabilities."""
     mask = np.asarray(mask)
     share, labels = softmax(logits)[mask >= 0], mask[mask >= 0]
     value, gradient = 0.0, np.zeros_like(share)

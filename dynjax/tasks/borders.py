@@ -74,7 +74,7 @@ def boundary_counts(guess: Int[Array, "B H W"], mask: Int[Array, "B H W"], class
 def boundary_scores(counts: Num[np.ndarray, "C 4"]) -> dict[str, Any]:
     """`boundary_f1`, and the list `class_boundary_f1` (one a class), of the sum of `boundary_counts`.
 
-    Csurka et al. 2013 (BMVC, section 3): 2 P R / (P + R), precision P the share of predicted border pixels near a true
+    Csurka et al. 2013 (BMVC): 2 P R / (P + R), precision P the share of predicted border pixels near a true
     one, recall R the share of true ones near a predicted one. They score every picture and take the mean; here the
     counts are summed over the split first, as those of the IoU are. A class without a border in truth or prediction is
     nan and is left out of the mean, nan where there is none.

@@ -1,8 +1,9 @@
 """Losses of segmentation. Masks hold class numbers, and -1 where a pixel is ignored.
 
 In float32 whatever the logits are, 0 where every pixel is ignored, and ValueError where the shapes disagree. Labels are
-compared with the numbers of the classes, which XLA does while it sums: beside the logits nothing of their size is made
-of labels, with 1,000 classes too. Axis letters: B batch, H W pixels, C classes, N pixels of the batch.
+compared with the numbers of the classes, which XLA does while it sums: no array of the logits' size is made of labels.
+A loss and its gradient take up to three times the memory of the logits in float32, several added up more.
+Axis letters: B batch, H W pixels, C classes, N pixels of the batch.
 """
 
 from collections.abc import Sequence
@@ -89,9 +90,9 @@ def soft_dice(logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -> Flo
 def lovasz_softmax(logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -> Float[Array, ""]:
     """Mean over the classes in the mask of the Lovász extension of 1 - IoU, at the errors |t - p|, p = softmax(logits).
 
-    Berman et al. 2018 (arXiv:1705.08790), equation 11, over the whole batch and the classes in it. The extension is
-    linear where the order of the errors stays: sum of errors times the weights of algorithm 1, which are constants to
-    the gradient, as there. Every class in the mask takes a sort of all pixels, one class after the other.
+    Berman et al. 2018 (arXiv:1705.08790), over the whole batch and the classes in it. The extension is linear where the
+    order of the errors stays: sum of errors times the weights of algorithm 1, which are constants to the gradient, as
+    there. Every class in the mask takes a sort of all pixels, one class after the other.
     """
     check_shapes(logits, mask)
     classes, labels = logits.shape[-1], mask.reshape(-1)
