@@ -27,7 +27,7 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
-	XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n 2 -m optimised tests/test_optimised.py tests/test_execute.py
+	XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n 2 -m optimised tests/test_optimised.py tests/test_execute.py tests/test_losses.py
 
 test-slow: venv
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow

@@ -69,11 +69,21 @@ class LossConfig:
     cross_entropy: float = 1.0
     dice: float = 0.0
     """Weight of the soft Dice loss."""
+    focal: float = 0.0
+    """Weight of the focal loss, its exponent 2."""
+    lovasz: float = 0.0
+    """Weight of the Lovász-softmax loss, which stands for 1 - mIoU. It sorts all pixels for every class in the batch,
+    which takes a CPU long."""
+    boundary: float = 0.0
+    """Weight of the cross-entropy in which pixels on a border of classes count 11 times, and less with the distance
+    from it, up to 15 pixels."""
+    one_vs_all: float = 0.0
+    """Weight of the binary cross-entropy of every class against all others. The prediction stays the largest logit."""
     class_weights: Literal["none", "sqrt", "inverse"] = "none"
     """Weight each class by nothing, by 1/sqrt(frequency) or by 1/frequency, measured on the training masks; of
-    segmentation. Options that a row does not use are refused."""
+    segmentation, in all its losses but dice and lovasz. Options that a row does not use are refused."""
     label_smoothing: float = 0.0
-    """Share of the label that is spread over all classes."""
+    """Share of the label that is spread over all classes, in cross_entropy and boundary."""
     load_balance: float = 0.0
     """Weight of the loss that has all branches and experts used alike."""
     router_z: float = 0.0

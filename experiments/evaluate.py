@@ -4,8 +4,9 @@ Writes into W: curve.csv, curve.png, compute_histogram.png, table.txt, evaluatio
 segmentation heatmaps.png, and as examples/*.png the pictures that it shows; of classification compute_by_class.png and
 extremes.png, and where there are exits budgeted.csv, anytime.csv and exits.png; of a VAE drawn.png and
 reconstructions.png; of a GAN drawn.png, distances.csv and what is dynamic in it (extremes.png, steps.png, sizes.csv,
-discriminator.csv). Where users run the model itself its latency is measured, and latency.csv written; how long drawing
-takes is a matter of samplers (experiments.sample, benchmarks.sampling).
+discriminator.csv). Of segmentation table.txt ends in IoU, Dice and boundary F1 of each class, at the last budget. Where
+users run the model itself its latency is measured, and latency.csv written; how long drawing takes is a matter of
+samplers (experiments.sample, benchmarks.sampling).
 """
 
 import dataclasses
@@ -33,7 +34,16 @@ from dynjax.run.checks import LARGEST_SIDE
 from dynjax.run.evaluate import Evaluation, decides, evaluate, make_runner, score, shown
 from dynjax.run.workdir import other_classes, read_config
 from dynjax.show import report
-from dynjax.show.curve import Point, calibration_table, curve_table, latency_table, layer_table, plot_curve, read_curve
+from dynjax.show.curve import (
+    Point,
+    calibration_table,
+    class_table,
+    curve_table,
+    latency_table,
+    layer_table,
+    plot_curve,
+    read_curve,
+)
 from dynjax.tasks import Task, make_task
 from experiments import cli
 
@@ -245,6 +255,13 @@ def summarise(title: str, row: str, found: Evaluation, task: Task, twin_score: f
     return lines + [said for budget, each in found.reports.items() if (said := unmet(row, budget, each, whole))]
 
 
+def by_class(found: Evaluation, classes: Sequence[str]) -> list[str]:
+    """The lines of table.txt on each class, of tasks that score it, at the last budget."""
+    budget = max(found.scored)
+    told = class_table(classes, found.scored[budget].scores)
+    return ["", f"classes at budget {budget:g}", told] if told else []
+
+
 def measured(found: Evaluation, twin_score: float | None) -> dict[str, Any]:
     """What evaluation.json says of what was found, beside curve.csv."""
     reports, scored = ({f"{budget:g}": each for budget, each in x.items()} for x in (found.reports, found.scored))
@@ -340,7 +357,8 @@ def main(raw: list[str]) -> None:
     with files.writing(f"in workdir {workdir}"):
         written = draw(workdir, {config.row: found.points, **controls}, found, task, twin_score, title)
         said = task.show(workdir, seen)
-        (workdir / "table.txt").write_text("\n".join(lines) + "\n")
+        # The table of classes is for the file alone: 1,000 lines would hide the others on a terminal.
+        (workdir / "table.txt").write_text("\n".join([*lines, *by_class(found, classes)]) + "\n")
         (workdir / "evaluation.json").write_text(json.dumps(log.finite(record), indent=1) + "\n")
     if not static:
         layers = {budget: each.shares for budget, each in found.scored.items()}

@@ -61,6 +61,14 @@ def test_options_that_do_not_fit(row, options, message):
         models.check(model)
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "dice", "focal", "lovasz", "boundary", "one_vs_all"])
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_weights_of_losses_are_numbers_from_0(name, weight):
+    config = changed(rows.get_row("digits_unet_static"), dict(loss={name: weight}))
+    with pytest.raises(UserError, match=f"--loss.{name.replace('_', '-')} is {weight}: it must be 0 or more"):
+        checks.check_config(config)
+
+
 def test_the_parts_of_a_model_of_codes():
     model = rows.ROWS["digits_codes_exits"]().model
     model = dataclasses.replace(model, prior=dataclasses.replace(model.prior, features=10, heads=4))

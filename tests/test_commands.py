@@ -123,6 +123,11 @@ def test_evaluate_writes_what_it_promises(workdir):
         [48, 48],
     )
     assert set(record["thresholds"]) == {"0.6", "1"}
+    scores = record["scores"]["1"]
+    assert len(scores["class_dice"]) == len(scores["class_boundary_f1"]) == len(record["classes"]) == 11
+    told = (workdir / "table.txt").read_text().split("classes at budget 1\n")[1].splitlines()
+    assert [line.split()[0] for line in told[2:]] == [*(name.split()[0] for name in record["classes"]), "mean"]
+    assert told[-1].split()[1:] == [f"{100 * scores[name]:.1f}" for name in ("miou", "dice", "boundary_f1")]
 
 
 def test_a_classifier_with_exits(tmp_path, pictures):

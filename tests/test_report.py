@@ -63,6 +63,15 @@ def test_tables_are_aligned():
     ]
 
 
+def test_classes_are_told_with_their_means():
+    scores = {"iou": [0.5, float("nan")], "miou": 0.5, "class_dice": [2 / 3, float("nan")], "dice": 2 / 3}
+    scores |= {"class_boundary_f1": [0.25, float("nan")], "boundary_f1": 0.25}
+    lines = [line.split() for line in curve.class_table(["sky", "car"], scores).splitlines()]
+    assert lines[0] == ["class", "IoU", "%", "Dice", "%", "boundary", "F1", "%"]
+    assert lines[2:] == [["sky", "50.0", "66.7", "25.0"], ["car", "-", "-", "-"], ["mean", "50.0", "66.7", "25.0"]]
+    assert curve.class_table(["sky", "car"], {"accuracy": 0.5, "recall": [0.5, 0.5]}) == ""
+
+
 def test_calibration_table_is_in_millions():
     found = Report(0.5, 1.25, False, 2e6, 3e6, 4e6, 8e6)
     assert curve.calibration_table({0.25: found}).splitlines()[2].split() == "0.25 2.0 3.0 4.0 8.0 1.25 no".split()

@@ -124,6 +124,8 @@ def test_every_row_uses_the_options_that_it_sets():
     ("name", "option", "value"),
     [
         ("digits_resnet_static", "loss.dice", 1.0),
+        ("digits_resnet_static", "loss.focal", 1.0),
+        ("digits_resnet_skip", "loss.one_vs_all", 1.0),
         ("digits_resnet_skip", "loss.class_weights", "sqrt"),
         ("digits_resnet_skip", "loss.load_balance", 0.1),
         ("digits_resnet_skip", "loss.wrong", 2.0),
@@ -141,6 +143,8 @@ def test_every_row_uses_the_options_that_it_sets():
         ("digits_nextscale", "loss.label_smoothing", 0.1),
         ("digits_codes_exits", "loss.cross_entropy", 2.0),
         ("digits_vqvae", "loss.dice", 1.0),
+        ("digits_vqvae", "loss.lovasz", 1.0),
+        ("digits_gan_static", "loss.boundary", 1.0),
         ("digits_vae_static", "budget.target", 0.4),
         ("digits_gan_scales", "budget.target", 0.4),
         ("digits_vae_static", "features", "inception"),
@@ -156,3 +160,36 @@ def test_an_option_that_a_row_does_not_use_is_refused(name, option, value, tmp_p
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {value}: row {name} .* does not use it"):
         train.train(row, tmp_path / "w", quiet=True)
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("digits_resnet_static", "--loss.cross-entropy is"),
+        ("digits_policy_reinforce", "--loss.cross-entropy, --loss.reinforce are all"),
+        ("digits_unet_tiles", "--loss.cross-entropy, --loss.boundary, .*, --loss.one-vs-all are all"),
+    ],
+)
+def test_a_row_that_learns_nothing_is_refused(name, options, tmp_path):
+    row = rows.get_row(name)
+    none = dataclasses.replace(row.loss, cross_entropy=0.0, reinforce=0.0 if "reinforce" in name else 1.0)
+    with pytest.raises(UserError, match=f"^row {name} has nothing to learn from: {options} 0$"):
+        train.train(dataclasses.replace(row, loss=none), tmp_path / "w", quiet=True)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_row_may_have_any_one_of_its_losses():
+    row = rows.get_row("digits_unet_tiles")
+    for name in ("dice", "focal", "lovasz", "boundary", "one_vs_all"):
+        loss = dataclasses.replace(row.loss, **{"cross_entropy": 0.0, name: 1.0})
+        tasks.refuse_unused(dataclasses.replace(row, loss=loss))
+
+
+def test_all_losses_of_segmentation_together(tmp_path):
+    weights = dict(dice=1.0, focal=1.0, lovasz=1.0, boundary=1.0, one_vs_all=1.0)
+    row = rows.tiny(rows.get_row("digits_unet_tiles"))
+    row = dataclasses.replace(row, loss=dataclasses.replace(row.loss, **weights))
+    train.train(row, tmp_path / "w", quiet=True)
+    scores = last_scores(tmp_path / "w")
+    assert 0 <= scores["boundary_f1"] <= 1 and len(scores["iou"]) == 11
+    assert not {"class_dice", "class_boundary_f1"} & scores.keys()

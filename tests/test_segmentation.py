@@ -1,9 +1,10 @@
-"""Losses and metrics against loops and hand-worked figures; the task on small models with and without a budget."""
+"""Metrics against loops and hand-worked figures; the task on small models with and without a budget."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 from flax import nnx
 from made import Made
 
@@ -11,13 +12,11 @@ import dynjax as dj
 from dynjax.config import BudgetConfig, LossConfig
 from dynjax.core.gates import Threshold
 from dynjax.data.source import Field
-from dynjax.tasks import segmentation
+from dynjax.tasks import losses, segmentation
+from dynjax.tasks.borders import boundary_counts, boundary_scores, boundary_weights
 from dynjax.tasks.segmentation import SegmentationTask
 
 NAMES = ("sky", "road", "car")
-LOSSES = segmentation.cross_entropy, segmentation.soft_dice
-# Compiled: eager, each operation of a new shape is compiled by itself, which takes longer.
-GRADIENTS = [jax.jit(jax.value_and_grad(loss)) for loss in LOSSES]
 
 
 @pytest.fixture(scope="module")
@@ -28,65 +27,11 @@ def scene():
     return jnp.asarray(random.normal(size=(2, 4, 5, 3)), jnp.float32), jnp.asarray(mask)
 
 
-def softmax(logits):
-    shares = np.exp(np.asarray(logits, np.float64))
-    return shares / shares.sum(-1, keepdims=True)
-
-
-@pytest.mark.parametrize("weights", [None, (1.0, 3.0, 0.5)])
-def test_cross_entropy_is_the_weighted_mean_over_the_pixels_that_count(scene, weights):
+def test_a_mask_without_pixels_has_no_scores(scene):
     logits, mask = scene
-    losses, total = 0.0, 0.0
-    for where, label in np.ndenumerate(mask):
-        if label != -1:
-            weight = 1.0 if weights is None else weights[label]
-            losses -= weight * np.log(softmax(logits)[where][label])
-            total += weight
-    assert jax.jit(segmentation.cross_entropy, static_argnums=2)(logits, mask, weights) == pytest.approx(
-        losses / total, rel=1e-5
-    )
-
-
-def test_soft_dice_by_hand():
-    # Two pixels with one-hot-like certainty, one undecided between the classes 0 and 1, one ignored; class 2 is absent.
-    rows = [[50, 0, 0], [0, 50, 0], [0, 0, -50], [0, 0, 50]]
-    logits = jnp.asarray(np.array(rows, np.float32).reshape(1, 2, 2, 3))
-    mask = np.array([[[0, 0], [1, -1]]])
-    # Class 0: overlap 1 + 0, predicted 1.5, present 2. Class 1: overlap 0.5, predicted 1.5, present 1.
-    expected = 1 - (2 * 1 / 3.5 + 2 * 0.5 / 2.5) / 2
-    dice = jax.jit(segmentation.soft_dice)
-    assert dice(logits, jnp.asarray(mask)) == pytest.approx(expected, rel=1e-5)
-    perfect = 50 * np.eye(3, dtype=np.float32)[mask]
-    assert dice(jnp.asarray(perfect), jnp.asarray(mask)) == pytest.approx(0.0, abs=1e-6)
-
-
-def test_ignored_pixels_reach_neither_losses_nor_gradients(scene):
-    logits, mask = scene
-    wild = jnp.where((mask == -1)[..., None], 1e4, logits)
-    for loss in GRADIENTS:
-        value, gradient = loss(logits, mask)
-        assert value == loss(wild, mask)[0]
-        assert not np.asarray(gradient)[np.asarray(mask) == -1].any()
-        assert np.asarray(gradient)[np.asarray(mask) != -1].any()
-
-
-def test_a_mask_without_pixels_costs_nothing(scene):
-    logits, mask = scene
-    nothing = jnp.full_like(mask, -1)
-    for loss in GRADIENTS:
-        value, gradient = loss(logits, nothing)
-        assert value == 0 and not np.asarray(gradient).any()
-    assert not segmentation.confusion_matrix(logits, nothing).any()
+    assert not segmentation.confusion_matrix(logits, jnp.full_like(mask, -1)).any()
     found = segmentation.scores(np.zeros((3, 3)))
-    assert np.isnan([found["miou"], found["dice"], found["pixel_accuracy"], *found["iou"]]).all()
-
-
-def test_losses_of_bfloat16_logits_are_summed_in_float32(scene):
-    logits, mask = (jnp.tile(x, (1, 16, 16) + (1,) * (x.ndim - 3)) for x in scene)
-    rounded = logits.astype(jnp.bfloat16)
-    for loss in map(jax.jit, LOSSES):
-        assert loss(rounded, mask).dtype == jnp.float32
-        assert loss(rounded, mask) == loss(rounded.astype(jnp.float32), mask)
+    assert np.isnan([found["miou"], found["dice"], found["pixel_accuracy"], *found["iou"], *found["class_dice"]]).all()
 
 
 def test_confusion_and_scores_against_loops(scene):
@@ -109,6 +54,7 @@ def test_confusion_and_scores_against_loops(scene):
     counts = truth != -1
     assert found["iou"] == pytest.approx(ious)
     assert found["miou"] == pytest.approx(np.mean(ious))
+    assert found["class_dice"] == pytest.approx(dices)
     assert found["dice"] == pytest.approx(np.mean(dices))
     assert found["pixel_accuracy"] == pytest.approx((truth == guess)[counts].mean())
 
@@ -119,6 +65,7 @@ def test_scores_leave_out_classes_that_never_occur():
     assert found["iou"][0] == 0.75 and np.isnan(found["iou"][1]) and found["iou"][2] == 0
     assert found["miou"] == (0.75 + 0) / 2
     assert found["dice"] == (12 / 14 + 0) / 2
+    assert found["class_dice"] == pytest.approx([12 / 14, np.nan, 0], nan_ok=True)
     assert found["pixel_accuracy"] == 0.75
 
 
@@ -128,13 +75,65 @@ def test_confusion_has_rows_of_truth():
     assert segmentation.confusion_matrix(logits, jnp.array([[[0, 1, 1, -1]]])).tolist() == expected
 
 
+def patches(random, *shape):
+    """Masks of patches of 4 by 4 pixels, some of them ignored."""
+    small = random.integers(-1, 4, (shape[0], shape[1] // 4, shape[2] // 4))
+    return small.repeat(4, 1).repeat(4, 2).astype(np.int32)
+
+
+def border(mask, label):
+    """Pixels of the class with a neighbour of another one, none of them ignored, pixel by pixel."""
+    found = np.zeros(mask.shape, bool)
+    for row, column in np.argwhere(mask == label):
+        for y, x in ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)):
+            if 0 <= y < mask.shape[0] and 0 <= x < mask.shape[1] and mask[y, x] not in (-1, label):
+                found[row, column] = True
+    return found
+
+
+@pytest.mark.parametrize(("shape", "radius"), [((3, 24, 32), 1), ((2, 200, 300), 0.0075 * 130000**0.5)])
+def test_boundary_f1_against_distance_transforms(shape, radius):
+    random = np.random.default_rng(4)
+    mask = patches(random, *shape)
+    noise = np.where(random.random(shape) < 0.02, random.integers(0, 4, shape), np.roll(mask, 2, 2))
+    guess = np.maximum(noise, 0).astype(np.int32)
+    counts = np.zeros((6, 4))
+    for one, other in zip(mask, np.where(mask == -1, -1, guess), strict=True):
+        for label in range(4):
+            true, found = border(one, label), border(other, label)
+            # There may be no border at all to be near to.
+            near = [
+                scipy.ndimage.distance_transform_edt(~each) <= radius if each.any() else np.zeros_like(each)
+                for each in (true, found)
+            ]
+            counts[label] += found.sum(), (found & near[0]).sum(), true.sum(), (true & near[1]).sum()
+    got = jax.jit(boundary_counts, static_argnums=2)(jnp.asarray(guess), jnp.asarray(mask), 6)
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, counts)
+    precision, recall = counts[:4, 1] / counts[:4, 0], counts[:4, 3] / counts[:4, 2]
+    expected = 2 * precision * recall / (precision + recall)
+    scores = boundary_scores(np.asarray(got))
+    assert scores["class_boundary_f1"] == pytest.approx([*expected, np.nan, np.nan], nan_ok=True)
+    assert scores["boundary_f1"] == pytest.approx(expected.mean()) and expected.min() > 0
+
+
+def test_boundary_f1_at_its_ends():
+    mask = jnp.asarray(patches(np.random.default_rng(5), 2, 16, 16))
+    perfect = boundary_scores(np.asarray(boundary_counts(jnp.maximum(mask, 0), mask, 4)))
+    assert perfect["boundary_f1"] == 1 and perfect["class_boundary_f1"] == [1, 1, 1, 1]
+    # One class everywhere has no border: nothing is found of those of the four.
+    flat = boundary_scores(np.asarray(boundary_counts(jnp.zeros_like(mask), mask, 4)))
+    assert flat["boundary_f1"] == 0
+    nothing = boundary_scores(np.asarray(boundary_counts(mask, jnp.full_like(mask, -1), 4)))
+    assert np.isnan([nothing["boundary_f1"], *nothing["class_boundary_f1"]]).all()
+
+
 def test_wrong_shapes_are_named(scene):
     logits, mask = scene
-    for function in (*LOSSES, segmentation.confusion_matrix):
-        with pytest.raises(ValueError, match=r"\(2, 4, 5, 3\).*\(2, 4, 4\)"):
-            function.__wrapped__(logits, mask[:, :, :4])
-    with pytest.raises(ValueError, match=r"2 class weights.* 3 classes"):
-        segmentation.cross_entropy(logits, mask, (1.0, 2.0))
+    with pytest.raises(ValueError, match=r"\(2, 4, 5, 3\).*\(2, 4, 4\)"):
+        segmentation.confusion_matrix.__wrapped__(logits, mask[:, :, :4])
+    with pytest.raises(ValueError, match=r"\(2, 4, 5\).*\(2, 4, 4\)"):
+        boundary_counts.__wrapped__(mask, mask[:, :, :4], 3)
 
 
 def source_of(*masks) -> Made:
@@ -204,21 +203,32 @@ def tile_gate():
 
 
 def test_loss_of_a_static_model_is_the_weighted_sum(batch):
-    weights = (1.0, 2.0, 0.5)
-    task = SegmentationTask(NAMES, LossConfig(cross_entropy=0.5, dice=2.0), weights)
+    weights, mask = (1.0, 2.0, 0.5), batch["mask"]
+    given = LossConfig(cross_entropy=0.5, dice=2.0, focal=3.0, lovasz=0.25, boundary=1.5, one_vs_all=0.75)
+    task = SegmentationTask(NAMES, given, weights)
 
     @nnx.jit
     def run(model):
         logits = nnx.clone(model)(batch["image"])
         loss, metrics = task.loss(model, batch, jax.random.key(0), 0.0)
-        terms = [loss(logits, batch["mask"], *more) for loss, more in zip(LOSSES, [(weights,), ()], strict=True)]
-        return loss, metrics, terms, task.counts(model, logits, batch)
+        terms = {
+            "cross_entropy": losses.cross_entropy(logits, mask, weights),
+            "dice": losses.soft_dice(logits, mask),
+            "focal": losses.focal(logits, mask, weights),
+            "lovasz": losses.lovasz_softmax(logits, mask),
+            "boundary": losses.cross_entropy(logits, mask, weights, pixel_weights=boundary_weights(mask)),
+            "one_vs_all": losses.binary_cross_entropy(logits, mask, weights),
+        }
+        return loss, metrics, terms, task.counts(model, logits, batch), task.each([logits], batch)
 
-    loss, metrics, (entropy, dice), confusion = run(Net())
-    assert loss == pytest.approx(float(0.5 * entropy + 2 * dice), rel=1e-5)
+    loss, metrics, terms, counts, each = run(Net())
+    assert loss == pytest.approx(sum(float(vars(given)[name] * term) for name, term in terms.items()), rel=1e-5)
     assert metrics["loss"] == metrics["task_loss"] == loss
     assert metrics["budget_loss"] == 0 and metrics["macs_fraction"] == 1
-    assert metrics["pixel_accuracy"] == pytest.approx(task.scores(np.asarray(confusion))["pixel_accuracy"])
+    assert each.shape == (2, 1) and np.isfinite(each).all()
+    found = task.scores(np.asarray(counts, np.float64))
+    assert metrics["pixel_accuracy"] == pytest.approx(found["pixel_accuracy"])
+    assert len(found["class_dice"]) == len(found["class_boundary_f1"]) == 3 and 0 < found["boundary_f1"] < 1
 
 
 def test_loss_under_a_fixed_budget(batch):
@@ -280,11 +290,7 @@ def test_gradients_reach_gates_and_weights(batch):
     assert np.asarray(found["stem"]["kernel"][...]).any()
 
 
-def test_smooth_labels_and_branches_used_alike(batch):
-    logits = jnp.log(jnp.asarray([[[[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]]]))
-    mask = jnp.asarray([[[0, -1]]])
-    smooth = segmentation.cross_entropy(logits, mask, None, 0.3)  # 0.8 on the label and 0.1 on the two others
-    np.testing.assert_allclose(smooth, 0.8 * np.log(2) + 0.2 * np.log(4), rtol=1e-6)
+def test_branches_used_alike(batch):
     model = Net(tile_gate())
     model.middle = dj.Select(
         [nnx.Linear(4, 4, rngs=nnx.Rngs(2)), model.middle.block], dj.BranchGate(4, 2, rngs=nnx.Rngs(3))

@@ -31,8 +31,8 @@ def _general(config: Config) -> Iterator[tuple[str, object, bool, str]]:
     yield "budget.target", config.budget.target, 0 < config.budget.target <= 1, "a share of the MACs in (0, 1]"
     yield "budget.weight", config.budget.weight, 0 <= config.budget.weight < math.inf, "0 or more"
     for name in (
-        *("cross_entropy", "dice", "load_balance", "router_z", "ponder", "reinforce", "wrong"),
-        *("gradient_penalty", "distillation"),
+        *("cross_entropy", "dice", "focal", "lovasz", "boundary", "one_vs_all"),
+        *("load_balance", "router_z", "ponder", "reinforce", "wrong", "gradient_penalty", "distillation"),
     ):
         yield f"loss.{name}", getattr(loss, name), 0 <= getattr(loss, name) < math.inf, "0 or more"
     yield "loss.label_smoothing", loss.label_smoothing, 0 <= loss.label_smoothing < 1, "in [0, 1)"

@@ -22,6 +22,8 @@ from dynjax.show import film
 
 SHOWN = {"miou": "mIoU", "accuracy": "accuracy", "bits_per_dim": "bits/dim", "frechet": "distance"}
 """Scores that the progress bar has, and how they are called there."""
+LEFT_OUT = frozenset({"class_dice", "class_boundary_f1"})
+"""Scores, one a class, that are not recorded while a run trains: its log has the IoU of each class."""
 
 
 def read_metrics(workdir: str | Path) -> list[dict]:
@@ -175,7 +177,7 @@ class Log:
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Record the scores of an evaluation after `step` steps; its time does not count as training time."""
-        self._write(step, {f"val/{name}": value for name, value in scores.items()})
+        self._write(step, {f"val/{name}": value for name, value in scores.items() if name not in LEFT_OUT})
         for score, name in SHOWN.items():
             if score not in scores:
                 continue

@@ -110,6 +110,20 @@ def latency_table(latencies: Sequence[Latency]) -> str:
     return table(header, rows)
 
 
+def class_table(names: Sequence[str], scores: Mapping[str, Any]) -> str:
+    """What segmentation scores on each class, in percent, and the means; "-" for a class that does not occur. Empty
+    where the scores of a task have none of these."""
+    columns = {"IoU %": ("iou", "miou"), "Dice %": ("class_dice", "dice")}
+    columns["boundary F1 %"] = "class_boundary_f1", "boundary_f1"
+    known = {name: (scores[each], scores[mean]) for name, (each, mean) in columns.items() if each in scores}
+    if not known:
+        return ""
+    cells = [[*names, "mean"]]
+    for each, mean in known.values():
+        cells.append(["-" if math.isnan(value) else f"{100 * value:.1f}" for value in (*each, mean)])
+    return table(["class", *known], list(zip(*cells, strict=True)))
+
+
 def layer_table(shares: dict[float, dict[str, dict[str, float]]]) -> str:
     """What each dynamic layer kept at each budget."""
     paths = next(iter(shares.values()))

@@ -46,7 +46,8 @@ def register(name: str, make: Make, uses: frozenset[str] = frozenset()) -> None:
 
 
 def refuse_unused(config: Config) -> None:
-    """Raises UserError for an option of the loss or the budget that is set, and that nothing of the row looks at."""
+    """Raises UserError for an option of the loss or the budget that is set, and that nothing of the row looks at, and
+    for a row whose losses all have weight 0."""
     used = _kind(config)[1] | models.uses(config.model)
     options: dict[str, tuple[dataclasses.Field, Any]] = {}
     options |= {f"loss.{field.name}": (field, config.loss) for field in dataclasses.fields(config.loss)}
@@ -57,6 +58,13 @@ def refuse_unused(config: Config) -> None:
         if name not in used and value != field.default:
             row = f"row {config.row} ({models.describe(config.model)})"
             raise UserError(f"--{name.replace('_', '-')} {value}: {row} does not use it; leave it out")
+    # A policy may learn by itself, from its reward.
+    terms = [name for name in ("loss.cross_entropy", *sorted(_OF_PIXELS), "loss.reinforce") if name in used]
+    if "loss.cross_entropy" in used and not any(vars(config.loss)[name.removeprefix("loss.")] for name in terms):
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in terms)
+        raise UserError(
+            f"row {config.row} has nothing to learn from: {told} {'is' if len(terms) == 1 else 'are all'} 0"
+        )
 
 
 def make_task(config: Config, source: Source, *, training: bool = True) -> Task:
@@ -119,13 +127,14 @@ def _segmentation(config: Config, source: Source, training: bool) -> Task:
 
 
 _OF_CLASSES = frozenset({"loss.cross_entropy", "loss.label_smoothing"})
+_OF_PIXELS = frozenset({"loss.dice", "loss.focal", "loss.lovasz", "loss.boundary", "loss.one_vs_all"})
 _OF_PLAYERS = OF_FEATURES | {"loss.adversarial", "loss.gradient_penalty", "loss.augment", "loss.distillation"}
 register("adversarial", _adversarial, _OF_PLAYERS)
 register("autoregressive", _autoregressive)
 register("classification", _classification, _OF_CLASSES)
 register("reconstruction", _reconstruction)
 register("variational", _variational)
-register("segmentation", _segmentation, _OF_CLASSES | {"loss.dice", "loss.class_weights"})
+register("segmentation", _segmentation, _OF_CLASSES | _OF_PIXELS | {"loss.class_weights"})
 
 
 def _spends(config: Config) -> BudgetConfig | None:

@@ -1,4 +1,4 @@
-"""Segmentation: losses, metrics and the task that a training loop runs.
+"""Segmentation: weights of classes, scores, and the task that a training loop runs.
 
 Masks hold class numbers, and -1 where a pixel is ignored.
 Axis letters: B batch, H W pixels, C classes.
@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from dynjax.config import BudgetConfig, LossConfig
 from dynjax.data.source import Source, read
 from dynjax.show import report
+from dynjax.tasks.borders import boundary_counts, boundary_scores, boundary_weights
+from dynjax.tasks.losses import binary_cross_entropy, check_shapes, cross_entropy, focal, lovasz_softmax, soft_dice
 from dynjax.tasks.objective import Supervised
 from dynjax.tasks.task import Batch, Scores, Shown
 
@@ -29,80 +30,38 @@ POWERS = {"sqrt": -0.5, "inverse": -1.0}
 """Of a class's frequency: its weight, but for the scale and the cap."""
 
 
-def cross_entropy(
-    logits: Float[Array, "B H W C"],
-    mask: Int[Array, "B H W"],
-    class_weights: Sequence[float] | Float[Array, " C"] | None = None,
-    smoothing: float = 0.0,
-) -> Float[Array, ""]:
-    """Mean over the pixels that count of -log softmax(logits)[label], weighted by class; 0 if none counts.
-
-    With `smoothing`, that share of the label is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567,
-    section 7), and the weight stays that of the label. In float32 whatever the logits are. Raises ValueError where the
-    shapes disagree.
-    """
-    _check_shapes(logits, mask)
-    if class_weights is not None and len(class_weights) != logits.shape[-1]:
-        raise ValueError(
-            f"{len(class_weights)} class weights, but logits {logits.shape} have {logits.shape[-1]} classes"
-        )
-    # One-hot labels and not optax's integer ones: those are read by a gather, whose gradient is a slow scatter on CPUs,
-    # and -1 would read the last class; here it is a row of zeros.
-    truth = jax.nn.one_hot(mask, logits.shape[-1])
-    losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), optax.smooth_labels(truth, smoothing))
-    weights = jnp.ones(mask.shape) if class_weights is None else truth @ jnp.asarray(class_weights, jnp.float32)
-    weights = jnp.where(mask >= 0, weights, 0.0)
-    total = weights.sum()
-    return (weights * losses).sum() / jnp.where(total > 0, total, 1.0)
-
-
-def soft_dice(logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -> Float[Array, ""]:
-    """1 - mean over the classes in the mask of 2 sum(p t) / (sum(p) + sum(t)), p = softmax(logits), t the one-hot mask.
-
-    Milletari et al. 2016 (V-Net) square p and t in the denominator; this is the plain form, and the sums run over the
-    whole batch, since rare classes are absent from most pictures. 0 if every pixel is ignored. In float32; ValueError
-    where the shapes disagree.
-    """
-    # Not optax.dice_loss: it cannot leave pixels out, and a class absent from the mask counts in its mean.
-    _check_shapes(logits, mask)
-    counts = (mask >= 0)[..., None]
-    probability = jnp.where(counts, jax.nn.softmax(logits.astype(jnp.float32)), 0.0)
-    truth = jax.nn.one_hot(mask, logits.shape[-1])  # -1 has no class: a row of zeros
-    overlap, predicted, present = (x.sum((0, 1, 2)) for x in (probability * truth, probability, truth))
-    dice = 2 * overlap / jnp.where(present > 0, predicted + present, 1.0)
-    classes = (present > 0).sum()
-    return jnp.where(present > 0, 1 - dice, 0.0).sum() / jnp.maximum(classes, 1)
-
-
 def confusion_matrix(logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -> Int[Array, "C C"]:
     """Pixels of the class of each row that were given the class of each column, int32; ignored pixels are in none.
 
     Add the matrices of many batches up in int64 (`np.int64`): an int32 holds 2^31 pixels. ValueError where the shapes
     disagree.
     """
-    _check_shapes(logits, mask)
+    check_shapes(logits, mask)
     classes = logits.shape[-1]
     cell = jnp.where(mask >= 0, mask * classes + logits.argmax(-1), classes**2)  # one cell more for the ignored
     return jnp.zeros(classes**2 + 1, jnp.int32).at[cell.reshape(-1)].add(1)[:-1].reshape(classes, classes)
 
 
 def scores(confusion: Num[np.ndarray, "C C"]) -> dict[str, Any]:
-    """`miou`, `dice`, `pixel_accuracy` and the list `iou` (one a class) of a confusion matrix, rows truth.
+    """`miou`, `dice`, `pixel_accuracy` and the lists `iou` and `class_dice` (one a class) of a confusion matrix, rows
+    truth.
 
-    A class absent from both truth and prediction has IoU nan and is left out of the means; without a pixel, all are
-    nan.
+    A class absent from both truth and prediction has IoU and Dice nan and is left out of the means; without a pixel,
+    all are nan.
     """
     confusion = np.asarray(confusion, np.float64)
     hits, both = np.diag(confusion), confusion.sum(0) + confusion.sum(1)
     seen = both > 0
-    iou = np.full(len(confusion), np.nan)
+    iou, dice = np.full((2, len(confusion)), np.nan)
     iou[seen] = hits[seen] / (both - hits)[seen]
+    dice[seen] = 2 * hits[seen] / both[seen]
     pixels = confusion.sum()
     return {
         "miou": float(iou[seen].mean()) if pixels else np.nan,
-        "dice": float((2 * hits[seen] / both[seen]).mean()) if pixels else np.nan,
+        "dice": float(dice[seen].mean()) if pixels else np.nan,
         "pixel_accuracy": float(hits.sum() / pixels) if pixels else np.nan,
         "iou": iou.tolist(),
+        "class_dice": dice.tolist(),
     }
 
 
@@ -164,13 +123,17 @@ class SegmentationTask(Supervised):
     timed: ClassVar[tuple[int, ...]] = (1,)
 
     def task_loss(self, logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -> Float[Array, ""]:
-        """The weighted sum of cross-entropy and soft Dice."""
-        loss = jnp.float32(0)
-        if weight := self.losses.cross_entropy:
-            loss += weight * cross_entropy(logits, mask, self.class_weights, self.losses.label_smoothing)
-        if weight := self.losses.dice:
-            loss += weight * soft_dice(logits, mask)
-        return loss
+        """The weighted sum of the losses whose weight is not 0."""
+        weights, smoothing, of = self.class_weights, self.losses.label_smoothing, self.losses
+        terms = (
+            (of.cross_entropy, lambda: cross_entropy(logits, mask, weights, smoothing)),
+            (of.boundary, lambda: cross_entropy(logits, mask, weights, smoothing, boundary_weights(mask))),
+            (of.focal, lambda: focal(logits, mask, weights)),
+            (of.one_vs_all, lambda: binary_cross_entropy(logits, mask, weights)),
+            (of.dice, lambda: soft_dice(logits, mask)),
+            (of.lovasz, lambda: lovasz_softmax(logits, mask)),
+        )
+        return sum((weight * term() for weight, term in terms if weight), jnp.float32(0))
 
     def average(self, outputs: Sequence[Array], batch: Batch) -> Float[Array, ""]:
         """`task_loss` of the whole batch, the mean over outputs."""
@@ -191,13 +154,15 @@ class SegmentationTask(Supervised):
     def metrics(self, outputs: Sequence[Array], batch: Batch) -> dict[str, Array]:
         return {"pixel_accuracy": _pixel_accuracy(outputs[-1], batch["mask"])}
 
-    def counts(self, model: nnx.Module, output: Float[Array, "B H W C"], batch: Batch) -> Int[Array, "C C"]:
-        """`confusion_matrix` of a batch."""
-        return confusion_matrix(output, batch["mask"])
+    def counts(self, model: nnx.Module, output: Float[Array, "B H W C"], batch: Batch) -> Int[Array, "C C+4"]:
+        """`confusion_matrix` and `boundary_counts` of a batch, side by side."""
+        mask = batch["mask"]
+        found = boundary_counts(output.argmax(-1), mask, output.shape[-1])
+        return jnp.concatenate([confusion_matrix(output, mask), found], 1)
 
-    def scores(self, counts: Num[np.ndarray, "C C"]) -> Scores:
-        """`scores` of the sum of the batches' confusion matrices."""
-        return scores(counts)
+    def scores(self, counts: Num[np.ndarray, "C C+4"]) -> Scores:
+        """`scores` and `boundary_scores` of the sum of the batches' counts."""
+        return scores(counts[:, :-4]) | boundary_scores(counts[:, -4:])
 
     def show(self, folder: Path, shown: Shown) -> str:
         """heatmaps.png, and as examples/*.png its pictures: the fewest, the median and the most MACs."""
@@ -212,11 +177,6 @@ class SegmentationTask(Supervised):
         report.plot_heatmaps(folder / "heatmaps.png", examples, class_names=self.class_names, title=shown.title)
         report.save_pictures(folder / "examples", {example.name: example.image for example in examples})
         return "heatmaps.png examples/"
-
-
-def _check_shapes(logits: Any, mask: Any) -> None:
-    if logits.ndim != 4 or logits.shape[:-1] != mask.shape:
-        raise ValueError(f"logits {logits.shape} are not the mask's shape {mask.shape} and one axis of classes")
 
 
 def _pixel_accuracy(logits: Float[Array, "... H W C"], mask: Int[Array, "... H W"]) -> Float[Array, ""]:
