@@ -22,7 +22,7 @@ from dynjax.core.decision import EACH, Rule
 from dynjax.core.gates import Threshold, one_hot_argmax, straight_through
 from dynjax.data.source import Field
 from dynjax.models.backbones.residual import ResidualConfig
-from dynjax.models.dense import BackboneConfig, DenseConfig, DynamicsConfig, HeadConfig
+from dynjax.models.dense import BackboneConfig, DenseConfig, DynamicsConfig, HeadConfig, sites_of
 from dynjax.models.dynamics.skip import SkipConfig
 from dynjax.models.heads.unet import UNetHeadConfig
 from dynjax.models.registry import BUDGET, Family
@@ -148,6 +148,13 @@ class Pooling(nnx.Module):
             maps.append(x)
         return maps
 
+    def sites(self):
+        return sites_of(self.blocks, self.widths)
+
+    @property
+    def tail(self):
+        return self.blocks[-1]
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearHeadConfig:
@@ -158,11 +165,14 @@ class LinearHead(nnx.Module):
     """Logits of the coarsest map, at the size of the picture."""
 
     def __init__(self, config, backbone, classes, *, rngs):
-        self.linear, self.blocks = nnx.Linear(backbone.widths[-1], classes, rngs=rngs), nnx.List([])
+        self.linear = nnx.Linear(backbone.widths[-1], classes, rngs=rngs)
 
     def __call__(self, maps, size):
         logits = self.linear(maps[-1]).astype(jnp.float32)
         return jax.image.resize(logits, (logits.shape[0], *size, logits.shape[-1]), "bilinear")
+
+    def sites(self):
+        return ()
 
 
 def test_a_backbone_and_a_head(tmp_path):

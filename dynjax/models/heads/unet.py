@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.models.blocks import Block, repeat_pixels, spread_pixels
+from dynjax.models.blocks import Block, Classify, repeat_pixels
 from dynjax.models.dense import Backbone, BackboneConfig, HeadConfig, Site, sites_of
 from dynjax.models.registry import Family, register
 from dynjax.models.rules import Counts, Rule
@@ -49,11 +49,10 @@ class UNetHead(nnx.Module):
     def __init__(self, config: UNetHeadConfig, backbone: Backbone, classes: int, *, rngs: nnx.Rngs):
         halves(backbone)
         self.widths = widths = backbone.widths
-        self.stride = backbone.strides[0]
         self.up = nnx.List([Merge(fine, coarse, rngs=rngs) for fine, coarse in itertools.pairwise(widths)])
         levels = zip(widths[:-1], config.blocks, strict=True)
         self.blocks = nnx.List([nnx.List([Block(w, rngs=rngs) for _ in range(n)]) for w, n in levels])
-        self.linear = nnx.Linear(widths[0], classes * self.stride**2, rngs=rngs)
+        self.classify = Classify(widths[0], classes, backbone.strides[0], sharp=True, rngs=rngs)
 
     def __call__(self, maps: Sequence[Array], size: tuple[int, int]) -> Float[Array, "B H W K"]:
         x = maps[-1]
@@ -61,7 +60,7 @@ class UNetHead(nnx.Module):
             x = self.up[level](maps[level], x)
             for block in self.blocks[level]:
                 x = block(x)
-        return spread_pixels(self.linear(x).astype(jnp.float32), self.stride)[:, : size[0], : size[1]]
+        return self.classify(x, size)
 
     def sites(self) -> Iterator[Site]:
         return sites_of(self.blocks, self.widths)
