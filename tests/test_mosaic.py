@@ -128,5 +128,5 @@ def test_many_classes_and_an_overlap_that_makes_no_sense():
     likely = np.eye(300, dtype=np.float32)[np.full(SIZE, 299)]
     found = mosaic.stitch(picture(*SIZE), SIZE, lambda window: (likely, np.zeros(SIZE), 1.0))
     assert found.ids.dtype == np.uint16 and (found.ids == 299).all()
-    with pytest.raises(ValueError, match="overlap 1.0 must be a share"):
+    with pytest.raises(ValueError, match=r"overlap 1\.0 must be a share"):
         mosaic.stitch(picture(*SIZE), SIZE, pointwise, overlap=1.0)
