@@ -39,6 +39,8 @@ class DataConfig:
     size: tuple[int, int] | None = None
     """Height and width in pixels that pictures are resized to; None keeps the pictures' own size, which must then be
     one."""
+    crop: tuple[int, int] | None = None
+    """Height and width of the windows in which pictures keep their own sizes; see README. """
     classes: int = 0
     """Number of classes of a folder or TFDS set; 0 reads it from the data."""
     examples: int | None = None

@@ -34,7 +34,7 @@ from PIL import Image  # noqa: E402
 from dynjax.config import DataConfig, UserError  # noqa: E402
 from dynjax.data import camvid  # noqa: E402
 from dynjax.run import checkpoint, log, train  # noqa: E402
-from experiments import evaluate, predict, results, rows  # noqa: E402
+from experiments import deployed, evaluate, results, rows  # noqa: E402
 
 AT_ONCE = 10
 """Files of a kind in a round."""
@@ -246,7 +246,7 @@ def _document(name: str, read: Callable[[Path], Any]) -> Kind:
 
 
 def _read_evaluation(workdir: Path) -> None:
-    predict.read_evaluation(str(workdir), 2)
+    deployed.read_evaluation(str(workdir), 2)
     results.collect((str(workdir),), "")
 
 

@@ -24,6 +24,7 @@ from dynjax.show import report
 from dynjax.tasks.autoregressive import AutoregressiveTask
 from experiments import cli, evaluate, predict, results, rows
 from experiments import train as command
+from experiments.deployed import Answer
 
 pytestmark = pytest.mark.xdist_group("commands")
 
@@ -192,8 +193,8 @@ def test_names_that_are_no_utf8_and_others_that_fail_lose_nothing(tmp_path, capf
     save(good, np.zeros((8, 8, 3)))
     shutil.copyfile(good, odd)
     images = (str(good), os.fsdecode(odd), str(none), str(good))
-    run = lambda image: (np.int64(1), np.float32(0.5), None, np.float32(3), 4.0)  # noqa: E731
-    assert predict.predict(run, images, (8, 8), ("x", os.fsdecode(b"\xfc")), tmp_path) == 1
+    look = lambda picture: Answer(np.array(1), np.array(0.5), None, 3.0, 4.0)  # noqa: E731
+    assert predict.predict(look, images, ("x", os.fsdecode(b"\xfc")), tmp_path) == 1
     with open(tmp_path / "predictions.csv", newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert [line["picture"].rpartition("/")[2] for line in lines] == ["a.png", r"\udcff\udce9.png", "a.png"]
@@ -209,9 +210,9 @@ def test_masks_of_names_that_are_no_utf8_or_too_long(tmp_path, capsys):
     for name in (odd, long):
         shutil.copyfile(last, name)
     images = (os.fsdecode(odd), str(long), str(last))
-    run = lambda image: (np.zeros((8, 8), int), np.ones((8, 8)), np.ones((8, 8)), np.float32(3), 4.0)  # noqa: E731
+    look = lambda picture: Answer(np.zeros((8, 8), int), np.ones((8, 8)), np.ones((8, 8)), 3.0, 4.0)  # noqa: E731
     (tmp_path / "o").mkdir()
-    assert predict.predict(run, images, (8, 8), ("x", "y"), tmp_path / "o") == 1
+    assert predict.predict(look, images, ("x", "y"), tmp_path / "o") == 1
     assert os.strerror(errno.ENAMETOOLONG) in capsys.readouterr().err
     found = os.listdir(os.fsencode(tmp_path / "o"))
     assert sorted(found) == sorted(

@@ -14,7 +14,7 @@ from dynjax.run import checkpoint, files, log
 from dynjax.run.workdir import read_config, write_config
 from dynjax.show import report
 from dynjax.show.curve import Point
-from experiments import evaluate, predict, results, rows, table
+from experiments import deployed, evaluate, results, rows, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ def test_damaged_evaluations(tmp_path, capsys):
 
     def read(content):
         (tmp_path / "evaluation.json").write_bytes(content)
-        known = predict.read_evaluation(str(tmp_path), 2)
+        known = deployed.read_evaluation(str(tmp_path), 2)
         assert known is None or all(isinstance(each, float) for each in known.thresholds.values())
         return results.collect((str(tmp_path),), "")
 

@@ -48,16 +48,16 @@ def test_commands_exist():
 
 def test_arguments_of_commands_exist(capsys):
     """Every --option of a training or evaluation command in the README is one of that command."""
-    from experiments import evaluate, predict, train
+    from experiments import evaluate, label, predict, train
 
     helps = {"train": (train.main, ["digits_unet_tiles", "--help"]), "evaluate": (evaluate.main, ["--help"])}
-    helps["predict"] = (predict.main, ["--help"])
+    helps |= {"predict": (predict.main, ["--help"]), "label": (label.main, ["--help"])}
     known = {}
     for name, (main, arguments) in helps.items():
         with pytest.raises(SystemExit):
             main(arguments)
         known[name] = set(re.findall(r"--[\w.-]+", capsys.readouterr().out)) | {"--list"}
-    used = re.findall(r"python -m experiments\.(train|evaluate|predict)\b([^\n#]*)", README)
+    used = re.findall(r"python -m experiments\.(train|evaluate|predict|label)\b([^\n#]*)", README)
     options = list(itertools.chain.from_iterable([(n, o) for o in re.findall(r"--[\w.-]+", rest)] for n, rest in used))
     assert options
     assert [(name, option) for name, option in options if option not in known[name]] == []

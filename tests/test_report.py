@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from dynjax.core.deploy import Report
+from dynjax.data.pictures import read_mask
 from dynjax.show import curve, report
 from dynjax.show.curve import Point, plot_curve
 
@@ -132,3 +133,18 @@ def test_pictures_are_saved_under_their_names(tmp_path):
 
 def test_hardware_names_the_cores():
     assert "core" in report.hardware()
+
+
+def test_masks_have_a_byte_a_pixel_and_ignored_ones_are_grey(tmp_path):
+    mask = np.array([[0, 1, 2], [3, 255, 3]])
+    report.save_mask(tmp_path / "mask.png", mask, 4)
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), mask)
+    assert (tmp_path / "mask.png").read_bytes()[24] == 8  # bits a pixel, of the header
+    np.testing.assert_array_equal(read(tmp_path / "mask.png"), report.paint(mask, 4))
+
+
+def test_marked_pixels_stand_out_of_a_grey_picture():
+    image = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    where = np.eye(4, dtype=bool)
+    marked = report.mark(image, where).astype(int)
+    assert (np.ptp(marked[~where], axis=-1) == 0).all() and (np.ptp(marked[where], axis=-1) > 100).all()

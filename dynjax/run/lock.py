@@ -19,8 +19,9 @@ FILE = "lock"
 
 
 @contextlib.contextmanager
-def hold(workdir: str | Path) -> Iterator[None]:
-    """Nobody else holds `workdir`, which is made if need be, inside this. Raises UserError naming who does.
+def hold(workdir: str | Path, option: str = "workdir") -> Iterator[None]:
+    """Nobody else holds `workdir`, which an option names and which is made if need be, inside this. Raises UserError
+    naming who does.
 
     By flock, which other hosts see on NFS as Linux has it since 2.6.12; a file system without locks goes without. Of a
     run of several processes the first one holds it for all.
@@ -33,7 +34,7 @@ def hold(workdir: str | Path) -> Iterator[None]:
             if not _locked(file):
                 file.seek(0)
                 who = file.read(200).decode(errors="replace").strip() or "another process"
-                raise UserError(f"workdir {workdir} is in use by {who}: wait for it, or give another --workdir")
+                raise UserError(f"{option} {workdir} is in use by {who}: wait for it, or give another --{option}")
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             stack.callback(_empty, file)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Integer, Num, UInt8
+from jaxtyping import Bool, Float, Integer, Num, UInt8
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -27,6 +27,7 @@ CLASSES = (
 ).split()
 IGNORED = (128, 128, 128)
 HEAT = "viridis"
+MARKED = "#FF2D00"
 SHOWN = 2_000_000
 """Pixels of a picture that is there to be looked at."""
 
@@ -55,6 +56,14 @@ def overlay(
     return np.round(mixed).astype(np.uint8)
 
 
+def mark(image: UInt8[np.ndarray, "H W 3"], where: Bool[np.ndarray, "H W"]) -> UInt8[np.ndarray, "H W 3"]:
+    """The picture in pale grey, and in a bright colour the pixels to look at."""
+    grey = image.astype(np.float32).mean(-1, keepdims=True)
+    colour = np.array(list(bytes.fromhex(MARKED[1:])), np.float32)
+    marked = np.where(where[..., None], 0.3 * grey + 0.7 * colour, 90 + 0.65 * grey)
+    return np.round(marked).astype(np.uint8)
+
+
 def preview(picture: Image.Image) -> Image.Image:
     """The picture, made smaller where it has more than SHOWN pixels."""
     factor = math.sqrt(SHOWN / (picture.width * picture.height))
@@ -65,12 +74,13 @@ def preview(picture: Image.Image) -> Image.Image:
 
 
 def save_mask(path: str | os.PathLike, mask: Integer[np.ndarray, "H W"], classes: int) -> None:
-    """An 8-bit PNG whose pixel values are the class ids and whose palette shows them in colour; at most 256 classes."""
+    """An 8-bit PNG whose pixel values are the class ids and whose palette shows them in colour, and other ids (255 of
+    ignored pixels) in grey; at most 256 classes."""
     if classes > 256:
         raise ValueError(f"an 8-bit mask holds 256 classes, not {classes}")
     picture = Image.fromarray(mask.astype(np.uint8, copy=False))
-    picture.putpalette(palette(classes).tobytes())
-    picture.save(path)
+    picture.putpalette(palette(classes).tobytes() + bytes(IGNORED) * (256 - classes))
+    picture.save(path, bits=8)
 
 
 def save_pictures(folder: str | os.PathLike, images: dict[str, UInt8[np.ndarray, "H W 3"]]) -> None:
