@@ -13,6 +13,7 @@ from dynjax.core.time import scan
 from dynjax.core.trace import Trace, traced
 from dynjax.core.wrapper import Wrapper
 from dynjax.ops import (
+    Cascade,
     Cell,
     Channels,
     Exits,

@@ -186,6 +186,15 @@ def enlarge(x: Float[Array, "B H W C"], factor: int) -> Float[Array, "B H*{facto
     return x
 
 
+def of_pixels(
+    logits: Float[Array, "B _h _w _k"], stride: int, sharp: bool, size: tuple[int, int]
+) -> Float[Array, "B _H _W _K"]:
+    """Logits, float32, of a picture of `size` from those of a map that has one pixel for `stride` x `stride` of it:
+    spread, of `stride` squared times the classes, where `sharp`, otherwise interpolated."""
+    logits = logits.astype(jnp.float32)
+    return (spread_pixels if sharp else enlarge)(logits, stride)[:, : size[0], : size[1]]
+
+
 class Classify(nnx.Module):
     """Logits of every pixel of a picture, float32, from a map that has one for `stride` x `stride` of them: of each of
     these by itself where `sharp`, otherwise interpolated."""
@@ -195,6 +204,4 @@ class Classify(nnx.Module):
         self.linear = nnx.Linear(features, classes * (stride**2 if sharp else 1), rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[Array, "B _h _w _K"]:
-        logits = self.linear(x).astype(jnp.float32)
-        logits = spread_pixels(logits, self.stride) if self.sharp else enlarge(logits, self.stride)
-        return logits[:, : size[0], : size[1]]
+        return of_pixels(self.linear(x), self.stride, self.sharp, size)

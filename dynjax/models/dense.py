@@ -88,6 +88,14 @@ class Head(Protocol):
     def sites(self) -> Iterable[Site]: ...
 
 
+@runtime_checkable
+class Fuses(Protocol):
+    """A head that sums, or puts side by side, what several modules make of maps at several scales."""
+
+    def scales(self) -> Iterable[Site]:
+        """Those of them that may be left out, each with the channels that it takes."""
+
+
 B = TypeVar("B", bound=BackboneConfig)
 H = TypeVar("H", bound=HeadConfig)
 D = TypeVar("D", bound=DynamicsConfig)

@@ -1,5 +1,6 @@
 """Wrappers: small modules that put one kind of dynamics around any module."""
 
+from dynjax.ops.cascade import Cascade
 from dynjax.ops.dynamize import dynamize
 from dynjax.ops.exits import Exits
 from dynjax.ops.experts import Experts, RandomRouter, Router, router_z_loss

@@ -14,35 +14,10 @@ from jaxtyping import Array, Float
 from dynjax.core import execute, views, wrapper
 from dynjax.core.arguments import Tree, first, following
 from dynjax.core.decision import PREFIX, Decision
-from dynjax.core.gates import (
-    Threshold,
-    content_chance,
-    log_entropy,
-    logistic,
-    max_tiles,
-    one_hot_argmax,
-    pool_tiles,
-    threshold,
-)
+from dynjax.core.gates import Threshold, threshold
 from dynjax.core.receptive import receptive_radius, window_macs
 from dynjax.core.wrapper import Wrapper
-
-
-def _log_confidence(logits: Float[Array, "... K"], kind: str) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Logarithms of one minus a head's confidence and of the confidence, at least -500 each.
-
-    From logits, since float32 has no number between 1 - 6e-8 and 1: heads that have learnt their data by heart would
-    all be as sure.
-    """
-    if kind == "entropy":
-        unsure = log_entropy(logits) - jnp.log(jnp.log(logits.shape[-1]))
-        near = jnp.minimum(unsure, -jnp.finfo(jnp.float32).epsneg)
-        sure = jnp.where(near > -0.7, jnp.log(-jnp.expm1(near)), jnp.log1p(-jnp.exp(near)))
-    else:
-        largest = logits.max(-1)
-        rest = jax.nn.logsumexp(jnp.where(one_hot_argmax(logits) > 0, -jnp.inf, logits), -1)
-        unsure, sure = rest - jnp.logaddexp(largest, rest), largest - jnp.logaddexp(largest, rest)
-    return jnp.maximum(unsure, -500.0), jnp.maximum(sure, -500.0)
+from dynjax.ops import confidence
 
 
 class Exits(Wrapper):
@@ -129,28 +104,10 @@ class Exits(Wrapper):
         The logit of one minus the confidence, above that logit at `at`; with "patience" the agreements that are
         missing, where `agreed` heads in a row have agreed so far (default: none).
         """
-        logits = logits.astype(jnp.float32)
-        start = jax.scipy.special.logit(1 - self.at)
-        if self.confidence == "random":
-            return logistic(1 - content_chance(self._mean(jax.lax.stop_gradient(logits).mean(-1)))) - start
-        unsure, sure = (self._log_mean(each) for each in _log_confidence(logits, self.confidence))
-        if self.confidence == "patience":
-            return self.patience - 1 - (jnp.zeros_like(sure) if agreed is None else agreed) + jnp.exp(unsure)
-        return unsure - sure - start
-
-    def _mean(self, x: Float[Array, " B *pixels"]) -> Float[Array, " B *tiles"]:
-        if self.size is None:
-            return x.mean(tuple(range(1, x.ndim)))
-        return pool_tiles(x[..., None], self.size)[..., 0]
-
-    def _log_mean(self, log_x: Float[Array, " B *pixels"]) -> Float[Array, " B *tiles"]:
-        """Logarithm of the mean of exp(log_x): of sure pixels it may be less than float32 tells from 0."""
-        if self.size is None:
-            most = log_x.max(tuple(range(1, log_x.ndim)), keepdims=True)
-            return jnp.log(self._mean(jnp.exp(log_x - most))) + most.reshape(-1)
-        most = max_tiles(log_x[..., None], self.size)[..., 0]
-        fine = most.repeat(self.size, 1).repeat(self.size, 2)[:, : log_x.shape[1], : log_x.shape[2]]
-        return jnp.log(self._mean(jnp.exp(log_x - fine))) + most
+        if self.confidence != "patience":
+            return confidence.doubt(logits, self.confidence, self.at, self.size)
+        unsure, sure = (each.reshape(-1) for each in confidence.logarithms(logits, "max_prob"))
+        return self.patience - 1 - (jnp.zeros_like(sure) if agreed is None else agreed) + jnp.exp(unsure)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
         _, stages, given = self.bind(self.stages, args, kwargs)

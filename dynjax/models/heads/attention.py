@@ -82,6 +82,9 @@ class AttentionHead(nnx.Module):
         """None: a layer looks at the whole map."""
         return iter(())
 
+    def scales(self) -> Iterator[Site]:
+        return self.gather.scales()
+
 
 def _rules(config: AttentionHeadConfig, backbone: object) -> Iterator[Rule]:
     good = config.features % config.heads == 0

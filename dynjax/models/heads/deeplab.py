@@ -64,7 +64,7 @@ class AtrousPyramid(nnx.Module):
     """
 
     def __init__(self, before: int, features: int, rates: Sequence[int], *, rngs: nnx.Rngs):
-        self.point = Mix(before, features, rngs=rngs)
+        self.before, self.point = before, Mix(before, features, rngs=rngs)
         self.branches = nnx.List([Separable(before, features, rate, rngs=rngs) for rate in rates])
         self.whole = nnx.Linear(before, features, rngs=rngs)
         self.mix = Mix((2 + len(rates)) * features, features, rngs=rngs)
@@ -100,6 +100,11 @@ class DeepLabHead(nnx.Module):
 
     def sites(self) -> Iterator[Site]:
         return (Site(self.blocks, number, self.features, self.level) for number in range(len(self.blocks)))
+
+    def scales(self) -> Iterator[Site]:
+        """The dilated convolutions of the pyramid."""
+        branches, level = self.pyramid.branches, len(self.strides) - 1
+        return (Site(branches, number, self.pyramid.before, level) for number in range(len(branches)))
 
 
 def level_of(stride: int, backbone: Backbone) -> int:

@@ -94,12 +94,15 @@ class PSPNetHead(nnx.Module):
     def sites(self) -> Iterator[Site]:
         return (Site(self.blocks, number, self.features, self.level) for number in range(len(self.blocks)))
 
+    def scales(self) -> Iterator[Site]:
+        return self.gather.scales()
+
 
 class Gather(nnx.Module):
     """The sum of a map and of all coarser ones, enlarged, each through a linear layer."""
 
     def __init__(self, backbone: Backbone, level: int, features: int, *, rngs: nnx.Rngs):
-        self.level = level
+        self.level, self.widths = level, backbone.widths
         self.factors = [stride // backbone.strides[level] for stride in backbone.strides[level:]]
         self.mixes = nnx.List([Mix(width, features, rngs=rngs) for width in backbone.widths[level:]])
 
@@ -108,6 +111,11 @@ class Gather(nnx.Module):
         parts = zip(self.mixes, self.factors, maps[self.level :], strict=True)
         first, *others = [enlarge(mix(x), factor)[:, :height, :width] for mix, factor, x in parts]
         return sum(others, first)
+
+    def scales(self) -> Iterator[Site]:
+        """All but the map itself."""
+        coarser = enumerate(self.widths[self.level + 1 :], 1)
+        return (Site(self.mixes, number, width, self.level + number) for number, width in coarser)
 
 
 def _rules(config: PSPNetHeadConfig, backbone: object) -> Iterator[Rule]:

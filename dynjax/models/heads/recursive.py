@@ -82,6 +82,9 @@ class RecursiveHead(nnx.Module):
         """None: what is dynamic in it is how often the cell is applied."""
         return iter(())
 
+    def scales(self) -> Iterator[Site]:
+        return self.gather.scales()
+
 
 SMALL = dict(features=8, steps=2, stride=2)
 FAMILY = register(Family(RecursiveHeadConfig, RecursiveHead, tiny=SMALL), HeadConfig)

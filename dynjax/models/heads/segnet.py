@@ -41,6 +41,17 @@ def unpool(x: Float[Array, "B h w C"], indices: Int[Array, "B h w C"]) -> Float[
     return spread_pixels(spread.reshape(*x.shape[:3], -1), 2)
 
 
+class Unpool(nnx.Module):
+    """A coarse map with fewer channels, unpooled to where the fine one has its maxima, and mixed."""
+
+    def __init__(self, fine: int, coarse: int, *, rngs: nnx.Rngs):
+        self.narrow, self.fill = Mix(coarse, fine, rngs=rngs), Mix(fine, fine, rngs=rngs)
+
+    def __call__(self, fine: Float[Array, "B H W C"], coarse: Float[Array, "B h w D"]) -> Float[Array, "B H W C"]:
+        x = unpool(self.narrow(coarse), pooling_indices(fine))
+        return self.fill(x[:, : fine.shape[1], : fine.shape[2]])
+
+
 class SegNetHead(nnx.Module):
     """Each level: fewer channels, unpooled to where the finer map has its maxima, a linear layer, and blocks.
 
@@ -51,9 +62,8 @@ class SegNetHead(nnx.Module):
     def __init__(self, config: SegNetHeadConfig, backbone: Backbone, classes: int, *, rngs: nnx.Rngs):
         halves(backbone)
         self.widths = backbone.widths
-        pairs = list(itertools.pairwise(self.widths))
-        self.narrow = nnx.List([Mix(coarse, fine, rngs=rngs) for fine, coarse in pairs])
-        self.fill = nnx.List([Mix(fine, fine, rngs=rngs) for fine, _ in pairs])
+        pairs = itertools.pairwise(self.widths)
+        self.up = nnx.List([Unpool(fine, coarse, rngs=rngs) for fine, coarse in pairs])
         levels = zip(self.widths[:-1], config.blocks, strict=True)
         self.blocks = nnx.List([nnx.List([Block(w, rngs=rngs) for _ in range(n)]) for w, n in levels])
         self.classify = Classify(self.widths[0], classes, backbone.strides[0], sharp=True, rngs=rngs)
@@ -61,9 +71,7 @@ class SegNetHead(nnx.Module):
     def __call__(self, maps: Sequence[Array], size: tuple[int, int]) -> Float[Array, "B H W K"]:
         x: jax.Array = jnp.asarray(maps[-1])
         for level in reversed(range(len(self.blocks))):
-            fine = maps[level]
-            x = unpool(self.narrow[level](x), pooling_indices(fine))
-            x = self.fill[level](x[:, : fine.shape[1], : fine.shape[2]])
+            x = self.up[level](maps[level], x)
             for block in self.blocks[level]:
                 x = block(x)
         return self.classify(x, size)
