@@ -1,7 +1,8 @@
 """Masks and compute maps, or classes: python -m experiments.predict --workdir W --out DIR [--budget 0.5] IMAGE ...
 
 Writes DIR/STEM_mask.png (class ids with a palette) in the picture's own size, DIR/STEM_overlay.png, of at most 2
-megapixels, and DIR/STEM_compute.png, where the MACs were spent. A row that classifies writes DIR/predictions.csv:
+megapixels, and DIR/STEM_compute.png, where the MACs were spent. A model trained on windows (data.crop) goes over a
+picture window by window. A row that classifies writes DIR/predictions.csv:
 picture, class, its probability, MACs.
 A file that is no picture is named on stderr, the others are done, and the exit status is 2.
 """
@@ -29,6 +30,7 @@ from dynjax.core.views import compact
 from dynjax.data import calibration_batches
 from dynjax.data.pictures import BadFile, read_image
 from dynjax.data.source import size_of
+from dynjax.data.windows import grid, take
 from dynjax.run import checkpoint, files
 from dynjax.run.evaluate import solve, static_macs
 from dynjax.run.workdir import read_config
@@ -99,6 +101,8 @@ def at_budget(
 
 def picture_size(config: Config, classes: tuple[str, ...], known: Record | None) -> tuple[int, int]:
     """Height and width that the model works at."""
+    if config.data.crop is not None:
+        return config.data.crop
     if config.data.size is not None:
         return config.data.size
     if known is None:
@@ -147,6 +151,22 @@ def make_run(model: nnx.Module, size: tuple[int, int], segments: bool) -> Callab
     return lambda image: jax.device_get(run(state, image[None]))
 
 
+def in_windows(
+    run: Callable, picture: Image.Image, size: tuple[int, int] | None, crop: tuple[int, int]
+) -> tuple[np.ndarray, None, np.ndarray, float, float]:
+    """What `run` says of the windows of a picture, at height and width `size` or its own, put together as the splits
+    are: every pixel from the one in whose middle it lies more."""
+    image = np.asarray(picture if size is None else picture.resize(size[::-1], Image.Resampling.BILINEAR))
+    prediction, heat = (np.zeros(image.shape[:2], kind) for kind in (np.int32, np.float32))
+    spent = whole = 0.0
+    for window in grid(image.shape[:2], crop):
+        found, _, own, macs, full = run(take(image, window.top, window.left, crop, 0))
+        prediction[window.rows, window.columns] = found[window.inside]
+        heat[window.rows, window.columns] = own[window.inside]
+        spent, whole = spent + float(macs), whole + float(full)
+    return prediction, None, heat, spent, whole
+
+
 def draw(
     out: Path, name: str, picture: Image.Image, prediction: np.ndarray, heat: np.ndarray, classes: int, title: str
 ) -> None:
@@ -159,15 +179,14 @@ def draw(
     report.plot_compute(out / f"{name}_compute.png", image, heat, title=title)
 
 
-def predict(run: Callable, images: tuple[str, ...], size: tuple[int, int], classes: tuple[str, ...], out: Path) -> int:
-    """Masks and maps, or with a `run` without heat maps the table, of all pictures; how many could not be done."""
+def predict(run: Callable, images: tuple[str, ...], classes: tuple[str, ...], out: Path) -> int:
+    """Masks and maps, or with a `run` of pictures without heat maps the table, of all; how many could not be done."""
     failed, table = 0, None
     with contextlib.ExitStack() as stack:
         for path, name in tqdm(list(stems(images)), unit="picture", disable=len(images) < 4 or None):
             try:
                 picture = Image.fromarray(read_image(path))
-                small = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
-                prediction, sure, heat, macs, full = run(small)
+                prediction, sure, heat, macs, full = run(picture)
                 if heat is not None:
                     title = f"{macs / 1e6:.1f} MMAC, {100 * macs / full:.0f} % of all"
                     draw(out, name, picture, prediction, heat, len(classes), title)
@@ -204,9 +223,15 @@ def main(raw: list[str]) -> int:
         print(said, file=sys.stderr)
     size = picture_size(config, classes, known)
     run = make_run(model, size, models.task_of(config.model) == "segmentation")
+
+    def whole(picture: Image.Image) -> tuple:
+        if config.data.crop is not None:
+            return in_windows(run, picture, config.data.size, config.data.crop)
+        return run(np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR)))
+
     out, number = cli.make_folder(arguments.out, "out"), len(arguments.images)
     with files.writing(f"in {out}"):
-        failed = predict(run, arguments.images, size, classes, out)
+        failed = predict(whole, arguments.images, classes, out)
     print(f"{out}: {number - failed} of {number} pictures done")
     return cli.BAD_INPUT if failed else 0
 

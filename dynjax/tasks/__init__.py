@@ -160,6 +160,8 @@ def _check_target(config: Config, source: Source, role: str, what: str, training
         what = f"{len(names)} classes, of which only {names[min(seen)]} occurs in its {role}s"
         if field.ignored is not None:
             what += f" ({field.ignored} marks ignored pixels)"
+        if config.data.name == "folder" and config.data.masks == "ids" and role == "mask":
+            what += "; masks of 0 and 255 for two classes are --data.masks binary"
     else:
         return
     raise UserError(
