@@ -5,6 +5,7 @@ both = WithUnlabelled(marked, bare, seed=0)  # {"image", "mask", "unlabelled"}
 """
 
 import dataclasses
+import functools
 import re
 
 import numpy as np
@@ -172,9 +173,13 @@ class WithUnlabelled:
     def describe(self) -> str:
         return f"{self.marked.describe()}, with {len(self.bare)} that are not"
 
+    @functools.cached_property
+    def _order(self) -> list[int]:
+        return np.random.default_rng(self.seed).permutation(len(self.bare)).tolist()
+
     def _pair(self, index: int, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        other = int(np.random.default_rng(self.seed).permutation(len(self.bare))[index % len(self.bare)])
+        other = self._order[index % len(self.bare)]
         example = draw(self.marked, index % len(self.marked), rng)
         return example | {"unlabelled": draw(self.bare, other, rng)[input_of(self.bare.spec)]}

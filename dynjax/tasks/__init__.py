@@ -114,7 +114,12 @@ def _classification(config: Config, source: Source, training: bool) -> Task:
 def _segmentation(config: Config, source: Source, training: bool) -> Task:
     _check_target(config, source, "mask", "pictures with masks", training)
     classes, kind = tuple(source.classes), config.loss.class_weights
-    weights = class_weights(kind, class_frequencies(source)) if training and kind != "none" else None
+    weights = None
+    if training and kind != "none":
+        try:
+            weights = class_weights(kind, class_frequencies(source))
+        except ValueError as error:
+            raise UserError(f"{source.describe()}: {error}; --loss.class-weights none does without") from None
     return SegmentationTask(classes, config.loss, weights, _spends(config))
 
 
