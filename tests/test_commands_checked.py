@@ -193,7 +193,7 @@ def test_names_that_are_no_utf8_and_others_that_fail_lose_nothing(tmp_path, capf
     shutil.copyfile(good, odd)
     images = (str(good), os.fsdecode(odd), str(none), str(good))
     run = lambda image: (np.int64(1), np.float32(0.5), None, np.float32(3), 4.0)  # noqa: E731
-    assert predict.predict(run, images, (8, 8), ("x", os.fsdecode(b"\xfc")), tmp_path) == 1
+    assert predict.predict(run, images, ("x", os.fsdecode(b"\xfc")), tmp_path) == 1
     with open(tmp_path / "predictions.csv", newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert [line["picture"].rpartition("/")[2] for line in lines] == ["a.png", r"\udcff\udce9.png", "a.png"]
@@ -211,7 +211,7 @@ def test_masks_of_names_that_are_no_utf8_or_too_long(tmp_path, capsys):
     images = (os.fsdecode(odd), str(long), str(last))
     run = lambda image: (np.zeros((8, 8), int), np.ones((8, 8)), np.ones((8, 8)), np.float32(3), 4.0)  # noqa: E731
     (tmp_path / "o").mkdir()
-    assert predict.predict(run, images, (8, 8), ("x", "y"), tmp_path / "o") == 1
+    assert predict.predict(run, images, ("x", "y"), tmp_path / "o") == 1
     assert os.strerror(errno.ENAMETOOLONG) in capsys.readouterr().err
     found = os.listdir(os.fsencode(tmp_path / "o"))
     assert sorted(found) == sorted(

@@ -160,8 +160,8 @@ def test_classes_txt_names_the_classes(tmp_path):
     what = r"0\.jpg: label 2 in the mask, allowed are 0 to 1 and 255 .*\(.*classes\.txt names 2 classes\)"
     with pytest.raises(UserError, match=what):
         make_source(folder_config(tmp_path), "val")
-    (tmp_path / "classes.txt").unlink()  # the names of the run count where the folder has none
-    assert make_source(folder_config(tmp_path), "train", classes=("x", "y")).classes == ("x", "y")
+    (tmp_path / "classes.txt").unlink()  # then the run says how many there are, and whoever compares names is told
+    assert make_source(folder_config(tmp_path), "train", classes=("x", "y")).classes == ("class 0", "class 1")
 
 
 @pytest.mark.parametrize(
@@ -232,6 +232,9 @@ def test_masks_in_the_colours_of_the_classes(tmp_path):
     with pytest.raises(
         UserError, match=r"mode RGB, .*give --data\.masks colours and .*classes\.txt, .*--data\.masks bi"
     ):
+        make_source(folder_config(tmp_path), "train")
+    (tmp_path / "classes.txt").unlink()
+    with pytest.raises(UserError, match=r"no class in any mask to count: .*masks/0\.png: .*give --data\.masks colours"):
         make_source(folder_config(tmp_path), "train")
 
 

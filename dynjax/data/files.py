@@ -110,19 +110,23 @@ def class_names(count: int) -> tuple[str, ...]:
 def count_classes(
     read: Callable[[Key], Shaped[np.ndarray, "H W"]], masks: Iterable[Key], where: str, hint: str = ""
 ) -> int:
-    """One more than the largest label in any of the masks; broken ones are left to the checks. Raises UserError
-    below 2, which ends in `hint`."""
+    """One more than the largest label in any of the masks; broken ones are left to the checks, unless all are. Raises
+    UserError below 2, which ends in `hint`."""
+    broken: list[str] = []
 
     def largest(mask: Key) -> int:
         try:
             ids = read(mask)
-        except BadFile:
+        except BadFile as error:
+            broken.append(str(error))
             return -1
         ids = ids[ids != IGNORE_255]
         return int(ids.max()) if ids.size else -1
 
     with ThreadPoolExecutor(workers()) as pool:
         count = 1 + max(pool.map(largest, masks), default=-1)
+    if count == 0 and broken:
+        raise UserError(f"{where}: there is no class in any mask to count: {min(broken)}")
     if count == 0:
         raise UserError(f"{where}: there is no class in any mask to count; give --data.classes N")
     if count == 1:

@@ -57,19 +57,17 @@ def _names(
 ) -> tuple[str, ...]:
     """Of the classes. Raises UserError."""
     if legend is not None:
-        many = 2 if config.masks == "binary" else config.classes or len(legend.names)
-        for count, told in ((config.classes, f"data.classes={config.classes}"), (many, f"data.masks={config.masks}")):
+        two = 2 if config.masks == "binary" else 0
+        for count, told in ((config.classes, f"data.classes={config.classes}"), (two, f"data.masks={config.masks}")):
             if count not in (0, len(legend.names)):
                 raise UserError(f"{told}: {legend.file} names {len(legend.names)} classes, not {count}")
         return legend.names
-    if classes:
-        return tuple(classes) if len(classes) > 1 else class_names(len(classes))
     if config.masks == "binary":
         if config.classes not in (0, 2):
             raise UserError(f"data.classes={config.classes}: with --data.masks binary there are 2")
         return BINARY
-    if config.classes:
-        return class_names(config.classes)
+    if count := len(classes) if classes else config.classes:
+        return class_names(count)
     every = [file for each in SPLITS for file in (root / each / "masks").glob("*")]
     masks = [file for file in every if file.suffix.lower() in MASK_SUFFIXES]
     return class_names(count_classes(read, masks, f"data.path={root}", ", or give --data.masks binary"))
