@@ -32,17 +32,27 @@ class DataConfig:
     """Where pictures come from, and what belongs to them: a mask (segmentation) or one label (classification)."""
 
     name: str = "digits"
-    """Masks: digits (embedded) | camvid | folder. Labels: digits8 (embedded) | mnist | fashion_mnist | cifar10 |
-    class_folder. Either: tfds:NAME."""
+    """Masks: digits (embedded) | camvid | folder | isbi_em | aerial_roads. Labels: digits8 (embedded) | mnist |
+    fashion_mnist | cifar10 | class_folder. Either: tfds:NAME."""
     path: str = ""
     """Folder of the data set, or the .npz file of cifar10; not used by digits and digits8."""
     size: tuple[int, int] | None = None
     """Height and width in pixels that pictures are resized to; None keeps the pictures' own size, which must then be
-    one."""
+    one, unless `crop` is given."""
     crop: tuple[int, int] | None = None
-    """Height and width of the windows in which pictures keep their own sizes; see README. """
+    """Height and width in pixels of windows that pictures with masks are cut into, after `size` where both are given:
+    training draws one from each picture, and every pixel of val and test counts once. None takes whole pictures."""
+    masks: Literal["ids", "binary", "colours"] = "ids"
+    """What masks of a folder hold: class ids; 0 and 255, for a background and a foreground; or the colours of its
+    classes.txt."""
+    weak: Literal["full", "points", "scribbles"] = "full"
+    """What is left of training masks from files: everything, or of each region a point or a scribble, the rest
+    ignored."""
+    labelled: str = ""
+    """How many training pictures keep their labels, as a share ("1/8") or a number ("46"); the others are left out.
+    Empty: all of them."""
     classes: int = 0
-    """Number of classes of a folder or TFDS set; 0 reads it from the data."""
+    """Number of classes of a folder or TFDS set; 0 reads it from the data, or from a folder's classes.txt."""
     examples: int | None = None
     """Training scenes of digits, of which val and test have a tenth each; None is 2000. Of any other set: at most so
     many training examples, spread evenly over it; None is all of them."""

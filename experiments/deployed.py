@@ -57,7 +57,7 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a model says of one picture: of a mask in the picture's own size, or where it was resized in the model's."""
+    """What a model says of one picture: of a mask in the picture's own size, or in that which it was resized to."""
 
     ids: np.ndarray
     """Class of each pixel (h, w), or of the picture ()."""
@@ -125,7 +125,8 @@ def deploy(asked: Asked) -> Deployed:
     if whole == "resize":
         return Deployed(config, classes, step, size, whole, None, resized(run, size))
     overlap = mosaic.OVERLAP if asked.overlap is None else asked.overlap
-    return Deployed(config, classes, step, size, whole, overlap, in_windows(run, size, overlap))
+    before = config.data.size if config.data.crop else None
+    return Deployed(config, classes, step, size, whole, overlap, in_windows(run, size, overlap, before))
 
 
 def read_evaluation(workdir: str, step: int) -> Record | None:
@@ -206,11 +207,14 @@ def resized(run: Callable[[np.ndarray], tuple], size: Size) -> Callable[[Image.I
     return look
 
 
-def in_windows(run: Callable[[np.ndarray], tuple], size: Size, overlap: float) -> Callable[[Image.Image], Answer]:
-    """Every picture in its own size, by windows of `size`."""
+def in_windows(
+    run: Callable[[np.ndarray], tuple], size: Size, overlap: float, before: Size | None
+) -> Callable[[Image.Image], Answer]:
+    """Every picture in its own size, or made of height and width `before`, by windows of `size`."""
 
     def look(picture: Image.Image) -> Answer:
         full = 0.0
+        picture = picture.resize(before[::-1], Image.Resampling.BILINEAR) if before else picture
 
         def one(window: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
             nonlocal full

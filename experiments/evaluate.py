@@ -335,7 +335,8 @@ def main(raw: list[str]) -> None:
     if trained and not static:
         twin_score = score(make_runner(twin, task), nnx.state(twin), batches(source), task).scores[task.score]
 
-    title = f"{config.row}, {source.name} {arguments.split}, {len(source)} pictures"
+    what = "pictures" if config.data.crop is None else "windows"
+    title = f"{config.row}, {source.name} {arguments.split}, {len(source)} {what}"
     lines = summarise(f"{title}; step {step}; {report.hardware()}", config.row, found, task, twin_score, static)
     record = {
         "row": config.row,

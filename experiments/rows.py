@@ -15,6 +15,7 @@ from experiments import (
     halt,
     moe,
     msdnet,
+    my_pictures,
     nextscale,
     policy,
     ranet,
@@ -25,7 +26,20 @@ from experiments import (
     width,
 )
 
-PREDICT = (digits_unet, camvid_unet, resnet, policy, width, msdnet, ranet, halt, routed, moe, dynamicconvnet)
+PREDICT = (
+    digits_unet,
+    camvid_unet,
+    my_pictures,
+    resnet,
+    policy,
+    width,
+    msdnet,
+    ranet,
+    halt,
+    routed,
+    moe,
+    dynamicconvnet,
+)
 DRAW = (autoregressive, nextscale, vqvae, gan, vae)
 ROWS: dict[str, Callable[[], Config]] = {row.__name__: row for file in (*PREDICT, *DRAW) for row in file.ROWS}
 
@@ -45,7 +59,8 @@ def tiny(config: Config) -> Config:
     Pictures with labels are those of digits8, which need no download.
     """
     if models.task_of(config.model) == "segmentation":
-        data = dataclasses.replace(config.data, size=(48, 48), examples=8)
+        crop = None if config.data.crop is None else (32, 48)
+        data = dataclasses.replace(config.data, size=(48, 48), crop=crop, examples=8)
     else:
         data = dataclasses.replace(config.data, name="digits8", path="", size=(8, 8), examples=16)
     return dataclasses.replace(

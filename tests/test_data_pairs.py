@@ -51,6 +51,44 @@ def test_images_of_every_kind_become_rgb(tmp_path):
         assert np.abs(image.astype(int) - 77).max() <= 1
 
 
+def test_masks_of_two_classes(tmp_path):
+    grey = np.array([[0, 1, 127], [128, 200, 255]], np.uint8)
+    wanted = [[0, 0, 0], [1, 1, 1]]
+    palette = Image.fromarray(np.array([[0, 0, 0], [1, 2, 255]], np.uint8)).convert("P")
+    palette.putpalette([0, 0, 0] * 256)  # indices count, not their colours
+    palette.save(tmp_path / "palette.png")
+    save(grey, tmp_path / "soft.png")
+    save(np.dstack([grey] * 3), tmp_path / "rgb.png")
+    save(np.array(wanted, np.uint8), tmp_path / "ids.png")
+    save(np.array(wanted, bool), tmp_path / "bits.png")
+    for name in ("palette", "soft", "rgb", "ids", "bits"):
+        mask = pictures.read_binary_mask(tmp_path / f"{name}.png")
+        np.testing.assert_array_equal(mask, wanted, err_msg=name)
+    dark = save(np.zeros((2, 3), np.uint8), tmp_path / "dark.png")
+    assert not pictures.read_binary_mask(dark).any()
+    with pytest.raises(pictures.BadFile, match=r"deep\.png: .*mode I;16, two classes need 8 bits"):
+        pictures.read_binary_mask(save(grey.astype(np.uint16), tmp_path / "deep.png"))
+    with pytest.raises(pictures.BadFile, match=r"photo\.jpg: a mask must be lossless"):
+        pictures.read_binary_mask(save(grey, tmp_path / "photo.jpg"))
+
+
+def test_masks_in_colours(tmp_path):
+    ids = {(255, 0, 0): 0, (0, 0, 255): 1, (9, 9, 9): 255}
+    mask = np.array([[0, 1, 255], [1, 1, 0]])
+    colours = np.array([next(each for each, own in ids.items() if own == one) for one in mask.ravel()], np.uint8)
+    rgb = save(colours.reshape(2, 3, 3), tmp_path / "rgb.png")
+    Image.open(rgb).convert("RGBA").save(tmp_path / "rgba.png")
+    Image.open(rgb).quantize(4).save(tmp_path / "palette.png")
+    for name in ("rgb", "rgba", "palette"):
+        found = pictures.read_colour_mask(tmp_path / f"{name}.png", ids, "classes.txt")
+        np.testing.assert_array_equal(found, mask, err_msg=name)
+    colours[:3] = (1, 2, 3)
+    colours[4] = (255, 255, 255)
+    strange = save(colours.reshape(2, 3, 3), tmp_path / "strange.png")
+    with pytest.raises(pictures.BadFile, match=r"strange\.png: 4 pixels of 2 colours that here .* #010203 \(3\)"):
+        pictures.read_colour_mask(strange, ids, "here")
+
+
 def test_what_cannot_be_read_is_named(tmp_path):
     text = tmp_path / "text.png"
     text.write_text("this is no picture")

@@ -4,8 +4,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dynjax.run import mosaic
+from experiments import deployed
 
 SHAPES = [(23, 31), (31, 23), (16, 12), (16, 40), (40, 12), (5, 7), (3, 40), (40, 3), (17, 13), (1, 1)]
 SIZE = (16, 12)
@@ -87,10 +89,12 @@ def test_windows_are_those_of_the_picture_upright():
     assert {window.tobytes() for window in seen} == expected
 
 
-def test_a_smaller_picture_is_mirrored_at_its_end():
-    image = picture(3, 40)
-    window = mosaic.cut(image, 0, 28, (8, 12))
-    np.testing.assert_array_equal(window, image[[0, 1, 2, 2, 1, 0, 0, 1], 28:])
+def test_around_a_smaller_picture_it_is_black():
+    image, seen = picture(3, 5), []
+    mosaic.stitch(image, SIZE, lambda window: (seen.append(window.copy()), pointwise(window))[1])
+    (window,) = seen
+    np.testing.assert_array_equal(window[:3, :5], image)
+    assert not window[3:].any() and not window[:, 5:].any()
 
 
 def test_no_seams():
@@ -130,3 +134,11 @@ def test_many_classes_and_an_overlap_that_makes_no_sense():
     assert found.ids.dtype == np.uint16 and (found.ids == 299).all()
     with pytest.raises(ValueError, match=r"overlap 1\.0 must be a share"):
         mosaic.stitch(picture(*SIZE), SIZE, pointwise, overlap=1.0)
+
+
+def test_a_picture_may_be_resized_before():
+    run = lambda window: (*pointwise(window), 5.0)  # noqa: E731
+    large = Image.fromarray(picture(90, 70))
+    answer = deployed.in_windows(run, SIZE, 0.0, (32, 24))(large)
+    assert answer.ids.shape == answer.heat.shape == (32, 24) and answer.full == 4 * 5
+    assert deployed.in_windows(run, SIZE, 0.0, SIZE)(large).full == 5

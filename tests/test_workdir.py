@@ -35,6 +35,17 @@ def test_workdir_of_another_run(tmp_path, changes, message):
         check_workdir(tmp_path, dataclasses.replace(ROW, **changes))
 
 
+def test_the_labelled_pictures_are_kept_and_must_be_the_same(tmp_path):
+    labelled = ("3 c.png", "17 \udce9t\udce9.png")  # a name that is not UTF-8
+    write_config(tmp_path, ROW, ("a", "b"), 2, labelled)
+    assert (tmp_path / "labelled.txt").read_bytes() == b"3 c.png\n17 \xe9t\xe9.png\n"
+    check_workdir(tmp_path, ROW, ("a", "b"), 2, labelled)
+    with pytest.raises(UserError, match=r"other labelled pictures: 4 d\.png is one there or here alone"):
+        check_workdir(tmp_path, ROW, ("a", "b"), 2, (*labelled, "4 d.png"))
+    write_config(tmp_path / "all", ROW, (), 2)
+    assert not (tmp_path / "all" / "labelled.txt").exists()
+
+
 def test_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write in workdir .*file/w: Not a directory"):

@@ -35,6 +35,8 @@ _MAKES: dict[str, Make | str] = {
     "digits": "digit_scenes",
     "camvid": "camvid",
     "folder": "folder",
+    "isbi_em": "isbi_em",
+    "aerial_roads": "aerial_roads",
     "digits8": "digits",
     "mnist": "mnist",
     "fashion_mnist": "mnist",
@@ -54,10 +56,12 @@ def register(name: str, make: Make) -> None:
 def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Sequence[str] | None = None) -> Source:
     """The source that `config.name` says, checked.
 
-    `seed` is for digits alone. `classes` are the names of the classes that a model was trained for: where names or
-    their number are otherwise found in the files (folder, class_folder, tfds:NAME of masks), these count, and a split
-    need not have all of them. Elsewhere they change nothing; whoever loads a model compares `source.classes`. Raises
-    UserError, one for all that is wrong with the files.
+    `seed` is for digits, and for which training pictures are `config.labelled`. `classes` are the names of the classes
+    that a model was trained for: where names or their number are otherwise found in the files (folder, class_folder,
+    tfds:NAME of masks), these count, and a split need not have all of them. Elsewhere they change nothing; whoever
+    loads a model compares `source.classes`. With `config.crop` examples are windows of pictures, and with
+    `config.labelled` those of training are the labelled ones alone. Raises UserError, one for all that is wrong with
+    the files.
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r}: there are {', '.join(SPLITS)}")
@@ -73,8 +77,28 @@ def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Seque
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"data.name={config.name!r} is not known: {', '.join(names)}{hint}")
     if isinstance(make, str):
+        if config.masks != "ids" and config.name != "folder":
+            raise UserError(f"data.masks={config.masks}: that is for data.name=folder, not {config.name}; leave it out")
         make = importlib.import_module(f"dynjax.data.{make}").make
-    return make(config, split, seed=seed, classes=classes)
+    return _part(make(config, split, seed=seed, classes=classes), config, seed)
+
+
+def _part(source: Source, config: DataConfig, seed: int) -> Source:
+    """What the configuration wants of a source. Raises UserError."""
+    if config.weak != "full":
+        from dynjax.data.pairs import PairSource
+
+        if not isinstance(source, PairSource) or "mask" not in source.spec:
+            raise UserError(f"data.weak={config.weak}: data.name={config.name} has no masks from files; leave it out")
+    if config.crop is not None:
+        from dynjax.data.windows import cut
+
+        source = cut(source, config.crop)
+    if config.labelled and source.split == "train":
+        from dynjax.data.few import labelled
+
+        source, _ = labelled(source, config.labelled, seed)
+    return source
 
 
 def __getattr__(name: str) -> object:

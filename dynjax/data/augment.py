@@ -11,9 +11,8 @@ from jaxtyping import Bool, Float, Integer, Shaped, UInt8
 from PIL import Image
 
 from dynjax.config import AugmentConfig, UserError
+from dynjax.data.pictures import Colour
 from dynjax.data.source import IGNORED, Size, Source, read, size_of
-
-Colour = tuple[int, int, int]
 
 
 def check_augment(config: AugmentConfig, size: Size) -> None:

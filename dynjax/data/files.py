@@ -19,6 +19,9 @@ Files = list[tuple[Path, Path]]
 
 Key = TypeVar("Key")
 
+ReadMask = Callable[[Path], Shaped[np.ndarray, "H W"]]
+"""Class ids of a mask; raises BadFile."""
+
 
 def find_root(config: DataConfig, layout: str, inside: Iterable[str] = ()) -> Path:
     """The folder of `data.path`. Raises UserError where it or a folder `inside` is missing, which ends in `layout`."""
@@ -57,8 +60,16 @@ def match_stems(images: Path, masks: Path) -> tuple[Files, list[str]]:
     return pairs, sorted(problems)
 
 
-def with_masks(files: Files, problems: Sequence[str], classes: tuple[str, ...], ignored: int) -> Pairs:
-    """Pictures with masks from files."""
+def with_masks(
+    files: Files,
+    problems: Sequence[str],
+    classes: tuple[str, ...],
+    ignored: int,
+    *,
+    read_mask: ReadMask = read_mask,
+    named: str = "",
+) -> Pairs:
+    """Pictures with masks from files; `named` is the file that names the classes."""
 
     def read(index: int) -> Pair:
         image, mask = files[index]
@@ -72,7 +83,19 @@ def with_masks(files: Files, problems: Sequence[str], classes: tuple[str, ...], 
         ignored=ignored,
         broken=problems,
         called=lambda index: str(files[index][0]),
+        named=named,
     )
+
+
+def by_number(files: Files) -> Files:
+    """In the order of the numbers that are their names: 2 before 10."""
+    return sorted(files, key=lambda pair: (len(pair[0].stem), pair[0].stem))
+
+
+def part_of(files: Files, split: str, shares: tuple[float, float]) -> Files:
+    """Of files that come without splits: the first share is train, the second val, what is left test."""
+    first, second = (round(share * len(files)) for share in (shares[0], sum(shares)))
+    return {"train": files[:first], "val": files[first:second], "test": files[second:]}[split]
 
 
 def class_names(count: int) -> tuple[str, ...]:
@@ -84,25 +107,31 @@ def class_names(count: int) -> tuple[str, ...]:
     return tuple(f"class {index}" for index in range(count))
 
 
-def count_classes(read: Callable[[Key], Shaped[np.ndarray, "H W"]], masks: Iterable[Key], where: str) -> int:
-    """One more than the largest label in any of the masks; broken ones are left to the checks. Raises UserError
-    below 2."""
+def count_classes(
+    read: Callable[[Key], Shaped[np.ndarray, "H W"]], masks: Iterable[Key], where: str, hint: str = ""
+) -> int:
+    """One more than the largest label in any of the masks; broken ones are left to the checks, unless all are. Raises
+    UserError below 2, which ends in `hint`."""
+    broken: list[str] = []
 
     def largest(mask: Key) -> int:
         try:
             ids = read(mask)
-        except BadFile:
+        except BadFile as error:
+            broken.append(str(error))
             return -1
         ids = ids[ids != IGNORE_255]
         return int(ids.max()) if ids.size else -1
 
     with ThreadPoolExecutor(workers()) as pool:
         count = 1 + max(pool.map(largest, masks), default=-1)
+    if count == 0 and broken:
+        raise UserError(f"{where}: there is no class in any mask to count: {min(broken)}")
     if count == 0:
         raise UserError(f"{where}: there is no class in any mask to count; give --data.classes N")
     if count == 1:
         raise UserError(
             f"{where}: no mask has a class other than 0, {IGNORE_255} marks ignored pixels, and there must be at "
-            f"least 2: store two as 0 and 1, not as 0 and {IGNORE_255}"
+            f"least 2: store two as 0 and 1, not as 0 and {IGNORE_255}{hint}"
         )
     return count

@@ -12,7 +12,7 @@ import numpy as np
 
 from dynjax.config import AugmentConfig, UserError
 from dynjax.data.augment import Augment
-from dynjax.data.source import Source, read, stack
+from dynjax.data.source import Draws, Source, read, stack
 
 # Two threads and a short queue, of examples or of whole batches: grain's own defaults (16 and 500) start slowly and
 # hold much memory.
@@ -31,7 +31,8 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
 ) -> "Batches":
-    """Elements are dicts of the fields of the source's spec, each with one more first axis B; see `read`.
+    """Elements are dicts of the fields of the source's spec, each with one more first axis B; see `read`. With
+    `augment`, whatever it says, examples of sources that draw them are drawn.
 
     Every ignored pixel of a mask is -1. `batch_size` is that of all processes together, which get equal parts of each
     batch, process 0 the first examples: one after the other these are the batch of a single process. With `repeat` the
@@ -56,12 +57,13 @@ def make_loader(
     share = batch_size // process_count
     part = slice(process_index * share, (process_index + 1) * share)
 
-    def fetch(index: int) -> dict[str, np.ndarray]:
-        example = read(source, index)
+    def fetch(index: int, rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+        example = read(source, index, rng)
         return example if repeat else {**example, "valid": np.asarray(index < count)}
 
-    if any(field.role in ("mask", "film") for field in source.spec.values()):
-        data = data.map(fetch)
+    drawn = augment is not None and isinstance(source, Draws)
+    if drawn or any(field.role in ("mask", "film") for field in source.spec.values()):
+        data = data.random_map(fetch) if drawn else data.map(fetch)
         if change is not None:
             data = data.random_map(change)
         mine = grain.MapDataset.source(_Part(data, batch_size, part)).to_iter_dataset(EXAMPLES)

@@ -7,7 +7,7 @@ import contextlib
 import io
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,8 @@ MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # lossless only: a JPEG blurs
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 MASK_FORMATS = ("PNG", "BMP", "TIFF")
 Stream = io.BufferedReader | io.BytesIO
+Colour = tuple[int, int, int]
+"""Red, green and blue, each 0 to 255."""
 MOST_PIXELS = 89_000_000  # 270 MB as RGB; from 89.5 million on Pillow warns of attacks
 
 _LOSSY = ("jpeg", "tiff_jpeg", "webp")  # compressions of a TIFF, by Pillow's names
@@ -51,13 +53,43 @@ def read_image(file: Path | Stream, name: str = "") -> UInt8[np.ndarray, "H W 3"
         raise BadFile(f"{name or file}: {_reason(error, IMAGE_FORMATS)}") from None
 
 
-def read_mask(file: Path | Stream, name: str = "") -> Shaped[np.ndarray, "H W"]:
-    """Class ids as they are stored, grey or palette, upright. Raises BadFile, which calls an open file by `name`."""
+def read_mask(file: Path | Stream, name: str = "", hint: str = "") -> Shaped[np.ndarray, "H W"]:
+    """Class ids as they are stored, grey or palette, upright. Raises BadFile, which calls an open file by `name` and
+    says `hint` where a mask is in colour."""
+    return _read_lossless(file, name, lambda picture: _class_ids(picture, hint))
+
+
+def read_binary_mask(file: Path | Stream, name: str = "") -> UInt8[np.ndarray, "H W"]:
+    """1 where a mask is bright, more than half of 255, and 0 elsewhere; masks of 0 and 1 stay, and so does what a
+    palette has: 0 and all others. Raises BadFile."""
+    return _read_lossless(file, name, _two_classes)
+
+
+def read_colour_mask(
+    file: Path | Stream, ids: Mapping[Colour, int], where: str, name: str = ""
+) -> UInt8[np.ndarray, "H W"]:
+    """The id of every pixel's colour. Raises BadFile, also for a colour that has none; `where` says whose they are."""
+    colours = _read_lossless(file, name, _colours).astype(np.int32) @ (1 << 16, 1 << 8, 1)
+    known = np.array(sorted((red << 16 | green << 8 | blue, ids[red, green, blue]) for red, green, blue in ids))
+    places = np.searchsorted(known[:, 0], colours).clip(max=len(known) - 1)
+    if (strange := colours[known[places, 0] != colours]).size:
+        found, counts = np.unique(strange, return_counts=True)
+        most = f"#{found[counts.argmax()]:06x} ({counts.max()})"
+        raise BadFile(
+            f"{name or file}: {strange.size} pixels of {len(found)} colours that {where} does not have, most of them "
+            f"{most}; colours must be exact, and ignored pixels have the colour of a line `ignore #rrggbb` there"
+        )
+    return known[places, 1].astype(np.uint8)
+
+
+def _read_lossless(file: Path | Stream, name: str, of: Callable[[ImageFile.ImageFile], np.ndarray]) -> np.ndarray:
     if isinstance(file, Path) and file.suffix.lower() not in MASK_SUFFIXES:
         raise BadFile(f"{file}: a mask must be lossless, one of {' '.join(MASK_SUFFIXES)}")
     try:
         with open_picture(file, MASK_FORMATS) as picture:
-            return _class_ids(picture)
+            if picture.info.get("compression") in _LOSSY:
+                raise BadFile(f"a mask must be lossless, this one is compressed by {picture.info['compression']}")
+            return of(picture)
     except Exception as error:
         raise BadFile(f"{name or file}: {_reason(error, MASK_FORMATS)}") from None
 
@@ -120,11 +152,25 @@ def _upright(picture: Image.Image) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
-def _class_ids(picture: ImageFile.ImageFile) -> np.ndarray:
+def _colours(picture: ImageFile.ImageFile) -> np.ndarray:
+    if picture.mode not in ("1", "L", "P", "RGB", "RGBA"):
+        raise BadFile(f"mask has pixels of mode {picture.mode}, colours need 8 bits a channel (RGB)")
+    return np.asarray(_upright(picture).convert("RGB"))
+
+
+def _two_classes(picture: ImageFile.ImageFile) -> np.ndarray:
+    if picture.mode not in ("1", "L", "P", "RGB", "RGBA"):
+        raise BadFile(f"mask has pixels of mode {picture.mode}, two classes need 8 bits (0 and 255)")
+    upright = _upright(picture)
+    if upright.mode == "P":
+        return (np.asarray(upright) > 0).astype(np.uint8)
+    bright = np.asarray(upright.convert("L"))
+    return (bright > (127 if bright.max() > 1 else 0)).astype(np.uint8)
+
+
+def _class_ids(picture: ImageFile.ImageFile, hint: str) -> np.ndarray:
     if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-        raise BadFile(f"mask has pixels of mode {picture.mode}, class ids need one channel (grey or palette)")
-    if picture.info.get("compression") in _LOSSY:
-        raise BadFile(f"a mask must be lossless, this one is compressed by {picture.info['compression']}")
+        raise BadFile(f"mask has pixels of mode {picture.mode}, class ids need one channel (grey or palette){hint}")
     scale, inverted = _stored_as(picture)
     ids = np.asarray(_upright(picture))
     if ids.dtype == bool:

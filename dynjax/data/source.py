@@ -96,6 +96,32 @@ class Source(Protocol):
         """One line for people."""
 
 
+@runtime_checkable
+class Draws(Source, Protocol):
+    """A source whose training examples are drawn, such as windows of pictures; `source[i]` is one of them, always the
+    same."""
+
+    def draw(self, index: int, rng: np.random.Generator, /) -> dict[str, np.ndarray]:
+        """Example `index`, of which the generator decides."""
+
+
+def draw(source: Source, index: int, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+    """Example `index` as the source gives it: drawn, where there is a generator and the source draws."""
+    return source.draw(index, rng) if rng is not None and isinstance(source, Draws) else source[index]
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A source whose examples have names, such as those of files."""
+
+    def name_of(self, index: int, /) -> str: ...
+
+
+def name_of(source: Source, index: int) -> str:
+    """What an example is called."""
+    return source.name_of(index) if isinstance(source, Named) else f"example {index}"
+
+
 def picture_spec(size: Size, target: Literal["mask", "label"], ignored: int | None = None) -> dict[str, Field]:
     """Pictures of height and width `size` under "image", each with a mask or a label under the name of its role."""
     shape = size if target == "mask" else ()
@@ -132,12 +158,13 @@ def shape_of(source: Source) -> tuple[int, ...]:
     return field.shape if field.role == "text" else field.shape[:-1]
 
 
-def read(source: Source, index: int) -> dict[str, np.ndarray]:
-    """Example `index` as batches have it: the fields of the spec, ignored pixels -1; blank past the source's end.
+def read(source: Source, index: int, rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+    """Example `index` as batches have it: the fields of the spec, ignored pixels -1; blank past the source's end. With
+    a generator it is drawn, of sources that do so.
 
     Raises ValueError for an array of another shape than the spec's.
     """
-    found, example = {}, source[index] if index < len(source) else None
+    found, example = {}, draw(source, index, rng) if index < len(source) else None
     for key, field in source.spec.items():
         if example is None:
             found[key] = np.full(field.shape, field.blank, field.dtype)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from dynjax import models
 from dynjax.config import Config
+from dynjax.data import few
 from dynjax.models.rules import LARGEST_SIDE, Rule, refuse
 
 
@@ -18,7 +19,7 @@ def check_config(config: Config) -> None:
 
 
 def _general(config: Config) -> Iterator[tuple[str, object, bool, str]]:
-    loss, o, size = config.loss, config.optimizer, config.data.size
+    loss, o = config.loss, config.optimizer
     yield "steps", config.steps, config.steps >= 1, "at least 1"
     yield "steps", config.steps, config.steps < 2**31, "less than 2147483648"
     yield "batch_size", config.batch_size, config.batch_size >= 1, "at least 1"
@@ -26,8 +27,15 @@ def _general(config: Config) -> Iterator[tuple[str, object, bool, str]]:
     yield "seed", config.seed, config.seed < 2**32, "less than 4294967296"
     yield "checkpoint_every", config.checkpoint_every, config.checkpoint_every >= 1, "at least 1"
     yield "evaluate_every", config.evaluate_every, config.evaluate_every >= 0, "0 (only at the end) or more"
-    sides = size is None or (len(size) == 2 and all(1 <= side <= LARGEST_SIDE for side in size))
-    yield "data.size", size, sides, f"height and width in pixels, each from 1 to {LARGEST_SIDE}"
+    for name, size in (("size", config.data.size), ("crop", config.data.crop)):
+        sides = size is None or (len(size) == 2 and all(1 <= side <= LARGEST_SIDE for side in size))
+        yield f"data.{name}", size, sides, f"height and width in pixels, each from 1 to {LARGEST_SIDE}"
+    yield (
+        "data.labelled",
+        config.data.labelled,
+        not config.data.labelled or few.is_wanted(config.data.labelled),
+        few.WANTED,
+    )
     yield "budget.target", config.budget.target, 0 < config.budget.target <= 1, "a share of the MACs in (0, 1]"
     yield "budget.weight", config.budget.weight, 0 <= config.budget.weight < math.inf, "0 or more"
     for name in (

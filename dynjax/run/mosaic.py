@@ -3,7 +3,8 @@
 A window counts by a pyramid that falls to its border, and at every pixel the weights of all windows sum to one: there
 are no seams, and where a window is alone its result is taken as it is. Windows go in bands across the shorter side of
 the picture; what no later band touches is finished, and its probabilities are dropped for the class of the largest. So
-there are never those of more than a band, or two while it moves on. Pure NumPy; the model is whatever is called.
+there are never those of more than a band, or two while it moves on. A picture that is smaller than a window is black
+around, as in training (`dynjax.data.windows`). Pure NumPy; the model is whatever is called.
 
 Letters: H W picture, h w window, K classes, L S pixels of an axis of the picture and of a window.
 """
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt16
+
+from dynjax.data.windows import take
 
 Window = UInt8[np.ndarray, "h w 3"]
 Ids = UInt8[np.ndarray, "H W"] | UInt16[np.ndarray, "H W"]
@@ -74,14 +77,6 @@ def weights(length: int, side: int, places: Sequence[int]) -> list[Float32[np.nd
     return [(pyramid / total[place : place + side]).astype(np.float32) for place in places]
 
 
-def cut(picture: UInt8[np.ndarray, "H W 3"], top: int, left: int, size: tuple[int, int]) -> Window:
-    """The window of a picture. A picture that is smaller is mirrored at its lower and its right border, again and again
-    if need be."""
-    window = picture[top : top + size[0], left : left + size[1]]
-    missing = [(0, side - there) for side, there in zip(size, window.shape[:2], strict=True)]
-    return np.pad(window, (*missing, (0, 0)), "symmetric") if any(map(any, missing)) else window
-
-
 def bands(picture: UInt8[np.ndarray, "H W 3"], size: tuple[int, int], run: Run, overlap: float) -> Iterator[Band]:
     """The picture from its first row to its last, some rows at a time; the probabilities of a window's height of rows
     are in memory."""
@@ -92,7 +87,7 @@ def bands(picture: UInt8[np.ndarray, "H W 3"], size: tuple[int, int], run: Run, 
     for top, end, share in zip(tops, [*tops[1:], height], down, strict=True):
         macs = 0.0
         for left, own in zip(lefts, across, strict=True):
-            probabilities, spent, cost = run(cut(picture, top, left, size))
+            probabilities, spent, cost = run(take(picture, top, left, size, 0))
             if not likely.shape[-1]:
                 likely = np.zeros((*likely.shape[:2], probabilities.shape[-1]), np.float32)
             weight = share[:, None] * own[None]

@@ -18,6 +18,7 @@ from flax import nnx
 from dynjax import models
 from dynjax.config import Config, UserError
 from dynjax.core import budget, views
+from dynjax.data import few
 from dynjax.data.source import Source
 from dynjax.models.frozen import TRAINED
 from dynjax.run import checkpoint, checks, lock, log
@@ -112,7 +113,7 @@ def _resume(
         behind = bool(start) and not meshes.of_first(log.evaluated(workdir, start))
         _say(f"{workdir}: going on from step {start} of {config.steps}")
     with meshes.together():
-        write_config(workdir, config, run.classes, run.examples)
+        write_config(workdir, config, run.classes, run.examples, run.labelled)
     checkpoint.tidy(workdir, start)
     return state, start, behind
 
@@ -129,6 +130,7 @@ def fit(
     gates: nnx.filterlib.Filter = budget.gate_filter,
     classes: tuple[str, ...] = (),
     examples: int | None = None,
+    labelled: tuple[str, ...] = (),
     stop: Stop | None = None,
     quiet: bool = False,
 ) -> Fitted:
@@ -140,13 +142,13 @@ def fit(
     `evaluate(model) -> scores` is called with the averaged parameters; it may ask `stop` between batches and raise
     stop.Stopped. `draw(model)` gives pictures (N, H, W, 3) of them, which are kept in the workdir.
     `gates` is the nnx filter of the parameters that learn as gates. With a `workdir`, which it locks, the
-    run is logged, saved and resumed there; `classes` (names) and `examples` (their number) of the training data must
-    then be those that it was made with. Nothing is written before all is checked.
+    run is logged, saved and resumed there; `classes` (names) and `examples` (their number) of the training data, and
+    `labelled` (which of them are), must then be those that it was made with. Nothing is written before all is checked.
     Raises UserError (bad configuration, workdir of another run or in use, full disk, a loss or gradient that is not
     finite) and, asked to stop when the first step is done, Interrupted; before that a signal acts as usual.
     """
     check(config)
-    run, mesh, stop = Run(config, classes, examples), meshes.make_mesh(), stop or Stop()
+    run, mesh, stop = Run(config, classes, examples, labelled), meshes.make_mesh(), stop or Stop()
     everywhere = meshes.replicated(mesh)
     with _held(workdir, run), jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         graphdef = nnx.graphdef(model)
@@ -203,7 +205,7 @@ def _held(workdir: str | Path | None, run: Run) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if workdir is not None:
             with meshes.together():
-                check_workdir(workdir, run.config, run.classes, run.examples)
+                check_workdir(workdir, run.config, run.classes, run.examples, run.labelled)
                 if jax.process_index() == 0:
                     stack.enter_context(lock.hold(workdir))
         yield
@@ -349,8 +351,8 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> Scores
         source, val = make_source(config.data, "train"), make_source(config.data, "val")
     for part in (source, val):
         _say(part.describe()) if not quiet else None
-    classes = tuple(source.classes)
-    check_workdir(workdir, config, classes, len(source))
+    classes, labelled = tuple(source.classes), few.chosen(source)
+    check_workdir(workdir, config, classes, len(source), labelled)
     task = make_task(config, source)
     # Parameters, their average and the two moments of Adam.
     check_memory(config, len(classes), copies=4 if config.optimizer.ema else 3)
@@ -376,6 +378,7 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> Scores
         drawer(task),
         classes=classes,
         examples=size,
+        labelled=labelled,
         stop=stop,
         quiet=quiet,
     )

@@ -1,6 +1,7 @@
 """Workdirs: what a run leaves on disk, and how the same command finds its way back.
 
 config.json            the configuration, the names of the classes and the number of training examples
+labelled.txt           with data.labelled, which training pictures are labelled: number and name, a line each
 checkpoints/STEP/      orbax: every array of the training state; sidecar/: data position per process; checksums.json
 unreadable/            checkpoints that could not be read, moved aside
 lock                   held by the run that trains here (lock.py)
@@ -21,6 +22,8 @@ FREE_TO_CHANGE = ("checkpoint_every", "evaluate_every", "data.path", "init_from"
 """Fields that a resumed run may change: they say when to look at the numbers, or where things are now, and never what
 the numbers are."""
 
+LABELLED = "labelled.txt"
+
 
 def config_to_dict(config: Config) -> dict:
     """The configuration as JSON types."""
@@ -36,6 +39,8 @@ class Run:
     """Names, in the order of the model's outputs."""
     examples: int | None = None
     """Of the training data; None where nobody said."""
+    labelled: tuple[str, ...] = ()
+    """Of these, which are labelled, in words; kept beside config.json, in labelled.txt."""
 
 
 def flat(values: dict, prefix: str = "") -> dict[str, Any]:
@@ -67,10 +72,15 @@ def read_config(workdir: str | Path) -> tuple[Config, tuple[str, ...]]:
 
 
 def check_workdir(
-    workdir: str | Path, config: Config, classes: tuple[str, ...] = (), examples: int | None = None
+    workdir: str | Path,
+    config: Config,
+    classes: tuple[str, ...] = (),
+    examples: int | None = None,
+    labelled: tuple[str, ...] = (),
 ) -> None:
-    """Makes and changes nothing. Raises UserError when another configuration, other classes or another number of
-    training examples made the folder, or nothing can be written there; what is not given is not compared."""
+    """Makes and changes nothing. Raises UserError when another configuration, other classes, another number of
+    training examples or other labelled ones made the folder, or nothing can be written there; what is not given is not
+    compared."""
     workdir = Path(workdir)
     if (workdir / "config.json").exists():
         run = read_run(workdir)
@@ -87,11 +97,23 @@ def check_workdir(
         if None not in (examples, run.examples) and examples != run.examples:
             what = f"{run.examples} training examples there and {examples} here"
             raise UserError(f"workdir {workdir} was made with other data: {what}: give another --workdir")
+        if labelled and (workdir / LABELLED).exists() and (other := _other_labelled(workdir / LABELLED, labelled)):
+            raise UserError(f"workdir {workdir} was made with other labelled pictures: {other}: give another --workdir")
     for folder in (workdir / "checkpoints", workdir / "unreadable"):
         if os.path.lexists(folder) and not folder.is_dir():
             raise UserError(f"{folder} is no folder: move it away")
     if trouble := files.folder_trouble(workdir):
         raise UserError(f"cannot write in workdir {workdir}: {trouble}")
+
+
+def _other_labelled(file: Path, labelled: tuple[str, ...]) -> str:
+    """How the labelled pictures that `file` names differ, in words; empty where they do not."""
+    try:
+        there = file.read_text("utf-8", "surrogateescape").splitlines()
+    except OSError as error:
+        return f"{file} cannot be read: {error.strerror or error}"
+    differ = set(there) ^ set(labelled)
+    return f"{min(differ)} is one there or here alone ({file})" if differ else ""
 
 
 def other_classes(there: tuple[str, ...], here: tuple[str, ...]) -> str:
@@ -108,15 +130,27 @@ def other_classes(there: tuple[str, ...], here: tuple[str, ...]) -> str:
     return f"{told(there)} there and {told(here)} here, which differ from class {first} on"
 
 
-def write_config(workdir: str | Path, config: Config, classes: tuple[str, ...], examples: int | None = None) -> None:
-    """Make the folder if need be, and write config.json whole or not at all. Raises UserError."""
-    path = Path(workdir) / "config.json"
-    part = path.with_suffix(".part")
+def write_config(
+    workdir: str | Path,
+    config: Config,
+    classes: tuple[str, ...],
+    examples: int | None = None,
+    labelled: tuple[str, ...] = (),
+) -> None:
+    """Make the folder if need be, and write labelled.txt, where there is something to say, and config.json, each whole
+    or not at all. Raises UserError."""
     stored = {"config": config_to_dict(config), "classes": list(classes), "examples": examples}
+    if labelled:
+        _write(Path(workdir) / LABELLED, "\n".join(labelled) + "\n")
+    _write(Path(workdir) / "config.json", json.dumps(stored, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            part.write_text(json.dumps(stored, indent=1) + "\n")
+            part.write_text(text, "utf-8", "surrogateescape")
             os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)

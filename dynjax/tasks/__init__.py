@@ -122,7 +122,12 @@ def _classification(config: Config, source: Source, training: bool) -> Task:
 def _segmentation(config: Config, source: Source, training: bool) -> Task:
     _check_target(config, source, "mask", "pictures with masks", training)
     classes, kind = tuple(source.classes), config.loss.class_weights
-    weights = class_weights(kind, class_frequencies(source)) if training and kind != "none" else None
+    weights = None
+    if training and kind != "none":
+        try:
+            weights = class_weights(kind, class_frequencies(source))
+        except ValueError as error:
+            raise UserError(f"{source.describe()}: {error}; --loss.class-weights none does without") from None
     return SegmentationTask(classes, config.loss, weights, _spends(config))
 
 
@@ -169,6 +174,8 @@ def _check_target(config: Config, source: Source, role: str, what: str, training
         what = f"{len(names)} classes, of which only {names[min(seen)]} occurs in its {role}s"
         if field.ignored is not None:
             what += f" ({field.ignored} marks ignored pixels)"
+        if config.data.name == "folder" and config.data.masks == "ids" and role == "mask":
+            what += "; masks of 0 and 255 for two classes are --data.masks binary"
     else:
         return
     raise UserError(
