@@ -67,7 +67,7 @@ def test_what_every_window_agrees_on_comes_back(shape, overlap):
     if shape == SIZE:
         assert found.macs == macs
     else:
-        assert found.macs > macs or min(shape) == 1
+        assert found.macs >= macs
 
 
 def test_one_window_is_exactly_the_picture():
