@@ -8,6 +8,7 @@ from dynjax import models
 from dynjax.config import Config, UserError
 from experiments import (
     autoregressive,
+    camvid_lite0,
     camvid_unet,
     digits_unet,
     dynamicconvnet,
@@ -29,6 +30,7 @@ from experiments import (
 PREDICT = (
     digits_unet,
     camvid_unet,
+    camvid_lite0,
     my_pictures,
     resnet,
     policy,
