@@ -1,7 +1,8 @@
 """Score, MACs and latency at several budgets: python -m experiments.evaluate --workdir W [--budgets 0.25 0.5 1.0]
 
 Writes into W: curve.csv, curve.png, compute_histogram.png, table.txt, evaluation.json, and what the task draws: of
-segmentation heatmaps.png, and as examples/*.png the pictures that it shows; of classification compute_by_class.png and
+segmentation heatmaps.png, as examples/*.png the pictures that it shows, and where tiles are decided about borders.csv
+(what was kept of tiles with a border of classes, and of the others) and kinds.png; of classification compute_by_class.png and
 extremes.png, and where there are exits budgeted.csv, anytime.csv and exits.png; of a VAE drawn.png and
 reconstructions.png; of a GAN drawn.png, distances.csv and what is dynamic in it (extremes.png, steps.png, sizes.csv,
 discriminator.csv). Of segmentation table.txt ends in IoU, Dice and boundary F1 of each class, at the last budget. Where

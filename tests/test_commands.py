@@ -109,6 +109,7 @@ def lines(folder):
 def test_evaluate_writes_what_it_promises(workdir):
     found = {path.name for path in workdir.iterdir()}
     assert found >= {"curve.csv", "curve.png", "heatmaps.png", "compute_histogram.png", "evaluation.json", "examples"}
+    assert "borders.csv" in found
     assert {path.name for path in (workdir / "examples").iterdir()} == {"easiest.png", "median.png", "hardest.png"}
     curve = lines(workdir)
     assert [line["budget"] for line in curve] == ["0.6", "1"]

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from dynjax.core import cost
 from dynjax.core.budget import LOWEST
+from dynjax.core.decision import Decision
 from dynjax.core.deploy import Deployed, Report, Solver
 from dynjax.core.gates import Threshold
 from dynjax.core.trace import traced
@@ -276,18 +277,27 @@ def shown(
     `batch_size` is that of the scores, so that nothing is compiled anew.
     """
 
-    def examine(indices: list[int]) -> tuple[dict[str, np.ndarray], Output, np.ndarray]:
+    def ran(indices: list[int]) -> tuple[dict[str, np.ndarray], int, dict[str, Any]]:
         batch = stack([read(source, index) for index in indices])
         batch["valid"] = np.ones(len(indices), bool)
         # Repeated up to the batch size that is compiled already.
-        shape = max(batch_size, len(indices))
-        filled = jax.tree.map(lambda each: np.resize(each, (shape, *each.shape[1:])), batch)
-        ran = found.runner.examine(found.states[budget], filled)
+        size = max(batch_size, len(indices))
+        filled = jax.tree.map(lambda each: np.resize(each, (size, *each.shape[1:])), batch)
+        return batch, size, found.runner.examine(found.states[budget], filled)
+
+    def examine(indices: list[int]) -> tuple[dict[str, np.ndarray], Output, np.ndarray]:
+        batch, size, outcome = ran(indices)
         pictured = any(field.pixels for field in source.spec.values())
-        heat = ran["trace"].heatmap(size_of(source)) if pictured else np.zeros((shape, 0))
-        first = jax.tree.map(lambda each: np.asarray(each)[: len(indices)], (ran["output"], heat))
+        heat = outcome["trace"].heatmap(size_of(source)) if pictured else np.zeros((size, 0))
+        first = jax.tree.map(lambda each: np.asarray(each)[: len(indices)], (outcome["output"], heat))
         return batch, *first
+
+    def decided(indices: list[int]) -> tuple[dict[str, np.ndarray], dict[str, Decision]]:
+        batch, size, outcome = ran(indices)
+        decisions = outcome["trace"].decisions.items()
+        whole = {path: decision for path, decision in decisions if decision.keep.shape[0] == size}
+        return batch, jax.tree.map(lambda each: np.asarray(each)[: len(indices)], whole)
 
     model = nnx.merge(nnx.graphdef(found.model), found.states[budget])
     scored = found.scored[budget]
-    return Shown(title, budget, source, calibration, model, scored.macs, scored.scores, twin, batches, examine)
+    return Shown(title, budget, source, calibration, model, scored.macs, scored.scores, twin, batches, examine, decided)

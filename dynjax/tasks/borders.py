@@ -3,8 +3,10 @@
 Masks hold class numbers, and -1 where a pixel is ignored. Axis letters: B batch, H W pixels, C classes.
 """
 
+import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num
+
+from dynjax.core.decision import Decision
 
 TOLERANCE = 0.0075
 """Share of a picture's diagonal by which a predicted border may be off (Csurka et al. 2013)."""
@@ -103,3 +107,52 @@ def _nearby(own: Int[Array, "B H W"], others: Int[Array, "B H W"], radius: float
         return near | (own == jax.lax.dynamic_slice(padded, (0, row, column), own.shape))
 
     return jax.lax.fori_loop(0, len(offsets), look, jnp.zeros(own.shape, bool))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """How much of a layer's tiles was kept where classes meet and elsewhere; of one of several kinds of work, how many
+    took another than the cheapest."""
+
+    layer: str
+    border: float
+    """Share of the tiles with a border of classes in them; nan where there is none."""
+    plain: float
+    """Share of the others."""
+    tiles_with_border: float
+    """Share of the tiles."""
+
+
+def kept_at_borders(masks: Int[np.ndarray, "B H W"], decisions: Mapping[str, Decision]) -> list[Kept]:
+    """Of every decision about tiles; masks are of the same examples."""
+    edges = np.asarray(borders(jnp.asarray(masks)))
+    found = []
+    for path, decision in decisions.items():
+        keep = np.asarray(decision.keep)
+        if decision.place != "tile":
+            continue
+        chosen = keep if keep.ndim == 3 else _rich(keep, decision)
+        tile = decision.tile or (1 / chosen.shape[1], 1 / chosen.shape[2])
+        has = _tiles_with(edges, tile, chosen.shape[1:])
+        border, plain = (float(chosen[where].mean()) if where.any() else math.nan for where in (has, ~has))
+        found.append(Kept(path, border, plain, float(has.mean())))
+    return found
+
+
+def _rich(keep: np.ndarray, decision: Decision) -> np.ndarray:
+    """Of several kinds: whether it is another than the first, or of stages the share beyond the first."""
+    return keep[..., 1:].sum(-1) if decision.rule.most is not None else keep[..., 1:].mean(-1)
+
+
+def _tiles_with(
+    edges: Bool[np.ndarray, "B H W"], tile: tuple[float, float], grid: tuple[int, ...]
+) -> Bool[np.ndarray, "B h w"]:
+    """Tiles, of so large a share of the picture's sides, in which there is an edge."""
+    rows, columns = (
+        np.minimum((np.arange(pixels) + 0.5) / pixels / side, tiles - 1).astype(int)
+        for pixels, side, tiles in zip(edges.shape[1:], tile, grid, strict=True)
+    )
+    found = np.zeros((len(edges), *grid), bool)
+    examples, y, x = np.nonzero(edges)
+    found[examples, rows[y], columns[x]] = True
+    return found

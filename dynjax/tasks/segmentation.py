@@ -16,15 +16,19 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from dynjax.config import BudgetConfig, LossConfig
+from dynjax.core.decision import ONE
 from dynjax.data.source import Source, read
-from dynjax.show import report
-from dynjax.tasks.borders import boundary_counts, boundary_scores, boundary_weights
+from dynjax.show import kernels, report
+from dynjax.tasks.borders import boundary_counts, boundary_scores, boundary_weights, kept_at_borders
 from dynjax.tasks.losses import binary_cross_entropy, check_shapes, cross_entropy, focal, lovasz_softmax, soft_dice
 from dynjax.tasks.objective import Supervised
 from dynjax.tasks.task import Batch, Scores, Shown
 
 LARGEST_CLASS_WEIGHT = 10.0
 """A class's weight stops here, in units of the average pixel's, so that a few pixels do not rule a step's gradient."""
+
+LOOKED_AT = 64
+"""Pictures, spread evenly over a split, on which tiles with and without borders are compared."""
 
 POWERS = {"sqrt": -0.5, "inverse": -1.0}
 """Of a class's frequency: its weight, but for the scale and the cap."""
@@ -165,7 +169,8 @@ class SegmentationTask(Supervised):
         return scores(counts[:, :-4]) | boundary_scores(counts[:, -4:])
 
     def show(self, folder: Path, shown: Shown) -> str:
-        """heatmaps.png, and as examples/*.png its pictures: the fewest, the median and the most MACs."""
+        """heatmaps.png, and as examples/*.png its pictures: the fewest, the median and the most MACs; where tiles are
+        decided about, borders.csv and perhaps kinds.png."""
         order = np.argsort(shown.macs, kind="stable")
         chosen = {"easiest": order[0], "median": order[len(order) // 2], "hardest": order[-1]}
         batch, logits, heat = shown.examine([int(index) for index in chosen.values()])
@@ -176,7 +181,28 @@ class SegmentationTask(Supervised):
         ]
         report.plot_heatmaps(folder / "heatmaps.png", examples, class_names=self.class_names, title=shown.title)
         report.save_pictures(folder / "examples", {example.name: example.image for example in examples})
-        return "heatmaps.png examples/"
+        return f"heatmaps.png examples/{self._show_tiles(folder, shown, chosen)}"
+
+    def _show_tiles(self, folder: Path, shown: Shown, chosen: dict[str, np.integer]) -> str:
+        """borders.csv, what was kept of tiles with a border of classes and of the others, and where tiles take one of
+        several kinds of work, kinds.png of the layer with the most tiles."""
+        number = min(LOOKED_AT, len(shown.source))
+        batch, decisions = shown.decided(np.linspace(0, len(shown.source) - 1, number).astype(int).tolist())
+        found = kept_at_borders(batch["mask"], decisions)
+        if not found:
+            return ""
+        report.write_points(folder / "borders.csv", found)
+        batch, decisions = shown.decided([int(index) for index in chosen.values()])
+        several = {p: d for p, d in decisions.items() if d.place == "tile" and d.rule == ONE}
+        if not several:
+            return " borders.csv"
+        decision = max(several.values(), key=lambda each: each.keep.shape[1] * each.keep.shape[2])
+        pictures = zip(chosen, batch["image"], batch["mask"], decision.keep.argmax(-1), strict=True)
+        assert decision.tile is not None
+        examples = [kernels.Chosen(*each, decision.tile) for each in pictures]
+        kinds, classes = decision.keep.shape[-1], len(self.class_names)
+        kernels.plot_kinds(folder / "kinds.png", examples, kinds, classes, title=shown.title)
+        return " borders.csv kinds.png"
 
 
 def _pixel_accuracy(logits: Float[Array, "... H W C"], mask: Int[Array, "... H W"]) -> Float[Array, ""]:

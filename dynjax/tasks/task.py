@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from dynjax.config import BudgetConfig, OptimizerConfig
+from dynjax.core.decision import Decision
 from dynjax.data.source import Source
 
 M = TypeVar("M", contravariant=True)
@@ -155,6 +156,8 @@ class Shown:
     """A pass over a source in batches."""
     examine: Callable[[list[int]], tuple[dict[str, np.ndarray], Output, Float[np.ndarray, "..."]]]
     """Some examples of the source, what the model gives of them, and of pictures `Trace.heatmap`."""
+    decided: Callable[[list[int]], tuple[dict[str, np.ndarray], dict[str, Decision]]]
+    """Some examples of the source, and what was decided about each, by the decisions' paths."""
 
     @property
     def title(self) -> str:
