@@ -2,12 +2,12 @@
 
 Writes into W: curve.csv, curve.png, compute_histogram.png, table.txt, evaluation.json, and what the task draws: of
 segmentation heatmaps.png, as examples/*.png the pictures that it shows, and where tiles are decided about borders.csv
-(what was kept of tiles with a border of classes, and of the others) and kinds.png; of classification compute_by_class.png and
-extremes.png, and where there are exits budgeted.csv, anytime.csv and exits.png; of a VAE drawn.png and
-reconstructions.png; of a GAN drawn.png, distances.csv and what is dynamic in it (extremes.png, steps.png, sizes.csv,
-discriminator.csv). Of segmentation table.txt ends in IoU, Dice and boundary F1 of each class, at the last budget. Where
-users run the model itself its latency is measured, and latency.csv written; how long drawing takes is a matter of
-samplers (experiments.sample, benchmarks.sampling).
+(what was kept of tiles with a border of classes, and of the others) and kinds.png; of classification
+compute_by_class.png and extremes.png, and where there are exits budgeted.csv, anytime.csv and exits.png; of a VAE
+drawn.png and reconstructions.png; of a GAN drawn.png, distances.csv and what is dynamic in it (extremes.png, steps.png,
+sizes.csv, discriminator.csv). Of segmentation table.txt ends in IoU, Dice and boundary F1 of each class, at the last
+budget. Where users run the model itself its latency is measured, and latency.csv written; how long drawing takes is a
+matter of samplers (experiments.sample, benchmarks.sampling).
 """
 
 import dataclasses

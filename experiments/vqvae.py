@@ -6,7 +6,8 @@ python -m experiments.evaluate --workdir runs/mnist_codes
 python -m experiments.sample --workdir runs/mnist_codes --sampler fixed-point --n 64 --out samples
 
 {digits,mnist,fashion,cifar10}_{vqvae,codes,codes_exits}: a gated PixelCNN of the codes, and a transformer in which
-codes that are sure leave early. Bits per dimension of codes are bits per code.
+codes that are sure leave early. {digits,mnist}_codes_labels is a larger PixelCNN that is asked by label. Bits per
+dimension of codes are bits per code.
 """
 
 import dataclasses
@@ -25,10 +26,12 @@ MODELS = {
     "cifar10": VQVAEConfig(codes=256, code_features=16, features=48),
 }
 WHAT = {"digits": "8x8 digits", "mnist": "MNIST", "fashion": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-STEPS = {"digits": 600}
+STEPS = {"digits": 600, "mnist": 3000}
 """Of a VQ-VAE; otherwise 1500."""
-CODE_STEPS = {"digits": 300}
+CODE_STEPS = {"digits": 300, "mnist": 4000}
 """Of a model of codes; otherwise 1500."""
+LABELS = ("digits", "mnist")
+"""Sets whose codes are drawn by label too."""
 
 
 def _rows(data: str) -> tuple[Row, ...]:
@@ -40,6 +43,12 @@ def _rows(data: str) -> tuple[Row, ...]:
     transformer = CodesConfig(vqvae=coder, prior=PixelTransformerConfig(features=64, layers=6, dynamics="exits"))
     exits = config(data, "codes_exits", transformer, steps=steps)
     protocol = f"{codes.steps} steps of {vqvae.batch_size}. Choose on val, report test"
+    larger = dataclasses.replace(prior, prior=PixelCNNConfig(features=64, layers=7, conditional=True))
+    labels = make_row(
+        config(data, "codes_labels", larger, steps=steps),
+        f"Gated PixelCNN of the codes of {data}_vqvae (--init-from), asked by label.",
+        f"{protocol}, in bits per code.",
+    )
     return (
         make_row(
             vqvae,
@@ -54,6 +63,7 @@ def _rows(data: str) -> tuple[Row, ...]:
             f"Causal transformer of the codes of {data}_vqvae (--init-from) that leaves early.",
             f"{protocol}, in bits per code; all heads count alike.",
         ),
+        *([labels] if data in LABELS else []),
     )
 
 
