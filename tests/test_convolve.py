@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from blocks import image
+from flax import nnx
 from jax import lax
 
+import dynjax as dj
 from dynjax import cost
 from dynjax.core import convolve
 
@@ -200,3 +202,95 @@ def test_macs_and_mistakes_per_pixel():
         convolve.per_pixel(x, kernels, strides=2)
     with pytest.raises(ValueError, match="6 channels cannot be parted into groups=4"):
         convolve.per_pixel(x, image(2, 5, 4, 3, 3, 4))
+
+
+# As the platform wants it
+
+LAYERS = {
+    "depthwise": dict(kernel_size=(3, 3), feature_group_count=6),
+    "depthwise, strides": dict(kernel_size=(5, 3), strides=(2, 1), feature_group_count=6),
+    "depthwise, dilated": dict(kernel_size=(3, 3), kernel_dilation=(2, 1), feature_group_count=6, padding=2),
+    "depthwise, valid": dict(kernel_size=(3, 3), feature_group_count=6, padding="VALID"),
+    "one pixel": dict(kernel_size=(1, 1)),
+    "one pixel, strides": dict(kernel_size=(1, 1), strides=2),
+    "one pixel, padded": dict(kernel_size=(1, 1), padding=1),
+    "groups": dict(kernel_size=(3, 3), feature_group_count=2),
+    "plain": dict(kernel_size=(3, 3), strides=2),
+    "circular": dict(kernel_size=(3, 3), feature_group_count=6, padding="CIRCULAR"),
+    "transposed": dict(kernel_size=(3, 3), feature_group_count=6, input_dilation=2, padding=1),
+    "precise": dict(kernel_size=(1, 1), precision="highest"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_convolution_is_the_one_of_lax(name):
+    theirs = nnx.Conv(6, 6, **LAYERS[name], rngs=nnx.Rngs(0))
+    ours = convolve.by_platform(nnx.clone(theirs))
+    assert ours.conv_general_dilated is convolve.convolution and theirs.conv_general_dilated is lax.conv_general_dilated
+    x = image(2, 9, 8, 6)
+    for function in (lambda conv, x: conv(x), lambda conv, x: nnx.grad(lambda c, x: (c(x) ** 2).sum())(conv, x)):
+        found, expected = (jax.tree.leaves(jax.jit(function)(conv, x)) for conv in (ours, theirs))
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_one_axis_and_three_are_left_to_lax():
+    for x, sides in ((image(2, 9, 4), (3,)), (image(1, 5, 4, 6, 4), (3, 1, 3))):
+        conv = nnx.Conv(4, 4, sides, feature_group_count=4, rngs=nnx.Rngs(0))
+        np.testing.assert_array_equal(convolve.by_platform(nnx.clone(conv))(x), conv(x))
+
+
+def operations(conv, x):
+    # A function of its own each time: JAX remembers what it made of one.
+    return [eqn.primitive.name for eqn in jax.make_jaxpr(lambda x: conv(x))(x).eqns]
+
+
+def test_what_a_cpu_runs():
+    depthwise, pointwise = (
+        nnx.Conv(4, features, (side, side), feature_group_count=groups, rngs=nnx.Rngs(0))
+        for features, side, groups in ((4, 3, 4), (6, 1, 1))
+    )
+    x = image(1, 5, 5, 4)
+    for conv in (depthwise, pointwise):
+        assert "conv_general_dilated" in operations(conv, x)
+        convolve.by_platform(conv)
+        assert "conv_general_dilated" not in operations(conv, x)
+        with convolve.plain():
+            assert "conv_general_dilated" in operations(conv, x)
+    assert cost.macs(depthwise, x) == 9 * 25 * 4 and cost.macs(pointwise, x) == 25 * 4 * 6
+
+
+def test_a_choice_of_ones_own_stays():
+    mine = lambda *args, **ways: lax.conv_general_dilated(*args, **ways)  # noqa: E731
+    conv = nnx.Conv(4, 4, (3, 3), conv_general_dilated=mine, rngs=nnx.Rngs(0))
+    assert convolve.by_platform(conv).conv_general_dilated is mine
+
+
+class Mobile(nnx.Module):
+    """As others write it."""
+
+    def __init__(self, rngs):
+        self.wide = nnx.Conv(6, 24, (1, 1), rngs=rngs)
+        self.depthwise = nnx.Conv(24, 24, (3, 3), feature_group_count=24, rngs=rngs)
+        self.narrow = nnx.Conv(24, 6, (1, 1), rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.narrow(nnx.relu(self.depthwise(nnx.relu(self.wide(x)))))
+
+
+def test_foreign_layers_are_run_so_after_dynamize_and_deploy():
+    net = nnx.Sequential(Mobile(nnx.Rngs(0)), Mobile(nnx.Rngs(1)))
+    model = dj.dynamize(net, {"layers/1": dj.Tiles}, features=6, rngs=nnx.Rngs(2))
+    x = image(2, 19, 16, 6)
+    chosen = [m.conv_general_dilated for _, m in nnx.iter_modules(model) if isinstance(m, nnx.Conv)]
+    assert chosen and all(each is convolve.convolution for each in chosen)
+    deployed = dj.deploy(model, 0.7, [x])
+    assert all(
+        m.conv_general_dilated is convolve.convolution
+        for _, m in nnx.iter_modules(deployed.model)
+        if isinstance(m, nnx.Conv)
+    )
+    plain = dj.dynamize(net, {"layers/1": dj.Tiles}, features=6, rngs=nnx.Rngs(2))
+    dj.budget.set_threshold(plain, -1000.0)
+    np.testing.assert_allclose(nnx.view(plain, deterministic=True)(x), net(x), rtol=1e-4, atol=1e-4)
