@@ -121,7 +121,8 @@ def _dynamic(twin: Config, row: str, dynamics: DynamicsConfig, about: str, size:
     )
 
 
-def _head(name: str) -> Config:
+def head(name: str) -> Config:
+    """The configuration of a head's row."""
     model = dataclasses.replace(STATIC.model, backbone=dataclasses.replace(BACKBONE, frozen=3), head=HEADS[name])
     return dataclasses.replace(STATIC, row=f"camvid_lite0_{name}", model=model, steps=500, evaluate_every=250)
 
@@ -135,11 +136,11 @@ ROWS = (
     _dynamic(FULL, "camvid_lite0_tiles_full", TILES, ABOUT["tiles"][1], LARGE),
     *(
         make_row(
-            _head(name),
+            head(name),
             f"{what[0].upper()}{what[1:]} behind {PRETRAINED} 180x240.",
             "500 steps of 8, the three finest levels frozen.",
         )
         for name, what in NAMES.items()
     ),
-    *(_dynamic(_head(head), f"camvid_lite0_{kind}", *each) for kind, (head, *each) in OF_HEADS.items()),
+    *(_dynamic(head(behind), f"camvid_lite0_{kind}", *each) for kind, (behind, *each) in OF_HEADS.items()),
 )

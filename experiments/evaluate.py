@@ -337,11 +337,12 @@ def main(raw: list[str]) -> None:
         twin_score = score(make_runner(twin, task), nnx.state(twin), batches(source), task).scores[task.score]
 
     what = "pictures" if config.data.crop is None else "windows"
-    title = f"{config.row}, {source.name} {arguments.split}, {len(source)} {what}"
+    data = source.name + (" (pre-trained)" if models.pretrained(config.model) else "")
+    title = f"{config.row}, {data} {arguments.split}, {len(source)} {what}"
     lines = summarise(f"{title}; step {step}; {report.hardware()}", config.row, found, task, twin_score, static)
     record = {
         "row": config.row,
-        "data": source.name,
+        "data": data,
         "split": arguments.split,
         "seed": config.seed,
         "step": step,

@@ -8,7 +8,7 @@ import pytest
 import test_commands
 from PIL import Image
 
-from benchmarks import foreign, inside, refinement, sampling, thin
+from benchmarks import foreign, heads, inside, refinement, sampling, thin
 from dynjax.config import UserError
 
 pytestmark = pytest.mark.xdist_group("benchmarks")  # one worker, so that the row is trained once
@@ -85,3 +85,16 @@ def test_models_that_others_wrote(tmp_path, capsys):
     assert works["met"] == "True" and 0.4 < float(works["share"]) <= 0.5 and works["lines"] == "4"
     assert "layers = nnx.List(" in stacked["status"] and missing["status"].startswith("not installed")
     assert "| flax_cnn | Flax docs | Tiles | 4 |" in capsys.readouterr().out
+
+
+def test_heads_are_compared_on_one_backbone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(heads, "HEADS", {name: heads.HEADS[name] for name in ("fcn", "unet")})
+    out = tmp_path / "heads.csv"
+    (tmp_path / "camvid_lite0_fcn").mkdir()
+    (tmp_path / "camvid_lite0_fcn" / "evaluation.json").write_text('{"scores": {"1": {"miou": 0.5}}}')
+    heads.main(["--runs", str(tmp_path), "--size", "32", "48", "--repeats", "1", "--out", str(out)])
+    with open(out, newline="") as file:
+        fcn, decoder = csv.DictReader(file)
+    assert (fcn["head"], fcn["miou"], decoder["miou"], decoder["ratio"]) == ("fcn", "50.0", "", "1.0")
+    assert 0 < int(fcn["head_macs"]) < int(decoder["head_macs"]) < int(decoder["macs"])
+    assert 0 < int(fcn["head_parameters"]) < int(fcn["parameters"])

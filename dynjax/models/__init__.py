@@ -11,6 +11,7 @@ from dynjax.models.registry import (
     difference,
     dynamics_of,
     is_static,
+    pretrained,
     register,
     static_twin,
     task_of,

@@ -92,13 +92,18 @@ def build(config: ModelConfig, classes: int, *, rngs: nnx.Rngs, twin_params: nnx
     return family_of(config).build(config, classes, rngs=rngs, twin_params=twin_params)
 
 
+def pretrained(config: ModelConfig) -> bool:
+    """Whether training begins with weights that were trained elsewhere."""
+    return bool(family_of(config).weights(config))
+
+
 def beginning(config: ModelConfig, classes: int, *, rngs: nnx.Rngs) -> nnx.State | None:
     """Variables of the static twin, with weights that were trained elsewhere; None where the configuration wants none.
 
     Raises UserError where these are not there or do not fit.
     """
     twin = static_twin(config)
-    if not family_of(twin).weights(twin):
+    if not pretrained(twin):
         return None
     model = build(twin, classes, rngs=rngs)
     family_of(twin).begin(twin, model)
