@@ -113,8 +113,10 @@ class Contrast(Attention):
         self.held = Held(jnp.zeros(()))
 
     def schedule(self, progress: Float[Array, ""] | float) -> None:
-        """Let tau fall from 1 to 0 in a line, in a tenth of the training, as in `Attention`; by default the authors' code
-        takes 20 of 300 epochs."""
+        """Let tau fall from 1 to 0 in a line, in a tenth of the training, as in `Attention`.
+
+        The authors' code takes 20 of 300 epochs unless told otherwise.
+        """
         self.held[...] = 1 - jnp.clip(jnp.asarray(progress, jnp.float32) / RELEASED, 0.0, 1.0)
 
     def weights(self, features: Float[Array, "B F"], beta: Float[np.ndarray, "P N"]) -> Float[Array, "B P N"]:
