@@ -6,9 +6,10 @@
 
 `efficientnet` is EfficientNet-Lite0 up to its fourth map with the U-Net head, `camvid_small` the residual U-Net of that
 row; both have 11 classes and random weights, the same in all libraries: their logits are compared. From bytes to
-logits, in float32, on all cores. Every way has a process of its own; they run in turn, a few pictures each. "traced" is
-frozen and optimised for inference, and so is "channels_last", whose maps lie as ours; "compiled" is torch.compile, and
-ONNX Runtime has what PyTorch exports.
+logits, in float32, on all cores (`taskset -c 0 python -m ...`: on one). Every way has a process of its own; they run in
+turn, a few pictures each. "traced" is frozen and optimised for inference, and so is "channels_last", whose maps lie as
+ours; "compiled" is torch.compile, and ONNX Runtime has what PyTorch exports. On a busy machine PyTorch's threads wait
+for each other, and its times on several cores say little: the table that is kept is of one core, without "compiled".
 
 convolutions_ms is the time of the net's convolutions alone, each called by itself, without what stands between them:
 as dynjax has them, as XLA has them (`xla_own`, which is there for this column), and as PyTorch runs them eagerly. Times
@@ -74,13 +75,18 @@ def picture() -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (1, *SIZE, 3), np.uint8)
 
 
+def threads() -> int:
+    """The cores that the process may use, of which XLA takes all by itself."""
+    return len(os.sched_getaffinity(0))
+
+
 def import_torch() -> Any:
     """Raises UserError."""
     try:
         import torch
     except ImportError:
         raise UserError("this compares with PyTorch, which is not installed: make bench-torch") from None
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(threads())
     return torch
 
 
@@ -139,7 +145,7 @@ def onnx(net: Dense, image: np.ndarray) -> tuple[Call, str]:
         path = Path(folder) / "net.onnx"
         torch.onnx.export(Net(net).eval(), (torch.from_numpy(image),), path, input_names=["image"], verbose=False)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = os.cpu_count() or 1
+        options.intra_op_num_threads = threads()
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     call = lambda: session.run(None, {"image": image})[0].transpose(0, 2, 3, 1)  # noqa: E731
     return call, f"onnxruntime {onnxruntime.__version__}"
@@ -278,6 +284,7 @@ def run(net: str, ways: list[str], rounds: int) -> list[dict]:
             least_ms="" if own is None else round(own.least, 2),
             convolutions_ms="" if convolutions is None else round(convolutions.median, 2),
             convolutions_least_ms="" if convolutions is None else round(convolutions.least, 2),
+            threads=threads(),
             version=(own or convolutions).version,
             machine=tables.machine(),
         )
