@@ -6,7 +6,7 @@ STAMP := $(VENV)/.requirements
 FOREIGN := .venv-foreign
 DEMO := runs/demo
 
-.PHONY: venv demo test test-slow soak lint format bench bench-foreign notebooks results clean
+.PHONY: venv demo test test-slow soak lint format bench bench-foreign bench-torch notebooks results clean
 
 venv: $(STAMP)
 
@@ -52,6 +52,7 @@ bench: venv
 	$(BIN)/python -m benchmarks.inside
 	$(BIN)/python -m benchmarks.dynamics
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.platform
 	$(BIN)/python -m benchmarks.training
 
 # Models that others wrote, made dynamic, in an environment of its own: 10 minutes. PYTHON=python3.12 has more of them.
@@ -64,6 +65,15 @@ $(FOREIGN)/.requirements: benchmarks/foreign-requirements.txt pyproject.toml
 	$(FOREIGN)/bin/python -m pip install --quiet --requirement benchmarks/foreign-requirements.txt --editable .
 	$(FOREIGN)/bin/python -m pip install --quiet --no-deps jaxnn
 	@touch $(FOREIGN)/.requirements
+
+# Static nets beside the same in PyTorch and ONNX Runtime: 10 minutes. Unless pip is told otherwise, torch is gigabytes.
+bench-torch: $(FOREIGN)/.torch-requirements
+	$(FOREIGN)/bin/python -m benchmarks.static_segmenters
+
+$(FOREIGN)/.torch-requirements: benchmarks/torch-requirements.txt pyproject.toml
+	@test -x $(FOREIGN)/bin/python || $(PYTHON) -m venv $(FOREIGN)
+	$(FOREIGN)/bin/python -m pip install --quiet --requirement benchmarks/torch-requirements.txt --editable .
+	@touch $(FOREIGN)/.torch-requirements
 
 # Writes every notebook from its text form and runs it in place, so that it is kept with its pictures: minutes.
 notebooks: venv

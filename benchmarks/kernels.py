@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from dynjax import cost
 from dynjax.core import convolve
 from dynjax.ops.filters import DDF, Involution
 from dynjax.ops.kernels import CondConv, DynamicConv, HyperConv, ODConv
+from dynjax.ops.warehouse import Warehouse, WarehouseConv
 
 SHAPES = {
     "32x32x16": (32, 32, 16),
@@ -38,11 +40,20 @@ SHAPES = {
 }
 BATCHES = (8, 32, 64)
 KERNELS = 4
+
+
+def of_warehouse(before: int, after: int, size: tuple[int, int], **options: Any) -> WarehouseConv:
+    """The first of two layers that share their cells."""
+    warehouse = Warehouse([(*size, before, after)] * 2, rngs=options["rngs"])
+    return WarehouseConv(before, after, size, warehouse=warehouse, layer=0, **options)
+
+
 LAYERS = {
     "condconv": CondConv,
     "dyconv": DynamicConv,
     "odconv": ODConv,
     "hyper": HyperConv,
+    "warehouse": of_warehouse,
     "involution": Involution,
     "ddf": DDF,
 }

@@ -24,7 +24,7 @@ from dynjax.ops.kernels import CondConv, with_kernels
 
 SMALL = DynamicConvNetConfig(widths=(4, 6), blocks=(1, 1), kernels=3)
 MIXTURES = ("condconv", "dyconv", "odconv")
-DYNAMIC = (*MIXTURES, "hyper", "involution", "ddf")
+DYNAMIC = (*MIXTURES, "hyper", "warehouse", "involution", "ddf")
 
 
 def net(seed=0, **changes):
@@ -59,12 +59,28 @@ def test_logits_of_any_size_and_their_decisions(dynamics):
         logits, trace = jax.eval_shape(lambda x: dj.traced(model)(x), jax.ShapeDtypeStruct((3, *size, 3), jnp.uint8))
         assert (logits.shape, logits.dtype) == ((3, 5), jnp.float32)
     paths = [f"stages/{stage}/0/conv{number}" for stage in (0, 1) for number in (1, 2)]
-    assert sorted(trace.decisions) == (paths if dynamics in MIXTURES else [])
-    assert all(d.keep.shape == (3, 3) and d.rule == MIXTURE for d in trace.decisions.values())
+    assert sorted(trace.decisions) == (paths if dynamics in (*MIXTURES, "warehouse") else [])
+    # Two 3x3 kernels of a stage have 18 cells.
+    kinds = 18 if dynamics == "warehouse" else 3
+    assert all(d.keep.shape == (3, kinds) and d.rule == MIXTURE for d in trace.decisions.values())
 
 
-def test_a_few_steps_of_training_lower_the_loss():
-    model, x, label = net(dynamics="odconv"), pictures(6, 8, 8), jnp.asarray([0, 1, 2, 3, 4, 0])
+def test_a_stage_has_one_warehouse():
+    model = nnx.eval_shape(
+        lambda: build(dataclasses.replace(SMALL, dynamics="warehouse", cells=0.5), 5, rngs=nnx.Rngs(0))
+    )
+    shared = [{block.conv1.warehouse, block.conv2.warehouse} for (block,) in model.stages]
+    assert [len(each) for each in shared] == [1, 1] and not shared[0] & shared[1]
+    assert [each.pop().cells.shape for each in shared] == [(9, 1, 1, 4, 4), (9, 1, 1, 6, 6)]
+    static = nnx.eval_shape(lambda: build(SMALL, 5, rngs=nnx.Rngs(0)))
+    kernels = lambda model: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model.stages, nnx.Param)))  # noqa: E731
+    attention = sum(16 * (c + 1) + 9 * 10 * 17 for c in (4, 6)) * 2
+    assert kernels(model) == kernels(static) - 9 * (16 + 36) + attention
+
+
+@pytest.mark.parametrize("dynamics", ["odconv", "warehouse"])
+def test_a_few_steps_of_training_lower_the_loss(dynamics):
+    model, x, label = net(dynamics=dynamics), pictures(6, 8, 8), jnp.asarray([0, 1, 2, 3, 4, 0])
     optimizer = optax.adam(1e-2)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
@@ -116,6 +132,8 @@ def test_what_makes_no_sense_is_refused():
     config = dataclasses.replace(SMALL, dynamics="involution")
     with pytest.raises(UserError, match=r"--model\.gate is random: it must be learned: involution"):
         build(dataclasses.replace(config, gate="random"), 5, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=r"--model\.cells is 0.0: it must be more than 0"):
+        build(dataclasses.replace(SMALL, dynamics="warehouse", cells=0.0), 5, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="involution cannot start from a static twin"):
         build(config, 5, rngs=nnx.Rngs(0), twin_params=nnx.State({}))
     with pytest.raises(UserError, match=r"--model\.blocks is 1: it must be one number for each stage"):

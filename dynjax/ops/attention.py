@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from dynjax.core.gates import Gate, content_chance
 
-Activation = Literal["sigmoid", "softmax", "relu"]
+Activation = Literal["sigmoid", "softmax", "relu", "linear"]
 
 
 class Temperature(nnx.Variable):
@@ -74,6 +74,8 @@ class Attention(Gate):
     def _activate(self, logits: jax.Array, kind: Activation) -> jax.Array:
         if self.temperature is not None and kind == "softmax":
             return jax.nn.softmax(logits / self.temperature[...])
+        if kind == "linear":
+            return logits
         return jax.nn.sigmoid(logits) if kind == "sigmoid" else nnx.relu(logits)
 
     def _uniform(self, features: jax.Array) -> jax.Array:

@@ -35,9 +35,8 @@ class ConvOptions(TypedDict, total=False):
     use_bias: bool
 
 
-class _ExampleConv(nnx.Module):
-    """What all of these share: the convolution in the words of `nnx.Conv`, the kernel or K kernels that an example's
-    is made of, and a bias, or several that are mixed.
+class ExampleConv(nnx.Module):
+    """What all of these share: the convolution in the words of `nnx.Conv`, and a bias, or several that are mixed.
 
     Raises:
         ValueError: for channels that do not fit the groups, or another kind of padding than SAME, VALID and pixels.
@@ -50,7 +49,6 @@ class _ExampleConv(nnx.Module):
         kernel_size: Sides,
         strides: Sides,
         *,
-        kernels: int | None = None,
         biases: int | None = None,
         padding: convolve.Padding = "SAME",
         kernel_dilation: Sides = 1,
@@ -63,8 +61,6 @@ class _ExampleConv(nnx.Module):
                 f"in_features={in_features} and out_features={out_features} must be multiples of "
                 f"feature_group_count={feature_group_count}"
             )
-        if kernels is not None and kernels < 1:
-            raise ValueError(f"kernels={kernels} must be at least 1")
         self.in_features, self.out_features = in_features, out_features
         self.kernel_size = convolve.pair(kernel_size, "kernel_size")
         self.strides = convolve.pair(strides, "strides")
@@ -72,18 +68,19 @@ class _ExampleConv(nnx.Module):
         self.kernel_dilation = convolve.pair(kernel_dilation, "kernel_dilation")
         self.feature_group_count = feature_group_count
         self.strategy: convolve.Strategy = "auto"
-        shape = (*self.kernel_size, in_features // feature_group_count, out_features)
-        # Each of K kernels starts as that of a convolution.
-        init = nnx.initializers.lecun_normal(batch_axis=() if kernels is None else (0,))
-        self.kernel = nnx.Param(init(rngs.params(), shape if kernels is None else (kernels, *shape)))
         bias = (out_features,) if biases is None else (biases, out_features)
         self.bias = nnx.Param(jnp.zeros(bias)) if use_bias else None
 
-    def _convolve(self, x: jax.Array, codes: Any, kernel_of: Callable) -> jax.Array:
+    @property
+    def kernel_shape(self) -> tuple[int, int, int, int]:
+        """Of the kernel of an example."""
+        return *self.kernel_size, self.in_features // self.feature_group_count, self.out_features
+
+    def _convolve(self, x: jax.Array, codes: Any, shared: Any, kernel_of: Callable) -> jax.Array:
         return convolve.generated(
             x,
             codes,
-            self.kernel[...],
+            shared,
             kernel_of,
             strides=self.strides,
             padding=self.padding,
@@ -95,8 +92,12 @@ class _ExampleConv(nnx.Module):
     def _with_bias(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + self.bias[...][None, None, None]
 
+    def _record(self, weights: jax.Array) -> None:
+        """Leave the attention over kernels in the trace; all kernels are used, at no cost that depends on it."""
+        record(self, Decision(jnp.ones_like(weights), weights, "example", MIXTURE))
 
-class _Mixture(_ExampleConv):
+
+class _Mixture(ExampleConv):
     """A mixture of K kernels under attention, and of their biases if `several`: the abstract base of the three.
 
     Args:
@@ -122,10 +123,13 @@ class _Mixture(_ExampleConv):
         rngs: nnx.Rngs,
         **conv: Unpack[ConvOptions],
     ):
+        if kernels < 1:
+            raise ValueError(f"kernels={kernels} must be at least 1")
         biases = kernels if self.several else None
-        super().__init__(
-            in_features, out_features, kernel_size, strides, kernels=kernels, biases=biases, rngs=rngs, **conv
-        )
+        super().__init__(in_features, out_features, kernel_size, strides, biases=biases, rngs=rngs, **conv)
+        # Each of K kernels starts as that of a convolution.
+        init = nnx.initializers.lecun_normal(batch_axis=(0,))
+        self.kernel = nnx.Param(init(rngs.params(), (kernels, *self.kernel_shape)))
         heads, hidden = self._heads(kernels, reduction)
         self.attention = Attention(in_features, heads, hidden=hidden, random=random, rngs=rngs)
 
@@ -134,10 +138,10 @@ class _Mixture(_ExampleConv):
         """Heads of the attention, and units of its hidden layer."""
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        (weights,) = self.attention(_mean(x))
-        _record(self, weights)
+        (weights,) = self.attention(mean_of(x))
+        self._record(weights)
         weights = weights.astype(self.kernel.dtype)
-        y = self._convolve(x, weights, convolve.mixture)
+        y = self._convolve(x, weights, self.kernel[...], convolve.mixture)
         return y if self.bias is None else y + (weights @ self.bias[...])[:, None, None]
 
 
@@ -188,14 +192,14 @@ class ODConv(_Mixture):
         return heads, max(self.in_features // (reduction or 16), 16)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        attention = self.attention(_mean(x))
-        _record(self, attention[3])
+        attention = self.attention(mean_of(x))
+        self._record(attention[3])
         inputs, outputs, taps, weights = (weight.astype(self.kernel.dtype) for weight in attention)
-        y = self._convolve(x * inputs[:, None, None], (weights, taps), _tapped_mixture)
+        y = self._convolve(x * inputs[:, None, None], (weights, taps), self.kernel[...], _tapped_mixture)
         return self._with_bias(y * outputs[:, None, None])
 
 
-class HyperConv(_ExampleConv):
+class HyperConv(ExampleConv):
     """A convolution whose kernel a small network generates from the input, from a condition, or from both.
 
     Hypernetworks (Ha et al. 2016, arXiv:1609.09106) with the kernel-generating view of dynamic filter networks (De
@@ -232,6 +236,7 @@ class HyperConv(_ExampleConv):
         if condition is None and not from_input:
             raise ValueError("HyperConv with from_input=False needs condition=, the length of what it generates from")
         super().__init__(in_features, out_features, kernel_size, strides, rngs=rngs, **conv)
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), self.kernel_shape))
         self.condition, self.from_input, self.rank = condition, from_input, rank
         features = in_features * from_input + (condition or 0)
         self.attention = Attention(features, [(hidden, "relu")], random=random, rngs=rngs)
@@ -247,11 +252,11 @@ class HyperConv(_ExampleConv):
             raise ValueError(f"HyperConv was made with condition={self.condition} and {given}")
         if condition is not None and condition.shape != (x.shape[0], self.condition):
             raise ValueError(f"condition has shape {condition.shape}; it must be {(x.shape[0], self.condition)}")
-        parts = [_mean(x)] * self.from_input + ([] if condition is None else [condition])
+        parts = [mean_of(x)] * self.from_input + ([] if condition is None else [condition])
         (code,) = self.attention(jnp.concatenate([part.astype(jnp.float32) for part in parts], 1))
         code = code.astype(self.kernel.dtype)
         factors = self.left(code).reshape(len(x), -1, self.rank), self.right(code).reshape(len(x), self.rank, -1)
-        return self._with_bias(self._convolve(x, factors, _low_rank))
+        return self._with_bias(self._convolve(x, factors, self.kernel[...], _low_rank))
 
 
 _MIXTURES: dict[str, type[_Mixture]] = {"condconv": CondConv, "dyconv": DynamicConv, "odconv": ODConv}
@@ -335,10 +340,6 @@ def _low_rank(factors, kernel):
     return kernel + (left @ right).reshape(kernel.shape)
 
 
-def _mean(x: jax.Array) -> jax.Array:
+def mean_of(x: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
+    """Over the map, in float32."""
     return x.astype(jnp.float32).mean((1, 2))
-
-
-def _record(module: nnx.Module, weights: jax.Array) -> None:
-    """Leave the attention over kernels in the trace; all kernels are used, at no cost that depends on it."""
-    record(module, Decision(jnp.ones_like(weights), weights, "example", MIXTURE))
