@@ -45,12 +45,12 @@ class DataConfig:
     masks: Literal["ids", "binary", "colours"] = "ids"
     """What masks of a folder hold: class ids; 0 and 255, for a background and a foreground; or the colours of its
     classes.txt."""
-    weak: Literal["full", "points", "scribbles"] = "full"
-    """What is left of training masks from files: everything, or of each region a point or a scribble, the rest
-    ignored."""
+    weak: Literal["full", "points", "scribbles", "tags"] = "full"
+    """What is left of training masks from files: everything; of each region a point or a scribble, the rest ignored;
+    or only which classes a picture has (`loss.tags`)."""
     labelled: str = ""
-    """How many training pictures keep their labels, as a share ("1/8") or a number ("46"); the others are left out.
-    Empty: all of them."""
+    """How many training pictures keep their labels, as a share ("1/8") or a number ("46"); the others are left out,
+    unless `loss.consistency` learns from them. Empty: all of them."""
     classes: int = 0
     """Number of classes of a folder or TFDS set; 0 reads it from the data, or from a folder's classes.txt."""
     examples: int | None = None
@@ -91,6 +91,14 @@ class LossConfig:
     from it, up to 15 pixels."""
     one_vs_all: float = 0.0
     """Weight of the binary cross-entropy of every class against all others. The prediction stays the largest logit."""
+    tags: float = 0.0
+    """Weight of the loss of which classes a picture has, by the largest logits of its pixels: all that masks of
+    `data.weak` tags say."""
+    consistency: float = 0.0
+    """Weight of the loss of pictures without labels (`data.labelled`), or of those that are labelled weakly: changed
+    strongly, each is to be what the averaged model sees in it as it is. 0 leaves them out."""
+    confidence: float = 0.95
+    """Probability from which on the averaged model's class of a pixel counts in that loss."""
     class_weights: Literal["none", "sqrt", "inverse"] = "none"
     """Weight each class by nothing, by 1/sqrt(frequency) or by 1/frequency, measured on the training masks; of
     segmentation, in all its losses but dice and lovasz. Options that a row does not use are refused."""

@@ -53,14 +53,22 @@ def register(name: str, make: Make) -> None:
     _MAKES[name] = make
 
 
-def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Sequence[str] | None = None) -> Source:
+def make_source(
+    config: DataConfig,
+    split: str,
+    seed: int = 0,
+    *,
+    classes: Sequence[str] | None = None,
+    unlabelled: bool = False,
+) -> Source:
     """The source that `config.name` says, checked.
 
     `seed` is for digits, and for which training pictures are `config.labelled`. `classes` are the names of the classes
     that a model was trained for: where names or their number are otherwise found in the files (folder, class_folder,
     tfds:NAME of masks), these count, and a split need not have all of them. Elsewhere they change nothing; whoever
     loads a model compares `source.classes`. With `config.crop` examples are windows of pictures, and with
-    `config.labelled` those of training are the labelled ones alone. Raises UserError, one for all that is wrong with
+    `config.labelled` those of training are the labelled ones alone or, with `unlabelled`, each beside one that is not
+    (`few.WithUnlabelled`). Raises UserError, one for all that is wrong with
     the files.
     """
     if split not in SPLITS:
@@ -80,10 +88,10 @@ def make_source(config: DataConfig, split: str, seed: int = 0, *, classes: Seque
         if config.masks != "ids" and config.name != "folder":
             raise UserError(f"data.masks={config.masks}: that is for data.name=folder, not {config.name}; leave it out")
         make = importlib.import_module(f"dynjax.data.{make}").make
-    return _part(make(config, split, seed=seed, classes=classes), config, seed)
+    return _part(make(config, split, seed=seed, classes=classes), config, seed, unlabelled)
 
 
-def _part(source: Source, config: DataConfig, seed: int) -> Source:
+def _part(source: Source, config: DataConfig, seed: int, unlabelled: bool) -> Source:
     """What the configuration wants of a source. Raises UserError."""
     if config.weak != "full":
         from dynjax.data.pairs import PairSource
@@ -95,9 +103,11 @@ def _part(source: Source, config: DataConfig, seed: int) -> Source:
 
         source = cut(source, config.crop)
     if config.labelled and source.split == "train":
-        from dynjax.data.few import labelled
+        from dynjax.data.few import WithUnlabelled, labelled
 
-        source, _ = labelled(source, config.labelled, seed)
+        source, bare = labelled(source, config.labelled, seed)
+        if unlabelled:
+            source = WithUnlabelled(source, bare, seed)
     return source
 
 

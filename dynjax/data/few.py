@@ -100,9 +100,14 @@ class Subset:
         return example | blank
 
 
+def marked_of(source: Source) -> Source:
+    """The labelled examples alone, where there are others beside them."""
+    return source.marked if isinstance(source, WithUnlabelled) else source
+
+
 def chosen(source: Source) -> tuple[str, ...]:
     """Number and name of each labelled example, where only some are."""
-    source = source.marked if isinstance(source, WithUnlabelled) else source
+    source = marked_of(source)
     if not isinstance(source, Subset):
         return ()
     return tuple(f"{number} {source.name_of(index)}" for index, number in enumerate(source.chosen))

@@ -19,13 +19,17 @@ def weaken(
 ) -> Shaped[np.ndarray, "H W"]:
     """A point or a scribble in each connected region of each class, never outside it; what `rng` draws is where.
 
-    points: a disc well inside. scribbles: a part of the region's skeleton, three pixels thick. Raises UserError for
+    points: a disc well inside. scribbles: a part of the region's skeleton, three pixels thick. tags: the classes of the
+    mask, each at pixels that say nothing, so that they survive a crop and nothing else does. Raises UserError for
     another kind.
     """
     from skimage.measure import label, regionprops
 
+    if kind == "tags":
+        there = np.unique(mask[mask != ignored])
+        return rng.choice(there, mask.shape) if there.size else mask
     if kind not in ("points", "scribbles"):
-        raise UserError(f"data.weak={kind!r}: there are full, points and scribbles")
+        raise UserError(f"data.weak={kind!r}: there are full, points, scribbles and tags")
     draw = _point if kind == "points" else _scribble
     found = np.full_like(mask, ignored)
     for each in np.unique(mask[mask != ignored]).tolist():

@@ -39,10 +39,11 @@ def _general(config: Config) -> Iterator[tuple[str, object, bool, str]]:
     yield "budget.target", config.budget.target, 0 < config.budget.target <= 1, "a share of the MACs in (0, 1]"
     yield "budget.weight", config.budget.weight, 0 <= config.budget.weight < math.inf, "0 or more"
     for name in (
-        *("cross_entropy", "dice", "focal", "lovasz", "boundary", "one_vs_all"),
+        *("cross_entropy", "dice", "focal", "lovasz", "boundary", "one_vs_all", "tags", "consistency"),
         *("load_balance", "router_z", "ponder", "reinforce", "wrong", "gradient_penalty", "distillation"),
     ):
         yield f"loss.{name}", getattr(loss, name), 0 <= getattr(loss, name) < math.inf, "0 or more"
+    yield "loss.confidence", loss.confidence, 0 <= loss.confidence <= 1, "in [0, 1]"
     yield "loss.label_smoothing", loss.label_smoothing, 0 <= loss.label_smoothing < 1, "in [0, 1)"
     yield "optimizer.learning_rate", o.learning_rate, 0 < o.learning_rate < math.inf, "more than 0"
     yield "optimizer.gate_learning_rate", o.gate_learning_rate, 0 <= o.gate_learning_rate < math.inf, "0 or more"

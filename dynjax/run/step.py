@@ -118,10 +118,11 @@ def make_step(model: nnx.Module, task: Learns, config: Config, gates: nnx.filter
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         params, rest, optimizers, found = state.params, state.rest, dict(state.optimizer), {}
+        teacher = params if state.ema is None else state.ema
         for number, (name, play) in enumerate(plays.items()):
             its_key = key if len(plays) == 1 else jax.random.fold_in(key, number)
             before = params, rest, optimizers[name]
-            (params, rest, optimizers[name]), found[name] = play(before, batch, its_key, state.step)
+            (params, rest, optimizers[name]), found[name] = play(before, teacher, batch, its_key, state.step)
         if len(players) == 1:
             (metrics,) = found.values()
         else:
@@ -140,7 +141,8 @@ def make_step(model: nnx.Module, task: Learns, config: Config, gates: nnx.filter
 def _play(
     graphdef: nnx.GraphDef, player: Player, optimizer: optax.GradientTransformation, config: Config, mine: Config
 ) -> Callable:
-    """What a player does in a step: ((params, rest, optimizer state), key) to the same afterwards, and metrics."""
+    """What a player does in a step: ((params, rest, optimizer state), the teacher's params, batch, key, step) to the
+    first afterwards, and metrics."""
     half, count = config.precision == "bfloat16", config.optimizer.accumulate
 
     def loss_fn(own: nnx.State, others: nnx.State, rest: nnx.State, part: Batch, key: Array, progress: Array) -> tuple:
@@ -152,17 +154,25 @@ def _play(
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def play(before: tuple, batch: Batch, key: Array, step: Array) -> tuple[tuple, Metrics]:
+    def taught(teacher: nnx.State, rest: nnx.State, part: Batch) -> Batch:
+        if player.teach is None:
+            return part
+        params, seen = (_to_bfloat16(teacher), _to_bfloat16(part)) if half else (teacher, part)
+        return {**part, **player.teach(views.still(nnx.merge(graphdef, params, rest, copy=True)), seen)}
+
+    def play(before: tuple, teacher: nnx.State, batch: Batch, key: Array, step: Array) -> tuple[tuple, Metrics]:
         params, rest, optimizer_state = before
         own, others = nnx.split_state(params, player.parameters, ...)
         progress = step / config.steps
         if count == 1:
+            batch = taught(teacher, rest, batch)
             (_, (rest, metrics)), grads = gradient(own, others, rest, batch, key, progress)
         else:
 
             def one(carry: tuple, inputs: tuple) -> tuple:
-                rest, total = carry
-                (_, (rest, metrics)), grads = gradient(own, others, rest, *inputs, progress)
+                (rest, total), (part, key) = carry, inputs
+                part = taught(teacher, rest, part)
+                (_, (rest, metrics)), grads = gradient(own, others, rest, part, key, progress)
                 return (rest, jax.tree.map(jnp.add, total, grads)), metrics
 
             zeros = jax.tree.map(jnp.zeros_like, own)
@@ -175,12 +185,10 @@ def _play(
         metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(mine)(step // player.every)}
         return (params, rest, optimizer_state), metrics
 
-    def pause(before: tuple, batch: Batch, key: Array, step: Array) -> tuple[tuple, Metrics]:
-        metrics = jax.eval_shape(play, before, batch, key, step)[1]
+    def pause(before: tuple, teacher: nnx.State, batch: Batch, key: Array, step: Array) -> tuple[tuple, Metrics]:
+        metrics = jax.eval_shape(play, before, teacher, batch, key, step)[1]
         return before, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics)
 
     if player.every == 1:
         return play
-    return lambda before, batch, key, step: jax.lax.cond(
-        step % player.every == 0, play, pause, before, batch, key, step
-    )
+    return lambda before, *rest: jax.lax.cond(rest[-1] % player.every == 0, play, pause, before, *rest)

@@ -348,7 +348,8 @@ def train(config: Config, workdir: str | Path, *, quiet: bool = False) -> Scores
     if from_twin:
         read_config(config.init_from)  # before minutes of reading data
     with meshes.together():
-        source, val = make_source(config.data, "train"), make_source(config.data, "val")
+        source = make_source(config.data, "train", unlabelled=config.loss.consistency > 0)
+        val = make_source(config.data, "val")
     for part in (source, val):
         _say(part.describe()) if not quiet else None
     classes, labelled = tuple(source.classes), few.chosen(source)

@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from dynjax import models
 from dynjax.config import BudgetConfig, Config, LossConfig, UserError
+from dynjax.data import few
 from dynjax.data.source import Source, input_of, size_of, target_of
 from dynjax.models.gan import GanConfig
 from dynjax.models.vae import VAEConfig
@@ -13,6 +14,7 @@ from dynjax.models.vqvae import VQVAEConfig
 from dynjax.tasks.adversarial import AdversarialTask
 from dynjax.tasks.autoregressive import AutoregressiveTask
 from dynjax.tasks.classification import ClassificationTask
+from dynjax.tasks.consistency import ConsistentTask
 from dynjax.tasks.features import make_extractor, reference
 from dynjax.tasks.reconstruction import ReconstructionTask
 from dynjax.tasks.segmentation import SegmentationTask, class_frequencies, class_weights
@@ -49,6 +51,8 @@ def refuse_unused(config: Config) -> None:
     """Raises UserError for an option of the loss or the budget that is set, and that nothing of the row looks at, and
     for a row whose losses all have weight 0."""
     used = _kind(config)[1] | models.uses(config.model)
+    if not config.loss.consistency:
+        used -= {"loss.confidence"}
     options: dict[str, tuple[dataclasses.Field, Any]] = {}
     options |= {f"loss.{field.name}": (field, config.loss) for field in dataclasses.fields(config.loss)}
     options |= {f"budget.{field.name}": (field, config.budget) for field in dataclasses.fields(config.budget)}
@@ -58,13 +62,43 @@ def refuse_unused(config: Config) -> None:
         if name not in used and value != field.default:
             row = f"row {config.row} ({models.describe(config.model)})"
             raise UserError(f"--{name.replace('_', '-')} {value}: {row} does not use it; leave it out")
+    if "loss.tags" in used:
+        _refuse_by_labels(config)
+    if config.loss.tags:
+        return
     # A policy may learn by itself, from its reward.
     terms = [name for name in ("loss.cross_entropy", *sorted(_OF_PIXELS), "loss.reinforce") if name in used]
-    if "loss.cross_entropy" in used and not any(vars(config.loss)[name.removeprefix("loss.")] for name in terms):
+    if "loss.cross_entropy" in used and not any(_option(config, name) for name in terms):
         told = ", ".join(f"--{name.replace('_', '-')}" for name in terms)
         raise UserError(
             f"row {config.row} has nothing to learn from: {told} {'is' if len(terms) == 1 else 'are all'} 0"
         )
+
+
+def _refuse_by_labels(config: Config) -> None:
+    """Raises UserError where a loss of segmentation wants other labels than the data have."""
+    data, loss = config.data, config.loss
+    if loss.consistency and not data.labelled and data.weak == "full":
+        raise UserError(
+            f"--loss.consistency {loss.consistency} learns from pictures without labels, and all have theirs: give "
+            "--data.labelled, such as 1/8, or --data.weak points"
+        )
+    if data.weak != "tags":
+        if loss.tags:
+            raise UserError(f"--loss.tags {loss.tags} is for --data.weak tags, not {data.weak}; leave it out")
+        return
+    wants = [name for name in ("loss.cross_entropy", *sorted(_OF_PIXELS)) if _option(config, name)]
+    if wants or loss.class_weights != "none" or not loss.tags:
+        zero = "".join(f" --{name.replace('_', '-')} 0" for name in wants)
+        none = " --loss.class-weights none" * (loss.class_weights != "none")
+        raise UserError(
+            f"--data.weak tags says of no pixel what it is: give --loss.tags {loss.tags or 1.0}{zero}{none}"
+        )
+
+
+def _option(config: Config, name: str) -> Any:
+    """The value of an option of the loss, "loss.x"."""
+    return vars(config.loss)[name.removeprefix("loss.")]
 
 
 def make_task(config: Config, source: Source, *, training: bool = True) -> Task:
@@ -125,21 +159,23 @@ def _segmentation(config: Config, source: Source, training: bool) -> Task:
     weights = None
     if training and kind != "none":
         try:
-            weights = class_weights(kind, class_frequencies(source))
+            weights = class_weights(kind, class_frequencies(few.marked_of(source)))
         except ValueError as error:
             raise UserError(f"{source.describe()}: {error}; --loss.class-weights none does without") from None
-    return SegmentationTask(classes, config.loss, weights, _spends(config))
+    make = ConsistentTask if training and config.loss.consistency else SegmentationTask
+    return make(classes, config.loss, weights, _spends(config))
 
 
 _OF_CLASSES = frozenset({"loss.cross_entropy", "loss.label_smoothing"})
 _OF_PIXELS = frozenset({"loss.dice", "loss.focal", "loss.lovasz", "loss.boundary", "loss.one_vs_all"})
+_OF_FEW = frozenset({"loss.tags", "loss.consistency", "loss.confidence"})
 _OF_PLAYERS = OF_FEATURES | {"loss.adversarial", "loss.gradient_penalty", "loss.augment", "loss.distillation"}
 register("adversarial", _adversarial, _OF_PLAYERS)
 register("autoregressive", _autoregressive)
 register("classification", _classification, _OF_CLASSES)
 register("reconstruction", _reconstruction)
 register("variational", _variational)
-register("segmentation", _segmentation, _OF_CLASSES | _OF_PIXELS | {"loss.class_weights"})
+register("segmentation", _segmentation, _OF_CLASSES | _OF_PIXELS | _OF_FEW | {"loss.class_weights"})
 
 
 def _spends(config: Config) -> BudgetConfig | None:

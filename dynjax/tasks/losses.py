@@ -111,6 +111,21 @@ def lovasz_softmax(logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"]) -
     return (weights * errors).sum() / jnp.maximum(present, 1)
 
 
+def tags(logits: Float[Array, "B H W C"], mask: Int[Array, "B H W"], sharpness: float = 5.0) -> Float[Array, ""]:
+    """Mean over classes, and over the pictures that have a pixel that counts, of the binary cross-entropy of whether a
+    picture has the class; of the mask no more is looked at.
+
+    Its logit is log(mean(exp(r z))) / r over the pixels, between their mean and their largest: Pinheiro & Collobert
+    2015 (arXiv:1411.6228), equation 2, with their r = 5. There a picture has one class, here any number.
+    """
+    check_shapes(logits, mask)
+    pixels = mask.shape[1] * mask.shape[2]
+    pooled = jax.nn.logsumexp(sharpness * logits.astype(jnp.float32), (1, 2), b=1 / pixels) / sharpness
+    present, counts = _is_label(logits, mask).any((1, 2)), (mask >= 0).any((1, 2))
+    each = -jax.nn.log_sigmoid(jnp.where(present, pooled, -pooled)).mean(-1)
+    return jnp.where(counts, each, 0.0).sum() / jnp.maximum(counts.sum(), 1)
+
+
 def check_shapes(logits: Any, mask: Any) -> None:
     """Raises ValueError."""
     if logits.ndim != 4 or logits.shape[:-1] != mask.shape:

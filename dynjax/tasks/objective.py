@@ -50,6 +50,11 @@ class Supervised(OnePlayer[nnx.Module]):
     @abc.abstractmethod
     def metrics(self, outputs: Sequence[Output], batch: Batch) -> dict[str, Array]: ...
 
+    def beside(self, model: nnx.Module, batch: Batch, key: PRNGKeyArray) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Further terms of the loss, weighted, for which the task runs the model once more, and metrics of them. It
+        runs at the step's threshold, and what it spends is not charged."""
+        return {}, {}
+
     def loss(self, model: nnx.Module, batch: Batch, key: PRNGKeyArray, progress: Progress) -> Loss:
         return objective(self, model, batch, key, progress)
 
@@ -82,10 +87,12 @@ def objective(task: Supervised, model: nnx.Module, batch: Batch, key: PRNGKeyArr
     else:
         outputs, trace = traced(run)(model, batch[task.input])
         task_loss, more = _contributed(task, model, batch, outputs, trace)
+    terms, seen = task.beside(model, batch, key)
+    more |= terms
     budget_loss, spent = charge(model, spends, trace, target, progress)
     loss = task_loss + budget_loss + sum(more.values(), jnp.float32(0))
     metrics = {"loss": loss, "task_loss": task_loss, "budget_loss": budget_loss, **more, **spent}
-    metrics |= task.metrics(outputs, batch)
+    metrics |= task.metrics(outputs, batch) | seen
     return loss, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
 

@@ -20,7 +20,15 @@ from dynjax.core.decision import ONE
 from dynjax.data.source import Source, read
 from dynjax.show import kernels, report
 from dynjax.tasks.borders import boundary_counts, boundary_scores, boundary_weights, kept_at_borders
-from dynjax.tasks.losses import binary_cross_entropy, check_shapes, cross_entropy, focal, lovasz_softmax, soft_dice
+from dynjax.tasks.losses import (
+    binary_cross_entropy,
+    check_shapes,
+    cross_entropy,
+    focal,
+    lovasz_softmax,
+    soft_dice,
+    tags,
+)
 from dynjax.tasks.objective import Supervised
 from dynjax.tasks.task import Batch, Scores, Shown
 
@@ -136,6 +144,7 @@ class SegmentationTask(Supervised):
             (of.one_vs_all, lambda: binary_cross_entropy(logits, mask, weights)),
             (of.dice, lambda: soft_dice(logits, mask)),
             (of.lovasz, lambda: lovasz_softmax(logits, mask)),
+            (of.tags, lambda: tags(logits, mask)),
         )
         return sum((weight * term() for weight, term in terms if weight), jnp.float32(0))
 
@@ -156,7 +165,8 @@ class SegmentationTask(Supervised):
         return jax.vmap(_pixel_accuracy)(output, batch["mask"])
 
     def metrics(self, outputs: Sequence[Array], batch: Batch) -> dict[str, Array]:
-        return {"pixel_accuracy": _pixel_accuracy(outputs[-1], batch["mask"])}
+        # Of tags no pixel is known.
+        return {} if self.losses.tags else {"pixel_accuracy": _pixel_accuracy(outputs[-1], batch["mask"])}
 
     def counts(self, model: nnx.Module, output: Float[Array, "B H W C"], batch: Batch) -> Int[Array, "C C+4"]:
         """`confusion_matrix` and `boundary_counts` of a batch, side by side."""

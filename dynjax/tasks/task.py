@@ -42,6 +42,9 @@ class Player(Generic[M]):
     """It plays at every so many steps, the first among them."""
     optimizer: OptimizerConfig | None = None
     """The row's where it has none; `ema` and `accumulate` are always the row's."""
+    teach: Callable[[M, Batch], Batch] | None = None
+    """What the averaged model, as it is evaluated, adds to a batch before the loss sees it; of `ema` 0 the model as it
+    is. No gradient goes through it."""
 
 
 @runtime_checkable
