@@ -40,7 +40,8 @@ class DataConfig:
     """Height and width in pixels that pictures are resized to; None keeps the pictures' own size, which must then be
     one."""
     classes: int = 0
-    """Number of classes of a folder or TFDS set; 0 reads it from the data."""
+    """Number of classes of a folder or TFDS set; 0 reads it from the data. Of digits: 11, or, with classes that differ
+    in colour and texture too, 21, 31, ..., 101, 201, ..., 1001; 0 is 11."""
     examples: int | None = None
     """Training scenes of digits, of which val and test have a tenth each; None is 2000. Of any other set: at most so
     many training examples, spread evenly over it; None is all of them."""
@@ -88,6 +89,8 @@ class LossConfig:
     """Weight of the loss that has all branches and experts used alike."""
     router_z: float = 0.0
     """Weight of the loss that keeps the logits of experts' routers small."""
+    presence: float = 1.0
+    """Weight of the binary cross-entropy from which a shortlist learns which classes a picture has."""
     ponder: float = 0.01
     """Weight of PonderNet's divergence from its prior, whose mean is the budget's share of the steps."""
     reinforce: float = 1.0
