@@ -13,6 +13,7 @@ from experiments import (
     dynamicconvnet,
     gan,
     halt,
+    many_classes,
     moe,
     msdnet,
     nextscale,
@@ -25,7 +26,20 @@ from experiments import (
     width,
 )
 
-PREDICT = (digits_unet, camvid_unet, resnet, policy, width, msdnet, ranet, halt, routed, moe, dynamicconvnet)
+PREDICT = (
+    digits_unet,
+    many_classes,
+    camvid_unet,
+    resnet,
+    policy,
+    width,
+    msdnet,
+    ranet,
+    halt,
+    routed,
+    moe,
+    dynamicconvnet,
+)
 DRAW = (autoregressive, nextscale, vqvae, gan, vae)
 ROWS: dict[str, Callable[[], Config]] = {row.__name__: row for file in (*PREDICT, *DRAW) for row in file.ROWS}
 
