@@ -112,8 +112,8 @@ def training(classes: int, side: int, repeats: int) -> dict:
     return dict(
         step_dense_ms=round(dense_ms, 1),
         step_shortlist_ms=round(listing_ms, 1),
-        step_dense_mb=round(dense_mb, 1),
-        step_shortlist_mb=round(listing_mb, 1),
+        step_dense_mb=round(dense_mb, 2),
+        step_shortlist_mb=round(listing_mb, 2),
         step_ratio=round(listing_ms / dense_ms, 3),
     )
 

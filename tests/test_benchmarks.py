@@ -75,7 +75,7 @@ def test_what_many_classes_cost(tmp_path):
         *(("40", kept) for kept in ("2", "4", "40")),
     ]
     for line in lines:
-        assert float(line["max_error"]) < 1e-5 and float(line["list_ms"]) > 0 and float(line["step_dense_mb"]) > 0
+        assert float(line["max_error"]) < 1e-5 and float(line["list_ms"]) > 0 and float(line["step_dense_ms"]) > 0
 
 
 def test_a_deployed_model_inside_of_jax_code(tmp_path):

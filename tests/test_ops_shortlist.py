@@ -206,3 +206,5 @@ def test_errors():
         Shortlist(linear, gate, 10)(x)
     with pytest.raises(ValueError, match="PresenceGate was made for features=6, but its input"):
         PresenceGate(6, 5, rngs=nnx.Rngs(0))(x)
+    with pytest.raises(ValueError, match=r"PresenceGate needs a map .* not \(2, 3, 4\)"):
+        PresenceGate(CHANNELS, 5, rngs=nnx.Rngs(0))(x)

@@ -37,24 +37,28 @@ Pixels = Callable[[Array], Array]
 
 
 class PresenceGate(ChannelGate):
-    """Which of `classes` an example has, each by itself, from the mean and the maximum over the map.
+    """Which of `classes` an example has, each by itself: logsumexp of what the tiles of `side` pixels say of it, from
+    their means and maxima.
 
-    `x` (B, ..., features) gives a decision of shape (B, classes). No noise: it learns from the examples' classes (see
-    `Shortlist`), whatever is kept. While it trains its probability does not depend on the threshold.
+    `x`, a map (B, H, W, features), or (B, features), gives a decision of shape (B, classes). Not from the mean over the
+    map, in which what is small is lost. No noise: it learns from the examples' classes (see `Shortlist`), whatever is
+    kept. While it trains its probability does not depend on the threshold.
     """
 
-    def __init__(self, features: int, classes: int, *, rngs: nnx.Rngs, **options: Unpack[Options]):
+    def __init__(self, features: int, classes: int, *, side: int = 8, rngs: nnx.Rngs, **options: Unpack[Options]):
         options["hidden"] = options.get("hidden", 64)
         super().__init__(2 * features, classes, rngs=rngs, **options)
-        self.features = features
+        self.features, self.side = features, gates.positive(side, "side")
 
     def __call__(self, x: Float[Array, "B *axes C"]) -> Decision:
         gates.check_features(x, self.features, self)
-        axes = tuple(range(1, x.ndim - 1))
+        if x.ndim not in (2, 4):
+            raise ValueError(f"PresenceGate needs a map (B, H, W, C) or (B, C), not {x.shape}")
+        x = x[:, None, None] if x.ndim == 2 else x
         # The map is not trained through the maxima: their gradient is slow on a CPU.
-        most = lax.stop_gradient(x).max(axes)
-        logits = self.logits(jnp.concatenate([x.mean(axes), most], -1))
-        logits = SUREST * jnp.tanh(logits / SUREST)
+        most = gates.max_tiles(lax.stop_gradient(x), self.side)
+        tiles = self.logits(jnp.concatenate([gates.pool_tiles(x, self.side), most], -1))
+        logits = SUREST * jnp.tanh(jax.nn.logsumexp(tiles, (1, 2)) / SUREST)
         moved = logits - self.logits.threshold[...]
         probability = jax.nn.sigmoid(moved if self.logits.deterministic else logits)
         return Decision(gates.threshold(moved), probability, "example")
