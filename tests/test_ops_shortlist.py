@@ -19,6 +19,7 @@ from dynjax.core.decision import EACH
 from dynjax.models import blocks
 from dynjax.ops import shortlist
 from dynjax.ops.shortlist import ABSENT, PresenceGate, Shortlist, presence_loss
+from dynjax.tasks import losses
 
 KINDS = 21
 SIZE = (9, 11)
@@ -190,6 +191,15 @@ def test_in_half_precision():
     assert masked.dtype == compact.dtype == jnp.bfloat16
     np.testing.assert_allclose(masked.astype(jnp.float32), compact.astype(jnp.float32), rtol=2e-2, atol=2e-2)
     assert jnp.isfinite(jax.nn.log_softmax(masked)).all()
+
+
+@pytest.mark.parametrize("loss", [losses.cross_entropy, losses.focal, losses.binary_cross_entropy, losses.soft_dice])
+def test_losses_of_absent_classes_are_finite(loss):
+    """Also where the class of every pixel is absent, and one against all."""
+    mask = jnp.zeros((1, 2, 3), jnp.int32)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        logits = jnp.full((1, 2, 3, 1000), ABSENT, dtype).at[..., 5].set(1)
+        assert jnp.isfinite(loss(logits, mask)) and jnp.isfinite(jax.grad(loss)(logits, mask)).all()
 
 
 def test_errors():
