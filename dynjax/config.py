@@ -52,7 +52,8 @@ class DataConfig:
     """How many training pictures keep their labels, as a share ("1/8") or a number ("46"); the others are left out,
     unless `loss.consistency` learns from them. Empty: all of them."""
     classes: int = 0
-    """Number of classes of a folder or TFDS set; 0 reads it from the data, or from a folder's classes.txt."""
+    """Number of classes of a folder or TFDS set; 0 reads it from the data, or from a folder's classes.txt. Of digits:
+    11, or, with classes that differ in colour and texture too, 21, 31, ..., 101, 201, ..., 1001; 0 is 11."""
     examples: int | None = None
     """Training scenes of digits, of which val and test have a tenth each; None is 2000. Of any other set: at most so
     many training examples, spread evenly over it; None is all of them."""
@@ -108,6 +109,8 @@ class LossConfig:
     """Weight of the loss that has all branches and experts used alike."""
     router_z: float = 0.0
     """Weight of the loss that keeps the logits of experts' routers small."""
+    presence: float = 1.0
+    """Weight of the binary cross-entropy from which a shortlist learns which classes a picture has."""
     ponder: float = 0.01
     """Weight of PonderNet's divergence from its prior, whose mean is the budget's share of the steps."""
     reinforce: float = 1.0

@@ -44,7 +44,7 @@ def check(arguments: Arguments) -> None:
 
 def draw(out: Path, name: str, picture: Image.Image, answer: Answer, classes: int) -> None:
     """The three files of one picture. The mask is as large as the picture; what is only to be looked at is not."""
-    ids = Image.fromarray(answer.ids.astype(np.uint8))
+    ids = Image.fromarray(answer.ids.astype(np.uint8 if classes <= 256 else np.int32))
     report.save_mask(out / f"{name}_mask.png", np.asarray(ids.resize(picture.size, Image.Resampling.NEAREST)), classes)
     image = np.asarray(report.preview(picture))
     mask = np.asarray(ids.resize(image.shape[1::-1], Image.Resampling.NEAREST))

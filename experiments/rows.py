@@ -15,6 +15,7 @@ from experiments import (
     few_labels,
     gan,
     halt,
+    many_classes,
     moe,
     msdnet,
     my_pictures,
@@ -30,6 +31,7 @@ from experiments import (
 
 PREDICT = (
     digits_unet,
+    many_classes,
     camvid_unet,
     camvid_lite0,
     my_pictures,

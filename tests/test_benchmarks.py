@@ -8,7 +8,7 @@ import pytest
 import test_commands
 from PIL import Image
 
-from benchmarks import foreign, heads, inside, refinement, sampling, thin
+from benchmarks import foreign, heads, inside, many_classes, refinement, sampling, thin
 from dynjax.config import UserError
 
 pytestmark = pytest.mark.xdist_group("benchmarks")  # one worker, so that the row is trained once
@@ -63,6 +63,19 @@ def test_what_tiles_cost_on_thin_maps(tmp_path):
     assert [line["kind"] for line in lines] == ["wide", "even"]
     for line in lines:
         assert float(line["nothing_ms"]) > 0 and 0.2 < float(line["kept_at_half"]) < 0.8
+
+
+def test_what_many_classes_cost(tmp_path):
+    out = tmp_path / "many_classes.csv"
+    many_classes.main(["--classes", "11", "40", "--side", "4", "--repeats", "1", "--out", str(out)])
+    with out.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["classes"], line["kept"]) for line in lines] == [
+        *(("11", kept) for kept in ("1", "1", "11")),
+        *(("40", kept) for kept in ("2", "4", "40")),
+    ]
+    for line in lines:
+        assert float(line["max_error"]) < 1e-5 and float(line["list_ms"]) > 0 and float(line["step_dense_ms"]) > 0
 
 
 def test_a_deployed_model_inside_of_jax_code(tmp_path):

@@ -1,5 +1,7 @@
 """The embedded scenes: the same from the same seed, apart between splits, readable, not to be solved by colour."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -73,6 +75,46 @@ def test_scenes_range_from_nearly_empty_to_crowded():
     assert set(np.unique(masks)) == set(range(11))
 
 
+def test_the_scenes_themselves():
+    """Of 11 classes they stay what they were: results are compared across versions."""
+    digest = hashlib.sha256()
+    for split in ("train", "val"):
+        for scene in scenes(split, 12, seed=3)[1]:
+            digest.update(scene["image"].tobytes() + scene["mask"].tobytes())
+    assert digest.hexdigest()[:16] == "a862a401736d4ef5"
+
+
+@pytest.mark.parametrize("classes", [21, 101, 201, 501, 1001])
+def test_a_digit_in_a_colour_and_a_texture_is_a_class(classes):
+    names = digit_scenes.class_names(classes)
+    assert len(set(names)) == classes and names[-1] == "background"
+    source, found = scenes(count=30, classes=classes)
+    again, _ = scenes(count=0, classes=classes)
+    np.testing.assert_array_equal(again[7]["image"], found[7]["image"])
+    assert source.classes == names and f"{classes} classes" in source.describe()
+    present = np.unique([scene["mask"] for scene in found])
+    assert present[-1] == classes - 1 and len(present) > min(20, classes // 2)
+    variants = (classes - 1) // 10
+    for scene in found:
+        for label in np.unique(scene["mask"])[:-1]:
+            pixels = scene["image"][scene["mask"] == label].astype(int)
+            if len(pixels) < 40:  # what another digit left of it
+                continue
+            hue = digit_scenes._HUES[label % variants % 10]
+            tint = np.median(pixels - pixels.min(1, keepdims=True), 0)
+            assert tint.max() < 30 or np.corrcoef(tint, hue)[0, 1] > 0.8, names[label]
+
+
+def test_textures_differ_in_their_stripes():
+    behind = np.zeros((24, 24, 3), np.float32)
+    red = np.float32([1, 0, 0])
+    found = [digit_scenes._textured(red, texture, behind, 1.0) for texture in digit_scenes.TEXTURES]
+    assert (found[0] == red).all() and len({pattern.tobytes() for pattern in found}) == 10
+    shares = [(pattern[..., 1] > 0).mean() for pattern in found[1:]]
+    assert min(shares) > 0.3 and max(shares) < 0.7
+    assert (found[1] == found[1][:, :1]).all() and (found[2] == found[2][:1]).all()
+
+
 @pytest.mark.parametrize("difficulty, least", [(0.0, 0.45), (0.5, 0.3), (1.0, 0.15)])
 def test_strokes_stand_out_from_what_is_around_them(difficulty, least):
     """Connected strokes differ in median lightness from the ring around them by at least the look's contrast."""
@@ -131,6 +173,9 @@ def test_a_colour_classifier_cannot_do_it():
         ({"examples": 0}, r"data.examples=0"),
         ({"size": (16, 96)}, r"data.size=\(16, 96\)"),
         ({"seed": -1}, r"seed=-1"),
+        ({"classes": 200}, r"data.classes=200: scenes of digits have 11 classes, or 21"),
+        ({"classes": 111}, r"data.classes=111"),
+        ({"classes": 1101}, r"data.classes=1101: .* up to 1001"),
     ],
 )
 def test_bad_values(wrong, text):

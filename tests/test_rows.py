@@ -49,6 +49,7 @@ def test_a_row_says_what_it_is(name):
 
 ONE_OF_A_KIND = (
     "digits_unet_tiles digits_unet_select digits_unet_experts digits_unet_halt camvid_small_random digits_resnet_skip "
+    "digits200_unet_shortlist "
     "digits_policy_reinforce digits_slimmable_slices digits_msdnet_exits digits_halt_sact digits_halt_pondernet "
     "digits_routed_gates digits_moe_experts digits_dyconv_kernels digits_dynamicconvnet_ddf "
     "digits_pixelcnn cifar10_pixelcnn digits_transformer digits_pixelcnn_labels "
@@ -146,6 +147,9 @@ def test_every_row_uses_the_options_that_it_sets():
         ("digits_condconv_kernels", "budget.sampled", False),
         ("digits_moe_random", "loss.router_z", 0.1),
         ("digits_unet_tiles", "loss.load_balance", 0.1),
+        ("digits_unet_tiles", "loss.presence", 0.1),
+        ("digits200_unet_random", "loss.presence", 0.1),
+        ("digits200_unet_shortlist", "budget.weight", 1.0),
         ("digits_unet_select", "loss.router_z", 0.1),
         ("digits_unet_halt", "loss.ponder", 0.1),
         ("digits_unet_select", "loss.ponder", 0.1),

@@ -2,7 +2,7 @@
 
 A task calls `schedule` before the model, then `weights` and `terms` with what it knows of the step.
 
-Letters: B examples, n outputs.
+Letters: B examples, n outputs, K classes.
 """
 
 import dataclasses
@@ -36,6 +36,8 @@ class Call:
     """Runs the model once more, without noise and under the same threshold."""
     weights: Mapping[str, float]
     """The options of the loss by name."""
+    present: Callable[[], Bool[Array, "B K"] | None] = lambda: None
+    """Which classes each example has; None where the task has none."""
     shares: Float[Array, "B n"] | None = None
     """What a module said of the outputs' weights, which it need not work out again for its terms."""
     path: str = ""

@@ -1,10 +1,12 @@
 """`digits`: handwritten digits on photographs, rendered from what scikit-learn and scikit-image install; no download.
 
-Classes 0 to 9 are the digits, class 10 is the background. Scene i is a pure function of (seed, split, i, difficulty,
-size). Train, val and test use different digits and different parts of the photographs; which ones does not depend on
-the seed, so a model trained with one seed has never seen the test digits of another.
+Classes 0 to 9 are the digits, class 10 is the background; or each digit in several colours and textures is a class of
+its own, and the background the last. Scene i is a pure function of (seed, split, i, difficulty, size, classes). Train,
+val and test use different digits and different parts of the photographs; which ones does not depend on the seed, so a
+model trained with one seed has never seen the test digits of another.
 """
 
+import colorsys
 import dataclasses
 import functools
 import importlib.resources
@@ -21,6 +23,9 @@ from dynjax.data.pictures import BadFile, read_image
 from dynjax.data.source import SPLITS, Field, Size, picture_spec
 
 CLASSES = (*"0123456789", "background")
+HUES = ("red", "teal", "yellow", "blue", "green", "pink", "orange", "cyan", "lime", "purple")  # the first are far apart
+_STRIPES = ("rows", "columns", "rising", "falling")
+TEXTURES = ("", *_STRIPES, *(f"fine {stripes}" for stripes in _STRIPES), "dots")
 BACKGROUND = 10
 SCENES = 2000  # where data.examples says nothing
 
@@ -34,6 +39,25 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _PAD = 2  # empty pixels around an 8x8 digit, so that turning and smoothing cut nothing off
 KEEP_BYTES = 2 << 30  # a split that needs no more than this stays in memory
 _TRIES = 12  # places tried for one digit
+
+
+def class_names(classes: int) -> tuple[str, ...]:
+    """Names of so many classes, of which the last is the background.
+
+    With 10 v + 1 of them there are v variants of a digit: 2 to 10 colours, or 10 colours in 2 to 10 textures, the
+    colour first. Raises UserError for another number.
+    """
+    variants = (classes - 1) // 10
+    if classes == len(CLASSES):
+        return CLASSES
+    most = len(HUES) * len(TEXTURES)
+    if classes != 10 * variants + 1 or not 2 <= variants <= most or (variants > len(HUES) and variants % len(HUES)):
+        raise UserError(
+            f"data.classes={classes}: scenes of digits have 11 classes, or 21, 31, ... up to 101 (colours of digits), "
+            f"or 201, 301, ... up to {10 * most + 1} (and textures)"
+        )
+    looks = [f"{texture} {hue}".strip() for texture in TEXTURES for hue in HUES][:variants]
+    return (*(f"{digit} {look}" for digit in CLASSES[:-1] for look in looks), CLASSES[-1])
 
 
 @functools.cache
@@ -128,18 +152,19 @@ def _look(difficulty: float) -> _Look:
 
 
 def render(
-    rng: np.random.Generator, split: str, difficulty: float, size: tuple[int, int]
-) -> tuple[UInt8[np.ndarray, "H W 3"], UInt8[np.ndarray, "H W"]]:
-    """One scene and its mask of class ids."""
-    look = _look(difficulty)
+    rng: np.random.Generator, split: str, difficulty: float, size: tuple[int, int], classes: int = len(CLASSES)
+) -> tuple[UInt8[np.ndarray, "H W 3"], Integer[np.ndarray, "H W"]]:
+    """One scene and its mask of class ids, see `class_names`."""
+    look, variants = _look(difficulty), (classes - 1) // 10
     height, width = size
     unit = min(size) / 96
     canvas = _background(rng, split, look, size)
-    mask = np.full(size, BACKGROUND, np.uint8)
+    mask = np.full(size, classes - 1, mask_type(classes))
     placed: list[tuple[float, float, float]] = []
     crowd = rng.uniform()  # 0: nearly empty, 1: crowded; many digits are smaller digits
     for _ in range(1 + int(6.99 * crowd)):
         index = rng.choice(split_digits(split)[rng.integers(10)])
+        variant = int(rng.integers(variants)) if variants > 1 else 0
         for _attempt in range(_TRIES if placed else 20 * _TRIES):  # no scene is empty
             tall = rng.uniform(look.small, look.large) * (1 - crowd)
             tall = (tall + rng.uniform(look.small, 0.75 * look.large) * crowd) * unit
@@ -149,11 +174,14 @@ def render(
                 continue
             ink, top, left = _ink(_glyph(int(index)), y, x, tall, rng.uniform(-look.turn, look.turn), look.stroke, size)
             window = (slice(top, top + ink.shape[0]), slice(left, left + ink.shape[1]))
-            colour = _ink_colour(rng, canvas[window], ink, look.contrast)
+            hue = _HUES[variant % len(HUES)] if variants > 1 else None
+            colour = _ink_colour(rng, canvas[window], ink, look.contrast, hue)
             if colour is None:
                 continue
+            if variants > len(HUES):
+                colour = _textured(colour, TEXTURES[variant // len(HUES)], canvas[window], unit)
             canvas[window] += ink[..., None] * (colour - canvas[window])
-            mask[window] = np.where(ink >= 0.5, handwritten()[1][index], mask[window])
+            mask[window] = np.where(ink >= 0.5, handwritten()[1][index] * variants + variant, mask[window])
             placed.append((y, x, radius))
             break
     canvas += rng.normal(0, 0.01, canvas.shape).astype(np.float32)
@@ -219,8 +247,13 @@ def _ink(glyph: Image.Image, y, x, tall, degrees, stroke, size) -> tuple[Float[n
     return ink, top, left
 
 
-def _ink_colour(rng, behind: Float[np.ndarray, "h w 3"], ink, contrast: float) -> Float[np.ndarray, "3"] | None:
-    """A random colour lighter or darker by `contrast` than everything near the strokes, or None where there is none."""
+def _ink_colour(
+    rng, behind: Float[np.ndarray, "h w 3"], ink, contrast: float, hue: Float[np.ndarray, "3"] | None = None
+) -> Float[np.ndarray, "3"] | None:
+    """A random colour lighter or darker by `contrast` than everything near the strokes, or None where there is none.
+
+    Of a `hue` it is the most colourful one.
+    """
     near = ink > 0
     near[1:] |= near[:-1].copy()
     near[:-1] |= near[1:].copy()
@@ -234,11 +267,38 @@ def _ink_colour(rng, behind: Float[np.ndarray, "h w 3"], ink, contrast: float) -
         return None
     a, b = spans[rng.integers(len(spans))]
     target = rng.uniform(a, b)
-    colour = rng.uniform(0, 1, 3).astype(np.float32)
+    colour = rng.uniform(0, 1, 3).astype(np.float32) if hue is None else hue
     lightness = float(colour @ _LUMA)
+    if hue is not None:
+        target = min((min(max(lightness, a), b) for a, b in spans), key=lambda level: abs(level - lightness))
     if lightness > target:
         return colour * (target / lightness)
     return colour + (1 - colour) * ((target - lightness) / (1 - lightness + 1e-6))
+
+
+_HUES = np.array([colorsys.hsv_to_rgb(turn / 10, 1, 1) for turn in (0, 5, 2, 7, 4, 9, 1, 6, 3, 8)], np.float32)
+
+
+def _textured(
+    colour: Float[np.ndarray, "3"], texture: str, behind: Float[np.ndarray, "h w 3"], unit: float
+) -> Float[np.ndarray, "h w 3"]:
+    """The colour with stripes or dots half way to white, or to black where it is darker than what is behind."""
+    rows, columns = np.mgrid[: behind.shape[0], : behind.shape[1]] / unit
+    slope = 2**-0.5
+    along = dict(zip(_STRIPES, (rows, columns, slope * (rows + columns), slope * (rows - columns)), strict=True))
+    period = 3.0 if texture.startswith("fine") else 6.0
+    if texture == "dots":
+        other = (rows % 4.0 < 2.0) == (columns % 4.0 < 2.0)
+    else:
+        other = along[texture.split()[-1]] % period < period / 2 if texture else np.zeros(rows.shape, bool)
+    lighter = float(colour @ _LUMA) > float((behind @ _LUMA).mean())
+    shade = colour + (float(lighter) - colour) * 0.5
+    return np.where(other[..., None], shade, colour).astype(np.float32)
+
+
+def mask_type(classes: int) -> np.dtype:
+    """The smallest type that holds the class ids."""
+    return np.min_scalar_type(classes - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,8 +329,8 @@ class DigitsSource:
         scene = self._kept.get(index)
         if scene is None:
             rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
-            scene = render(rng, self.split, self.difficulty, self.size)
-            if 4 * self.examples * self.size[0] * self.size[1] <= KEEP_BYTES:
+            scene = render(rng, self.split, self.difficulty, self.size, len(self.classes))
+            if (3 + scene[1].itemsize) * self.examples * self.size[0] * self.size[1] <= KEEP_BYTES:
                 self._kept[index] = scene
         image, mask = scene
         return {"image": image, "mask": mask.astype(np.int32)}
@@ -278,7 +338,8 @@ class DigitsSource:
     def describe(self) -> str:
         height, width = self.size
         look = f"difficulty {self.difficulty:g}, seed {self.seed}"
-        return f"digits {self.split}: {self.examples} scenes {height}x{width}, {look}"
+        classes = "" if self.classes == CLASSES else f"{len(self.classes)} classes, "
+        return f"digits {self.split}: {self.examples} scenes {height}x{width}, {classes}{look}"
 
 
 def make(config: DataConfig, split: str, *, seed: int = 0, classes: Sequence[str] | None = None) -> DigitsSource:
@@ -295,5 +356,6 @@ def make(config: DataConfig, split: str, *, seed: int = 0, classes: Sequence[str
     if seed < 0:
         raise UserError(f"seed={seed} is negative")
     count = examples if split == "train" else max(1, examples // 10)
+    names = class_names(config.classes or len(CLASSES))
     _photos()  # a missing photograph is found now, not in the middle of training
-    return DigitsSource(split, count, config.difficulty, seed, size)
+    return DigitsSource(split, count, config.difficulty, seed, size, names)

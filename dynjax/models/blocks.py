@@ -3,16 +3,19 @@
 Letters: B examples, H W pixels, C D channels.
 """
 
+import abc
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from dynjax.core.controls import RandomGate
 from dynjax.core.gates import BranchGate, ChannelGate, SampleGate, TileGate
+from dynjax.ops.shortlist import Shortlist, largest
 
 
 def pixels(image: UInt8[Array, "B H W 3"] | Float[Array, "B H W 3"], dtype: Any) -> Float[Array, "B H W 3"]:
@@ -200,8 +203,38 @@ class Classify(nnx.Module):
     these by itself where `sharp`, otherwise interpolated."""
 
     def __init__(self, features: int, classes: int, stride: int, sharp: bool = False, *, rngs: nnx.Rngs):
-        self.stride, self.sharp = stride, sharp
-        self.linear = nnx.Linear(features, classes * (stride**2 if sharp else 1), rngs=rngs)
+        self.stride, self.sharp, self.features, self.classes = stride, sharp, features, classes
+        outputs = classes * (stride**2 if sharp else 1)
+        self.linear: nnx.Linear | Shortlist = nnx.Linear(features, outputs, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"], size: tuple[int, int]) -> Float[Array, "B _h _w _K"]:
-        return of_pixels(self.linear(x), self.stride, self.sharp, size)
+        pixels = functools.partial(self._pixels, size)
+        return self.linear(x, pixels) if isinstance(self.linear, Shortlist) else pixels(self.linear(x))
+
+    def largest(self, x: Float[Array, "B H W C"], size: tuple[int, int]) -> Int[Array, "B _h _w"]:
+        """The class of each pixel's largest logit, without an array of all logits."""
+        pixels = functools.partial(self._pixels, size)
+        if isinstance(self.linear, Shortlist):
+            return self.linear.largest(x, pixels)
+        return largest(self.linear, x, self.classes, pixels)
+
+    def _pixels(self, size: tuple[int, int], logits: Float[Array, "B H W D"]) -> Float[Array, "B _h _w _n"]:
+        """Logits of pixels, of any number of classes."""
+        return of_pixels(logits, self.stride, self.sharp, size)
+
+
+class ClassifyingHead(nnx.Module, abc.ABC):
+    """A head whose last layer is `Classify`: an abstract base."""
+
+    classify: Classify
+
+    @abc.abstractmethod
+    def decode(self, maps: Sequence[Array]) -> jax.Array:
+        """The map (B, H, W, C) that is classified."""
+
+    def __call__(self, maps: Sequence[Array], size: tuple[int, int]) -> Float[Array, "B H W K"]:
+        return self.classify(self.decode(maps), size)
+
+    def largest(self, maps: Sequence[Array], size: tuple[int, int]) -> Int[Array, "B H W"]:
+        """The class of each pixel's largest logit."""
+        return self.classify.largest(self.decode(maps), size)

@@ -18,10 +18,11 @@ from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from dynjax.config import ModelConfig
 from dynjax.models import registry, rules
+from dynjax.models.blocks import ClassifyingHead
 from dynjax.models.registry import Family, filled, register
 from dynjax.models.rules import Rule
 
@@ -126,6 +127,13 @@ class Dense(nnx.Module):
 
     def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W K"]:
         return self.head(self.backbone(image), (image.shape[1], image.shape[2]))
+
+    def largest(self, image: UInt8[Array, "B H W 3"]) -> Int[Array, "B H W"]:
+        """The class of each pixel's largest logit, where the head can without an array of all logits."""
+        maps, size = self.backbone(image), (image.shape[1], image.shape[2])
+        if isinstance(self.head, ClassifyingHead):
+            return self.head.largest(maps, size)
+        return self.head(maps, size).argmax(-1)
 
     def wrap(self, wrapper: Callable[[nnx.Module, int, int], nnx.Module], levels: int | None = None) -> "Dense":
         """The model itself with `wrapper(module, channels, level)` in the place of every site of the finest `levels`,

@@ -40,7 +40,7 @@ def _general(config: Config) -> Iterator[tuple[str, object, bool, str]]:
     yield "budget.weight", config.budget.weight, 0 <= config.budget.weight < math.inf, "0 or more"
     for name in (
         *("cross_entropy", "dice", "focal", "lovasz", "boundary", "one_vs_all", "tags", "consistency"),
-        *("load_balance", "router_z", "ponder", "reinforce", "wrong", "gradient_penalty", "distillation"),
+        *("load_balance", "router_z", "presence", "ponder", "reinforce", "wrong", "gradient_penalty", "distillation"),
     ):
         yield f"loss.{name}", getattr(loss, name), 0 <= getattr(loss, name) < math.inf, "0 or more"
     yield "loss.confidence", loss.confidence, 0 <= loss.confidence <= 1, "in [0, 1]"

@@ -26,6 +26,8 @@ CLASSES = (
     "#FFAABB #661100 #BBCC33 #6699CC #004D40 #EE8866 #AAAA00 #EECC66"
 ).split()
 IGNORED = (128, 128, 128)
+LEGEND = 60
+"""Classes that a legend names; of more, those that are seen."""
 HEAT = "viridis"
 MARKED = "#FF2D00"
 SHOWN = 2_000_000
@@ -74,10 +76,11 @@ def preview(picture: Image.Image) -> Image.Image:
 
 
 def save_mask(path: str | os.PathLike, mask: Integer[np.ndarray, "H W"], classes: int) -> None:
-    """An 8-bit PNG whose pixel values are the class ids and whose palette shows them in colour, and other ids (255 of
-    ignored pixels) in grey; at most 256 classes."""
+    """A PNG whose pixel values are the class ids: of up to 256 classes of 8 bits, with a palette that shows them in
+    colour, and other ids (255 of ignored pixels) in grey; of more, grey of 16 bits."""
     if classes > 256:
-        raise ValueError(f"an 8-bit mask holds 256 classes, not {classes}")
+        Image.fromarray(mask.astype(np.uint16)).save(path)
+        return
     picture = Image.fromarray(mask.astype(np.uint8, copy=False))
     picture.putpalette(palette(classes).tobytes() + bytes(IGNORED) * (256 - classes))
     picture.save(path, bits=8)
@@ -196,7 +199,12 @@ def plot_heatmaps(
     """A row per picture: the picture, the truth, the prediction, and where the MACs were spent (MACs per pixel)."""
     count, (height, width) = len(examples), examples[0].mask.shape
     cell = 2.9
-    legend = 0.35 + 0.22 * math.ceil(len(class_names) / 6)
+    colours = palette(len(class_names))
+    named = np.arange(len(class_names))
+    if len(named) > LEGEND:  # those that are seen
+        named = np.unique([labels for example in examples for labels in (example.mask, example.prediction)])
+        named = named[named >= 0][:LEGEND]
+    legend = 0.35 + 0.22 * math.ceil(len(named) / 6)
     figure = Figure(
         figsize=(4 * cell + 1.4, count * (cell * height / width + 0.1) + legend + 0.6), layout="constrained"
     )
@@ -215,10 +223,7 @@ def plot_heatmaps(
     for axes, name in zip(grid[0], ("picture", "truth", "prediction", "compute"), strict=True):
         axes.set_title(name, fontsize=10)
     figure.colorbar(shown, ax=list(grid[:, 3]), label=f"{prefix}MAC per pixel", shrink=0.9)
-    patches = [
-        Patch(facecolor=f"#{bytes(colour).hex()}", label=name)
-        for colour, name in zip(palette(len(class_names)), class_names, strict=True)
-    ]
+    patches = [Patch(facecolor=f"#{bytes(colours[label]).hex()}", label=class_names[int(label)]) for label in named]
     if any((example.mask < 0).any() for example in examples):
         patches.append(Patch(facecolor=f"#{bytes(IGNORED).hex()}", label="ignored"))
     figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize=9)

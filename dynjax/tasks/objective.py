@@ -1,7 +1,7 @@
 """The training objective of a model that decides: schedules, the step's budget, and what its modules add to the loss.
 
 One for every task: what a kind of dynamics needs in training comes from its modules (`dynjax.core.training`).
-Letters: B examples.
+Letters: B examples, K classes.
 """
 
 import abc
@@ -46,6 +46,10 @@ class Supervised(OnePlayer[nnx.Module]):
     @abc.abstractmethod
     def correct(self, output: Output, batch: Batch) -> Array:
         """How right the output is for each example, (B,): true and false, or a share."""
+
+    def present(self, batch: Batch) -> Bool[Array, "B K"] | None:
+        """Which classes each example has; None where there are no classes."""
+        return None
 
     @abc.abstractmethod
     def metrics(self, outputs: Sequence[Output], batch: Batch) -> dict[str, Array]: ...
@@ -139,6 +143,7 @@ def _contributed(
         losses=lambda outputs: task.each(outputs, batch),
         correct=lambda output: task.correct(output, batch),
         again=again,
+        present=lambda: task.present(batch),
         weights={name: value for name, value in options.items() if isinstance(value, float)},
     )
     shares = training.weights(model, call) if isinstance(model, Predicts) else None

@@ -164,6 +164,11 @@ class SegmentationTask(Supervised):
     def correct(self, output: Float[Array, "B H W C"], batch: Batch) -> Float[Array, " B"]:
         return jax.vmap(_pixel_accuracy)(output, batch["mask"])
 
+    def present(self, batch: Batch) -> Bool[Array, "B C"]:
+        mask, classes = batch["mask"], len(self.class_names)
+        pixels = jnp.where(mask >= 0, mask, classes).reshape(len(mask), -1)  # one class more for the ignored
+        return jax.vmap(lambda own: jnp.zeros(classes + 1, bool).at[own].set(True)[:-1])(pixels)
+
     def metrics(self, outputs: Sequence[Array], batch: Batch) -> dict[str, Array]:
         # Of tags no pixel is known.
         return {} if self.losses.tags else {"pixel_accuracy": _pixel_accuracy(outputs[-1], batch["mask"])}

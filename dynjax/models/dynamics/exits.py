@@ -76,9 +76,8 @@ def build(config: DecoderExitsConfig, model: Dense, *, rngs: nnx.Rngs) -> Exitin
     if not isinstance(head, UNetHead | SegNetHead):
         raise ValueError(f"dynamics exits need a decoder with levels (unet, segnet), and this is {type(head).__name__}")
     classify = head.classify
-    classes = classify.linear.out_features // (classify.stride**2 if classify.sharp else 1)
     widths, strides = backbone.widths[-2::-1], backbone.strides[-2::-1]
-    exits = [nnx.Linear(width, classes, rngs=rngs) for width in widths[:-1]]
+    exits = [nnx.Linear(width, classify.classes, rngs=rngs) for width in widths[:-1]]
     cascade = Cascade(
         list(head.up)[::-1],
         [Levels(blocks) for blocks in head.blocks][::-1],

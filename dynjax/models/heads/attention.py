@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.models.blocks import Classify
+from dynjax.models.blocks import Classify, ClassifyingHead
 from dynjax.models.dense import Backbone, HeadConfig, Site
 from dynjax.models.heads.deeplab import level_of
 from dynjax.models.heads.pspnet import Gather, pooled
@@ -58,7 +58,7 @@ class AttentionLayer(nnx.Module):
         return x + self.narrow(nnx.gelu(self.wide(self.norm2(x))))
 
 
-class AttentionHead(nnx.Module):
+class AttentionHead(ClassifyingHead):
     """The maps from the coarsest up to that of `stride` as one, layers of attention, and logits.
 
     Positions are not encoded: the backbone's padding tells them, and the decoder works at any size.
@@ -72,11 +72,11 @@ class AttentionHead(nnx.Module):
         self.norm = nnx.LayerNorm(features, rngs=rngs)
         self.classify = Classify(features, classes, config.stride, rngs=rngs)
 
-    def __call__(self, maps: Sequence[Array], size: tuple[int, int]) -> Float[Array, "B H W K"]:
+    def decode(self, maps: Sequence[Array]) -> jax.Array:
         x: jax.Array = self.gather(maps)
         for layer in self.layers:
             x = layer(x)
-        return self.classify(self.norm(x), size)
+        return self.norm(x)
 
     def sites(self) -> Iterator[Site]:
         """None: a layer looks at the whole map."""

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.core import convolve
-from dynjax.models.blocks import Block, Classify, Mix, batch_norm, enlarge
+from dynjax.models.blocks import Block, Classify, ClassifyingHead, Mix, batch_norm, enlarge
 from dynjax.models.dense import Backbone, HeadConfig, Site
 from dynjax.models.registry import Family, register
 from dynjax.models.rules import Count, Range, Rule, Sides, Width
@@ -75,7 +75,7 @@ class AtrousPyramid(nnx.Module):
         return self.mix(jnp.concatenate([*own, jnp.broadcast_to(mean, own[0].shape)], -1))
 
 
-class DeepLabHead(nnx.Module):
+class DeepLabHead(ClassifyingHead):
     """The pyramid, enlarged, beside the finer map with few channels; a separable convolution, blocks, and logits.
 
     Deviation: the coarsest map is what the backbone gives; the paper dilates its last stage instead of a stride of 32.
@@ -90,13 +90,13 @@ class DeepLabHead(nnx.Module):
         self.features, self.blocks = features, nnx.List([Block(features, rngs=rngs) for _ in range(config.blocks)])
         self.classify = Classify(features, classes, self.strides[self.level], rngs=rngs)
 
-    def __call__(self, maps: Sequence[Array], size: tuple[int, int]) -> Float[Array, "B H W K"]:
+    def decode(self, maps: Sequence[Array]) -> jax.Array:
         fine = self.reduce(maps[self.level])
         coarse = enlarge(self.pyramid(maps[-1]), self.strides[-1] // self.strides[self.level])
         x: jax.Array = self.join(jnp.concatenate([coarse[:, : fine.shape[1], : fine.shape[2]], fine], -1))
         for block in self.blocks:
             x = block(x)
-        return self.classify(x, size)
+        return x
 
     def sites(self) -> Iterator[Site]:
         return (Site(self.blocks, number, self.features, self.level) for number in range(len(self.blocks)))

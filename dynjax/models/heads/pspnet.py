@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.models.blocks import Block, Classify, ConvNorm, Mix, enlarge
+from dynjax.models.blocks import Block, Classify, ClassifyingHead, ConvNorm, Mix, enlarge
 from dynjax.models.dense import Backbone, HeadConfig, Site
 from dynjax.models.heads.deeplab import level_of
 from dynjax.models.registry import Family, register
@@ -69,7 +69,7 @@ class PooledPyramid(nnx.Module):
         return jnp.concatenate(found, -1)
 
 
-class PSPNetHead(nnx.Module):
+class PSPNetHead(ClassifyingHead):
     """The maps from the coarsest up to that of `stride` as one of `features` channels, the pyramid, a 3x3 convolution,
     blocks and logits.
 
@@ -85,11 +85,11 @@ class PSPNetHead(nnx.Module):
         self.blocks = nnx.List([Block(config.features, rngs=rngs) for _ in range(config.blocks)])
         self.classify = Classify(config.features, classes, config.stride, rngs=rngs)
 
-    def __call__(self, maps: Sequence[Array], size: tuple[int, int]) -> Float[Array, "B H W K"]:
+    def decode(self, maps: Sequence[Array]) -> jax.Array:
         x = self.join(self.pyramid(self.gather(maps)))
         for block in self.blocks:
             x = block(x)
-        return self.classify(x, size)
+        return x
 
     def sites(self) -> Iterator[Site]:
         return (Site(self.blocks, number, self.features, self.level) for number in range(len(self.blocks)))

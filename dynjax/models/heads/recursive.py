@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.models.blocks import Classify
+from dynjax.models.blocks import Classify, ClassifyingHead
 from dynjax.models.dense import Backbone, HeadConfig, Site
 from dynjax.models.heads.deeplab import level_of
 from dynjax.models.heads.pspnet import Gather
@@ -64,7 +65,7 @@ class Repeated(nnx.Module):
         return state
 
 
-class RecursiveHead(nnx.Module):
+class RecursiveHead(ClassifyingHead):
     """The maps from the coarsest up to that of `stride` as features and as the first state, the cell, and logits."""
 
     def __init__(self, config: RecursiveHeadConfig, backbone: Backbone, classes: int, *, rngs: nnx.Rngs):
@@ -74,9 +75,9 @@ class RecursiveHead(nnx.Module):
         self.norm = nnx.LayerNorm(config.features, rngs=rngs)
         self.classify = Classify(config.features, classes, config.stride, sharp=True, rngs=rngs)
 
-    def __call__(self, maps: Sequence[Array], size: tuple[int, int]) -> Float[Array, "B H W K"]:
+    def decode(self, maps: Sequence[Array]) -> jax.Array:
         features = self.gather(maps)
-        return self.classify(nnx.relu(self.norm(self.cell(features, features))), size)
+        return nnx.relu(self.norm(self.cell(features, features)))
 
     def sites(self) -> Iterator[Site]:
         """None: what is dynamic in it is how often the cell is applied."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dynjax.models.blocks import Block, Classify, Mix, gather_pixels, spread_pixels
+from dynjax.models.blocks import Block, Classify, ClassifyingHead, Mix, gather_pixels, spread_pixels
 from dynjax.models.dense import Backbone, BackboneConfig, HeadConfig, Site, sites_of
 from dynjax.models.heads.unet import halves, of_levels
 from dynjax.models.registry import Family, register
@@ -52,7 +52,7 @@ class Unpool(nnx.Module):
         return self.fill(x[:, : fine.shape[1], : fine.shape[2]])
 
 
-class SegNetHead(nnx.Module):
+class SegNetHead(ClassifyingHead):
     """Each level: fewer channels, unpooled to where the finer map has its maxima, a linear layer, and blocks.
 
     Deviation: the indices are those of the backbone's finer map, whether or not it made the coarser one by pooling at
@@ -68,13 +68,13 @@ class SegNetHead(nnx.Module):
         self.blocks = nnx.List([nnx.List([Block(w, rngs=rngs) for _ in range(n)]) for w, n in levels])
         self.classify = Classify(self.widths[0], classes, backbone.strides[0], sharp=True, rngs=rngs)
 
-    def __call__(self, maps: Sequence[Array], size: tuple[int, int]) -> Float[Array, "B H W K"]:
+    def decode(self, maps: Sequence[Array]) -> jax.Array:
         x: jax.Array = jnp.asarray(maps[-1])
         for level in reversed(range(len(self.blocks))):
             x = self.up[level](maps[level], x)
             for block in self.blocks[level]:
                 x = block(x)
-        return self.classify(x, size)
+        return x
 
     def sites(self) -> Iterator[Site]:
         return sites_of(self.blocks, self.widths)

@@ -8,11 +8,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.models.blocks import Block, Classify, repeat_pixels
+from dynjax.models.blocks import Block, Classify, ClassifyingHead, repeat_pixels
 from dynjax.models.dense import Backbone, BackboneConfig, HeadConfig, Site, sites_of
 from dynjax.models.registry import Family, register
 from dynjax.models.rules import Counts, Rule
@@ -43,7 +44,7 @@ class Merge(nnx.Module):
         return nnx.relu(self.norm(y))
 
 
-class UNetHead(nnx.Module):
+class UNetHead(ClassifyingHead):
     """Gives every pixel of the finest map the logits of the stride^2 pixels of the picture under it."""
 
     def __init__(self, config: UNetHeadConfig, backbone: Backbone, classes: int, *, rngs: nnx.Rngs):
@@ -54,13 +55,13 @@ class UNetHead(nnx.Module):
         self.blocks = nnx.List([nnx.List([Block(w, rngs=rngs) for _ in range(n)]) for w, n in levels])
         self.classify = Classify(widths[0], classes, backbone.strides[0], sharp=True, rngs=rngs)
 
-    def __call__(self, maps: Sequence[Array], size: tuple[int, int]) -> Float[Array, "B H W K"]:
+    def decode(self, maps: Sequence[Array]) -> jax.Array:
         x = maps[-1]
         for level in reversed(range(len(self.blocks))):
             x = self.up[level](maps[level], x)
             for block in self.blocks[level]:
                 x = block(x)
-        return self.classify(x, size)
+        return x
 
     def sites(self) -> Iterator[Site]:
         return sites_of(self.blocks, self.widths)
