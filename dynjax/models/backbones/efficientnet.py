@@ -182,7 +182,7 @@ FAMILY = register(
     Family(
         EfficientNetLite0Config,
         build,
-        tiny=dict(levels=2, weights=""),
+        tiny=dict(levels=2, weights="", frozen=1),
         rules=_rules,
         begin=_begin,
         apart=("weights", "frozen"),

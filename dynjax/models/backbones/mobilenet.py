@@ -132,7 +132,7 @@ FAMILY = register(
     Family(
         MobileNetConfig,
         MobileNet,
-        tiny=dict(levels=2, width=0.25, weights=""),
+        tiny=dict(levels=2, width=0.25, weights="", frozen=1),
         rules=_rules,
         begin=_begin,
         apart=("weights", "frozen"),

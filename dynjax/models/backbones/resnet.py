@@ -170,7 +170,7 @@ FAMILY = register(
     Family(
         ResNetBackboneConfig,
         ResNetBackbone,
-        tiny=dict(levels=2, width=4, weights=""),
+        tiny=dict(levels=2, width=4, weights="", frozen=1),
         rules=_rules,
         begin=_begin,
         apart=("weights", "frozen"),
