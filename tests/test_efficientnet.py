@@ -33,7 +33,7 @@ def test_maps_halve_the_picture():
     net = EfficientNetLite0(init=blank, rngs=nnx.Rngs(0))
     for height, width in ((64, 96), (45, 33)):
         found = jax.eval_shape(views.still(net), jax.ShapeDtypeStruct((2, height, width, 3), jnp.uint8))
-        for made, stride, features in zip(found, EfficientNetLite0.strides, EfficientNetLite0.widths, strict=True):
+        for made, stride, features in zip(found, net.strides, net.widths, strict=True):
             assert made.shape == (2, -(-height // stride), -(-width // stride), features)
 
 

@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 from dynjax.config import UserError
-from dynjax.data.source import Draws, Field, Source, draw, input_of, name_of, target_of
+from dynjax.data.source import Field, Source, draw, input_of, name_of, target_of
 
 WANTED = "a share of the training pictures such as 1/8, or a number of them such as 46"
 
@@ -38,8 +38,7 @@ def labelled(source: Source, wanted: str, seed: int) -> tuple["Subset", "Subset"
     if target_of(source.spec) == input_of(source.spec):
         raise UserError(f"data.labelled={wanted}: data.name={source.name} has no labels; leave it out")
     order = np.random.default_rng(seed).permutation(count).tolist()
-    kind = DrawnSubset if isinstance(source, Draws) else Subset
-    return kind(source, tuple(sorted(order[:number])), True), kind(source, tuple(sorted(order[number:])), False)
+    return Subset(source, tuple(sorted(order[:number])), True), Subset(source, tuple(sorted(order[number:])), False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +81,9 @@ class Subset:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return self._told(self.whole[self.chosen[index]])
 
+    def draw(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return self._told(draw(self.whole, self.chosen[index], rng))
+
     def name_of(self, index: int) -> str:
         return name_of(self.whole, self.chosen[index])
 
@@ -111,13 +113,6 @@ def chosen(source: Source) -> tuple[str, ...]:
     if not isinstance(source, Subset):
         return ()
     return tuple(f"{number} {source.name_of(index)}" for index, number in enumerate(source.chosen))
-
-
-class DrawnSubset(Subset):
-    """Of a source that draws its examples."""
-
-    def draw(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        return self._told(draw(self.whole, self.chosen[index], rng))
 
 
 @dataclasses.dataclass(frozen=True)

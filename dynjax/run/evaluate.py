@@ -293,10 +293,14 @@ def shown(
         return batch, *first
 
     def decided(indices: list[int]) -> tuple[dict[str, np.ndarray], dict[str, Decision]]:
-        batch, size, outcome = ran(indices)
-        decisions = outcome["trace"].decisions.items()
-        whole = {path: decision for path, decision in decisions if decision.keep.shape[0] == size}
-        return batch, jax.tree.map(lambda each: np.asarray(each)[: len(indices)], whole)
+        parts = []
+        for start in range(0, len(indices), batch_size):
+            batch, size, outcome = ran(indices[start : start + batch_size])
+            decisions = outcome["trace"].decisions.items()
+            whole = {path: decision for path, decision in decisions if decision.keep.shape[0] == size}
+            own = slice(len(batch["valid"]))
+            parts.append((batch, jax.tree.map(lambda each, own=own: np.asarray(each)[own], whole)))
+        return jax.tree.map(lambda *each: np.concatenate(each), *parts)
 
     model = nnx.merge(nnx.graphdef(found.model), found.states[budget])
     scored = found.scored[budget]
