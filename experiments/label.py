@@ -8,7 +8,7 @@ masks/STEM.png     the proposed class ids, 8-bit with a palette, in the picture'
                    which is ignored in training, where the model is not sure
 unsure/STEM.png    the picture, of at most 2 megapixels, and in red where its class's probability is below --unsure
 labels.csv         picture, share of unsure pixels, mean probability, MACs; least sure first when the command has ended
-classes.txt        the names of the classes, one a line
+classes.txt        the names of the classes, one a line; its place is PATH
 label.json         by what the masks were made; `lock` keeps a second command out meanwhile
 
 A mask that is there is never written again: after Ctrl-C the same command goes on with the pictures that have none, and
