@@ -9,7 +9,7 @@ row; both have 11 classes and random weights, the same in all libraries: their l
 logits, in float32, on all cores (`taskset -c 0 python -m ...`: on one). Every way has a process of its own; they run in
 turn, a few pictures each. "traced" is frozen and optimised for inference, and so is "channels_last", whose maps lie as
 ours; "compiled" is torch.compile, and ONNX Runtime has what PyTorch exports. On a busy machine PyTorch's threads wait
-for each other, and its times on several cores say little: the table that is kept is of a quiet one, of four of the ways.
+for each other, and its times on several cores say little: the table that is kept is of a quiet one, and of four ways.
 
 convolutions_ms is the time of the net's convolutions alone, each called by itself, without what stands between them:
 as dynjax has them, as XLA has them (`xla_own`, which is there for this column), and as PyTorch runs them eagerly. Times
