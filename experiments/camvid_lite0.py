@@ -11,7 +11,7 @@ the two coarsest levels learn.
 
 import dataclasses
 
-from dynjax.config import AugmentConfig, BudgetConfig, Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
+from dynjax.config import BudgetConfig, Config, ModelConfig, OptimizerConfig
 from dynjax.models.backbones.efficientnet import EfficientNetLite0Config
 from dynjax.models.dense import DenseConfig, DynamicsConfig, HeadConfig, StaticConfig
 from dynjax.models.dynamics.exits import DecoderExitsConfig
@@ -27,19 +27,16 @@ from dynjax.models.heads.pspnet import PSPNetHeadConfig
 from dynjax.models.heads.recursive import RecursiveHeadConfig
 from dynjax.models.heads.segnet import SegNetHeadConfig
 from dynjax.models.heads.unet import UNetHeadConfig
+from experiments import camvid_unet
 from experiments.labelled import Row, make_row
 
 BACKBONE = EfficientNetLite0Config(weights="imagenet", frozen=2)
-STATIC = Config(
+STATIC = dataclasses.replace(
+    camvid_unet.SMALL,
     row="camvid_lite0_static",
-    data=DataConfig(name="camvid", path="data/camvid", size=(180, 240), augment=AugmentConfig(crop=0.6)),
     model=DenseConfig(BACKBONE, UNetHeadConfig(blocks=(0, 1, 1, 0)), StaticConfig()),
-    loss=LossConfig(class_weights="sqrt"),
     optimizer=OptimizerConfig(learning_rate=1e-3),
     steps=1200,
-    batch_size=8,
-    checkpoint_every=200,
-    evaluate_every=300,
 )
 EQUAL = dataclasses.replace(
     STATIC,

@@ -10,23 +10,15 @@ the roads of aerial pictures. No pre-training; sized for two CPU cores.
 
 import dataclasses
 
-from dynjax.config import AugmentConfig, BudgetConfig, Config, DataConfig, LossConfig, OptimizerConfig
-from dynjax.models.backbones.residual import ResidualConfig
-from dynjax.models.dense import DenseConfig, StaticConfig
+from dynjax.config import AugmentConfig, BudgetConfig, Config, DataConfig
 from dynjax.models.dynamics.tiles import TilesConfig
-from dynjax.models.heads.unet import UNetHeadConfig
+from experiments import camvid_unet
 from experiments.labelled import Row, make_row
 
-MY = Config(
+MY = dataclasses.replace(
+    camvid_unet.SMALL,
     row="my_static",
     data=DataConfig(name="folder", path="data/my", crop=(192, 256), augment=AugmentConfig(crop=0.7)),
-    model=DenseConfig(ResidualConfig(), UNetHeadConfig(), StaticConfig()),
-    loss=LossConfig(class_weights="sqrt"),
-    optimizer=OptimizerConfig(learning_rate=2e-3),
-    steps=1500,
-    batch_size=8,
-    checkpoint_every=200,
-    evaluate_every=300,
 )
 EM = dataclasses.replace(
     MY, row="em_static", data=dataclasses.replace(MY.data, name="isbi_em", path="data/isbi_em", crop=(256, 256))

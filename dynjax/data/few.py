@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 from dynjax.config import UserError
-from dynjax.data.source import Field, Source, draw, input_of, name_of, target_of
+from dynjax.data.source import Derived, Field, Source, draw, input_of, name_of, target_of
 
 WANTED = "a share of the training pictures such as 1/8, or a number of them such as 46"
 
@@ -42,7 +42,7 @@ def labelled(source: Source, wanted: str, seed: int) -> tuple["Subset", "Subset"
 
 
 @dataclasses.dataclass(frozen=True)
-class Subset:
+class Subset(Derived):
     """The examples `chosen` of a source, with or without their labels."""
 
     whole: Source
@@ -51,24 +51,8 @@ class Subset:
     """Whether they have their masks and labels."""
 
     @property
-    def name(self) -> str:
-        return self.whole.name
-
-    @property
-    def split(self) -> str:
-        return self.whole.split
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.whole.classes
-
-    @property
     def spec(self) -> dict[str, Field]:
         return dict(self.whole.spec)
-
-    @property
-    def handed(self) -> bool:
-        return self.whole.handed
 
     @property
     def seen(self) -> frozenset[int] | None:
@@ -104,7 +88,7 @@ class Subset:
 
 def marked_of(source: Source) -> Source:
     """The labelled examples alone, where there are others beside them."""
-    return source.marked if isinstance(source, WithUnlabelled) else source
+    return source.whole if isinstance(source, WithUnlabelled) else source
 
 
 def chosen(source: Source) -> tuple[str, ...]:
@@ -116,7 +100,7 @@ def chosen(source: Source) -> tuple[str, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class WithUnlabelled:
+class WithUnlabelled(Derived):
     """Labelled examples, each with the picture of another one under "unlabelled", for semi-supervised training.
 
     As long as the longer of the two: in a pass every labelled and every unlabelled picture occurs, those of the shorter
@@ -124,42 +108,23 @@ class WithUnlabelled:
     pictures of an example. Raises UserError where nothing is unlabelled.
     """
 
-    marked: Source
+    whole: Source
+    """The labelled examples."""
     bare: Source
     seed: int = 0
     """Which unlabelled picture goes with which labelled one."""
 
     def __post_init__(self) -> None:
         if not len(self.bare):
-            raise UserError(f"{self.marked.describe()}: no picture is unlabelled; give --data.labelled, such as 1/8")
-
-    @property
-    def name(self) -> str:
-        return self.marked.name
-
-    @property
-    def split(self) -> str:
-        return self.marked.split
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.marked.classes
+            raise UserError(f"{self.whole.describe()}: no picture is unlabelled; give --data.labelled, such as 1/8")
 
     @property
     def spec(self) -> dict[str, Field]:
-        spec = dict(self.marked.spec)
+        spec = dict(self.whole.spec)
         return spec | {"unlabelled": spec[input_of(spec)]}
 
-    @property
-    def handed(self) -> bool:
-        return self.marked.handed
-
-    @property
-    def seen(self) -> frozenset[int] | None:
-        return self.marked.seen
-
     def __len__(self) -> int:
-        return max(len(self.marked), len(self.bare))
+        return max(len(self.whole), len(self.bare))
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return self._pair(index, None)
@@ -168,10 +133,10 @@ class WithUnlabelled:
         return self._pair(index, rng)
 
     def name_of(self, index: int) -> str:
-        return name_of(self.marked, index % len(self.marked))
+        return name_of(self.whole, index % len(self.whole))
 
     def describe(self) -> str:
-        return f"{self.marked.describe()}, with {len(self.bare)} that are not"
+        return f"{self.whole.describe()}, with {len(self.bare)} that are not"
 
     @functools.cached_property
     def _order(self) -> list[int]:
@@ -181,5 +146,5 @@ class WithUnlabelled:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         other = self._order[index % len(self.bare)]
-        example = draw(self.marked, index % len(self.marked), rng)
+        example = draw(self.whole, index % len(self.whole), rng)
         return example | {"unlabelled": draw(self.bare, other, rng)[input_of(self.bare.spec)]}

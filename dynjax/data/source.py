@@ -110,6 +110,32 @@ def draw(source: Source, index: int, rng: np.random.Generator | None) -> dict[st
     return source.draw(index, rng) if rng is not None and isinstance(source, Draws) else source[index]
 
 
+class Derived:
+    """A source that is made of another one, and says of itself what that one says: an abstract base."""
+
+    whole: Source
+
+    @property
+    def name(self) -> str:
+        return self.whole.name
+
+    @property
+    def split(self) -> str:
+        return self.whole.split
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.whole.classes
+
+    @property
+    def handed(self) -> bool:
+        return self.whole.handed
+
+    @property
+    def seen(self) -> frozenset[int] | None:
+        return self.whole.seen
+
+
 @runtime_checkable
 class Named(Protocol):
     """A source whose examples have names, such as those of files."""

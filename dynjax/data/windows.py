@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from dynjax.config import UserError
-from dynjax.data.source import IGNORED, Field, Size, Source, draw, name_of, size_of
+from dynjax.data.source import IGNORED, Derived, Field, Size, Source, draw, name_of, size_of
 
 
 class Window(NamedTuple):
@@ -64,7 +64,7 @@ def take(array: Shaped[np.ndarray, "H W ..."], top: int, left: int, crop: Size, 
 
 
 @dataclasses.dataclass(frozen=True)
-class Windows:
+class Windows(Derived):
     """Windows of the pictures of `whole`, with their masks: one of each that is drawn or, with `parts`, those."""
 
     whole: Source
@@ -73,26 +73,6 @@ class Windows:
     """Of the pictures of `whole`."""
     parts: tuple[tuple[int, Window], ...] | None = dataclasses.field(repr=False)
     """Pictures by their index and windows of them."""
-
-    @property
-    def name(self) -> str:
-        return self.whole.name
-
-    @property
-    def split(self) -> str:
-        return self.whole.split
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.whole.classes
-
-    @property
-    def handed(self) -> bool:
-        return self.whole.handed
-
-    @property
-    def seen(self) -> frozenset[int] | None:
-        return self.whole.seen
 
     @property
     def spec(self) -> dict[str, Field]:

@@ -79,6 +79,11 @@ def levels(widths: tuple[int, ...], blocks: tuple[int, ...], level: str) -> Iter
     yield Rule("blocks", blocks, len(blocks) == many, wanted)
 
 
+def frozen(frozen: int, levels: int) -> Iterator[Rule]:
+    """Of a backbone's fields of these names."""
+    yield Rule("frozen", frozen, frozen <= levels, f"at most --model.levels, which is {levels}")
+
+
 def one_of(name: str, value: int, *allowed: int) -> Iterator[Rule]:
     *others, last = map(str, allowed)
     yield Rule(name, value, value in allowed, f"{', '.join(others)} or {last}")

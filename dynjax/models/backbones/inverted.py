@@ -3,13 +3,15 @@
 Letters: B examples, H W pixels, C D channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from dynjax.core import convolve
+from dynjax.models.dense import Site
 
 Init = Callable[..., Any] | None
 Padding = str | Sequence[tuple[int, int]]
@@ -59,3 +61,25 @@ class InvertedBlock(nnx.Module):
         pairs = (self.expand, self.expand_norm), (self.depthwise, self.depthwise_norm)
         found = (*pairs, (self.project, self.project_norm))
         return [(layer, norm) for layer, norm in found if layer is not None and norm is not None]
+
+
+STAGES_OF = (1, 2, 3, 5, 7)
+"""Stages of inverted blocks up to the map of each level, of strides 2, 4, 8, 16 and 32."""
+
+
+def maps_of(stages: Sequence[nnx.List], x: Float[Array, "B H W C"]) -> list[jax.Array]:
+    """The last map of each resolution, finest first."""
+    maps: list[jax.Array] = []
+    for number, blocks in enumerate(stages, 1):
+        for block in blocks:
+            x = block(x)
+        if number in STAGES_OF:
+            maps.append(x)
+    return maps
+
+
+def sites_of_stages(stages: Sequence[nnx.List], channels: Sequence[int]) -> Iterator[Site]:
+    """All blocks but the first of every stage, which changes the shape."""
+    for number, (blocks, width) in enumerate(zip(stages, channels, strict=False), 1):
+        level = sum(last < number for last in STAGES_OF)
+        yield from (Site(blocks, index, width, level) for index in range(1, len(blocks)))

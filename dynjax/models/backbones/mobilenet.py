@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, UInt8
 
 from dynjax.data.tensors import read_tensors
-from dynjax.models.backbones.inverted import InvertedBlock, Ways
+from dynjax.models import rules
+from dynjax.models.backbones.inverted import STAGES_OF, InvertedBlock, Ways, maps_of, sites_of_stages
 from dynjax.models.backbones.resnet import Stem
 from dynjax.models.dense import BackboneConfig, Site
 from dynjax.models.from_torch import fill
@@ -28,8 +29,6 @@ STAGES = (
     *((6, 3, 96, 1), (6, 3, 160, 2), (6, 1, 320, 1)),
 )
 """Expansion, blocks, channels and stride of the first block."""
-STAGES_OF = (1, 2, 3, 5, 7)
-"""Stages up to the map of each level."""
 STEM = 32
 
 
@@ -67,7 +66,7 @@ class MobileNet(nnx.Module):
         self.widths, self.strides = config.widths, tuple(2 ** (level + 1) for level in range(config.levels))
         before = scaled(STEM, config.width)
         self.stem = Stem(ways.conv(3, before, 3, 2), ways.norm(before), nnx.relu6)
-        stages = []
+        self.channels, stages = tuple(scaled(stage[2], config.width) for stage in STAGES), []
         for expansion, count, channels, stride in STAGES[: STAGES_OF[config.levels - 1]]:
             after = scaled(channels, config.width)
             shapes = [(before, after, 3, stride, expansion), *[(after, after, 3, 1, expansion)] * (count - 1)]
@@ -80,21 +79,10 @@ class MobileNet(nnx.Module):
 
     def __call__(self, image: UInt8[Array, "B H W 3"]) -> list[jax.Array]:
         x = self.stem(image)
-        maps: list[jax.Array] = []
-        for number, blocks in enumerate(self.stages, 1):
-            for block in blocks:
-                x = block(x)
-            if number in STAGES_OF:
-                maps.append(x)
-        return maps
+        return maps_of(self.stages, x)
 
     def sites(self) -> Iterator[Site]:
-        for number, blocks in enumerate(self.stages, 1):
-            level = sum(last < number for last in STAGES_OF)
-            # The first block of every stage changes the shape.
-            yield from (
-                Site(blocks, index, blocks[index].project.out_features, level) for index in range(1, len(blocks))
-            )
+        return sites_of_stages(self.stages, self.channels)
 
     @property
     def tail(self) -> nnx.List:
@@ -124,8 +112,7 @@ def _begin(config: MobileNetConfig, net: MobileNet) -> None:
 
 def _rules(config: MobileNetConfig) -> Iterator[Rule]:
     yield Rule("width", config.width, 0 < config.width <= 8, "above 0, and at most 8")
-    levels = config.levels
-    yield Rule("frozen", config.frozen, config.frozen <= levels, f"at most --model.levels, which is {levels}")
+    yield from rules.frozen(config.frozen, config.levels)
 
 
 FAMILY = register(

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, UInt8
 
 from dynjax.core import convolve
 from dynjax.data.tensors import read_tensors
+from dynjax.models import rules
 from dynjax.models.dense import BackboneConfig, Site
 from dynjax.models.from_torch import fill
 from dynjax.models.frozen import freeze_whole
@@ -162,8 +163,7 @@ def _begin(config: ResNetBackboneConfig, net: ResNetBackbone) -> None:
 
 
 def _rules(config: ResNetBackboneConfig) -> Iterator[Rule]:
-    levels = config.levels
-    yield Rule("frozen", config.frozen, config.frozen <= levels, f"at most --model.levels, which is {levels}")
+    yield from rules.frozen(config.frozen, config.levels)
 
 
 FAMILY = register(

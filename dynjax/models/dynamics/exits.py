@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, UInt8
 from dynjax.core import execute
 from dynjax.models.blocks import enlarge, of_pixels
 from dynjax.models.dense import Backbone, Dense, DynamicsConfig
-from dynjax.models.heads.segnet import SegNetHead
-from dynjax.models.heads.unet import UNetHead
+from dynjax.models.heads.decoder import Decoder
 from dynjax.models.registry import SOLVED, Family, register
 from dynjax.models.rules import Side
 from dynjax.ops.cascade import Cascade, chosen
@@ -73,7 +72,7 @@ class ExitingDense(nnx.Module):
 
 def build(config: DecoderExitsConfig, model: Dense, *, rngs: nnx.Rngs) -> ExitingDense:
     head, backbone = model.head, model.backbone
-    if not isinstance(head, UNetHead | SegNetHead):
+    if not isinstance(head, Decoder):
         raise ValueError(f"dynamics exits need a decoder with levels (unet, segnet), and this is {type(head).__name__}")
     classify = head.classify
     widths, strides = backbone.widths[-2::-1], backbone.strides[-2::-1]

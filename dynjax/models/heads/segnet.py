@@ -1,21 +1,22 @@
 """The decoder of SegNet (Badrinarayanan et al. 2017, arXiv:1511.00561, section 3).
 
+Deviation: the indices are those of the backbone's finer map, whether or not it made the coarser one by pooling at its
+maxima; blocks are residual.
+
 Letters: B examples, H W pixels, C D channels, K classes.
 """
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dynjax.models.blocks import Block, Classify, ClassifyingHead, Mix, gather_pixels, spread_pixels
-from dynjax.models.dense import Backbone, BackboneConfig, HeadConfig, Site, sites_of
-from dynjax.models.heads.unet import halves, of_levels
+from dynjax.models.blocks import Mix, gather_pixels, spread_pixels
+from dynjax.models.dense import Backbone, BackboneConfig, HeadConfig
+from dynjax.models.heads.decoder import Decoder, of_levels
 from dynjax.models.registry import Family, register
 from dynjax.models.rules import Counts, Rule
 
@@ -52,36 +53,12 @@ class Unpool(nnx.Module):
         return self.fill(x[:, : fine.shape[1], : fine.shape[2]])
 
 
-class SegNetHead(ClassifyingHead):
-    """Each level: fewer channels, unpooled to where the finer map has its maxima, a linear layer, and blocks.
-
-    Deviation: the indices are those of the backbone's finer map, whether or not it made the coarser one by pooling at
-    its maxima; blocks are residual.
-    """
-
-    def __init__(self, config: SegNetHeadConfig, backbone: Backbone, classes: int, *, rngs: nnx.Rngs):
-        halves(backbone)
-        self.widths = backbone.widths
-        pairs = itertools.pairwise(self.widths)
-        self.up = nnx.List([Unpool(fine, coarse, rngs=rngs) for fine, coarse in pairs])
-        levels = zip(self.widths[:-1], config.blocks, strict=True)
-        self.blocks = nnx.List([nnx.List([Block(w, rngs=rngs) for _ in range(n)]) for w, n in levels])
-        self.classify = Classify(self.widths[0], classes, backbone.strides[0], sharp=True, rngs=rngs)
-
-    def decode(self, maps: Sequence[Array]) -> jax.Array:
-        x: jax.Array = jnp.asarray(maps[-1])
-        for level in reversed(range(len(self.blocks))):
-            x = self.up[level](maps[level], x)
-            for block in self.blocks[level]:
-                x = block(x)
-        return x
-
-    def sites(self) -> Iterator[Site]:
-        return sites_of(self.blocks, self.widths)
+def build(config: SegNetHeadConfig, backbone: Backbone, classes: int, *, rngs: nnx.Rngs) -> Decoder:
+    return Decoder(Unpool, config.blocks, backbone, classes, rngs=rngs)
 
 
 def _rules(config: SegNetHeadConfig, backbone: BackboneConfig) -> Iterator[Rule]:
     return of_levels(config.blocks, backbone)
 
 
-FAMILY = register(Family(SegNetHeadConfig, SegNetHead, tiny=dict(blocks=(1,)), rules=_rules), HeadConfig)
+FAMILY = register(Family(SegNetHeadConfig, build, tiny=dict(blocks=(1,)), rules=_rules), HeadConfig)

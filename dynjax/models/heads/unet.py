@@ -4,17 +4,16 @@ Letters: B examples, H W pixels, C D channels, K classes.
 """
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.models.blocks import Block, Classify, ClassifyingHead, repeat_pixels
-from dynjax.models.dense import Backbone, BackboneConfig, HeadConfig, Site, sites_of
+from dynjax.models.blocks import repeat_pixels
+from dynjax.models.dense import Backbone, BackboneConfig, HeadConfig
+from dynjax.models.heads.decoder import Decoder, of_levels
 from dynjax.models.registry import Family, register
 from dynjax.models.rules import Counts, Rule
 
@@ -44,45 +43,12 @@ class Merge(nnx.Module):
         return nnx.relu(self.norm(y))
 
 
-class UNetHead(ClassifyingHead):
-    """Gives every pixel of the finest map the logits of the stride^2 pixels of the picture under it."""
-
-    def __init__(self, config: UNetHeadConfig, backbone: Backbone, classes: int, *, rngs: nnx.Rngs):
-        halves(backbone)
-        self.widths = widths = backbone.widths
-        self.up = nnx.List([Merge(fine, coarse, rngs=rngs) for fine, coarse in itertools.pairwise(widths)])
-        levels = zip(widths[:-1], config.blocks, strict=True)
-        self.blocks = nnx.List([nnx.List([Block(w, rngs=rngs) for _ in range(n)]) for w, n in levels])
-        self.classify = Classify(widths[0], classes, backbone.strides[0], sharp=True, rngs=rngs)
-
-    def decode(self, maps: Sequence[Array]) -> jax.Array:
-        x = maps[-1]
-        for level in reversed(range(len(self.blocks))):
-            x = self.up[level](maps[level], x)
-            for block in self.blocks[level]:
-                x = block(x)
-        return x
-
-    def sites(self) -> Iterator[Site]:
-        return sites_of(self.blocks, self.widths)
-
-
-def halves(backbone: Backbone) -> None:
-    """Raises ValueError where a map has not half the resolution of the one before."""
-    strides = backbone.strides
-    if any(coarse != 2 * fine for fine, coarse in itertools.pairwise(strides)):
-        raise ValueError(f"strides={strides} of the backbone: each level must work at half the resolution")
-
-
-def of_levels(blocks: tuple[int, ...], backbone: BackboneConfig) -> Iterator[Rule]:
-    """Of a field `blocks` of a decoder."""
-    levels = len(backbone.widths) - 1
-    wanted = f"one number for each level but the coarsest, which are {levels}"
-    yield Rule("blocks", blocks, len(blocks) == levels, wanted)
+def build(config: UNetHeadConfig, backbone: Backbone, classes: int, *, rngs: nnx.Rngs) -> Decoder:
+    return Decoder(Merge, config.blocks, backbone, classes, rngs=rngs)
 
 
 def _rules(config: UNetHeadConfig, backbone: BackboneConfig) -> Iterator[Rule]:
     return of_levels(config.blocks, backbone)
 
 
-FAMILY = register(Family(UNetHeadConfig, UNetHead, tiny=dict(blocks=(1,)), rules=_rules), HeadConfig)
+FAMILY = register(Family(UNetHeadConfig, build, tiny=dict(blocks=(1,)), rules=_rules), HeadConfig)
