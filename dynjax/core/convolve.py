@@ -222,10 +222,11 @@ def depthwise(
         return geometry.convolve(x, kernel)
     size = geometry.out_size(x.shape[1:3], sides)
     padded = jnp.pad(x, ((0, 0), *geometry.pads, (0, 0)))
-    # Products written as einsum, as above.
+    # Plain products, which `cost.macs` does not see: it counts `plain` convolutions. An einsum's gradient would be a
+    # matrix product for each channel, for which XLA lays out the shifted maps anew, channels first.
     y = jnp.zeros((len(x), *size, x.shape[3]), jnp.result_type(x, kernel))
     for u, v in _taps(sides):
-        y = y + jnp.einsum("bhwc,c->bhwc", geometry.tap(padded, u, v, size), kernel[u, v, 0])
+        y = y + geometry.tap(padded, u, v, size) * kernel[None, None, u, v]
     return y
 
 

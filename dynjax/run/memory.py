@@ -1,0 +1,24 @@
+"""Memory between steps: what one step frees stays for the next."""
+
+import ctypes
+import platform
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+"""Of mallopt, in glibc's malloc.h."""
+
+
+def keep() -> bool:
+    """Keep what this process frees for itself; True where that can be asked for (glibc).
+
+    glibc gives large buffers back to the system as soon as they are free, and the system fills every page of the next
+    ones with zeros: of a training step on CPUs that can be a third (benchmarks/results/memory.csv). To be called before
+    there are threads: theirs would be arenas of their own, which ask the system again.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # All answer 1 for done. No mapping of its own for any buffer, nothing trimmed, 64 MB more than is asked for.
+    return all(
+        mallopt(option, value)
+        for option, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 1 << 26))
+    )
