@@ -14,7 +14,7 @@ import jax
 import tyro
 
 from dynjax.config import UserError
-from dynjax.run import files, memory, mesh
+from dynjax.run import files, mesh
 
 T = TypeVar("T")
 
@@ -111,7 +111,6 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         # Names of files may be no UTF-8, and what the terminal cannot show must not end a command.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    memory.keep()
     try:
         use_compilation_cache()
         status = main(sys.argv[1:])

@@ -1,5 +1,7 @@
 """EfficientNet-Lite0; its weights come with the extra `pretrained`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +22,32 @@ installed = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("side, stride, dilation", [(3, 1, 1), (3, 2, 1), (5, 2, 1), (3, 1, 2)])
-def test_shifted_products_are_a_grouped_convolution(side, stride, dilation):
-    x = jax.random.normal(jax.random.key(0), (2, 7, 10, 4))
-    kernel = jax.random.normal(jax.random.key(1), (side, side, 1, 4))
-    ways = dict(strides=stride, dilation=dilation)
-    found = convolve.depthwise(x, kernel, strategy="shifted", **ways)
-    np.testing.assert_allclose(found, convolve.depthwise(x, kernel, strategy="grouped", **ways), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((3, 0), (0, 4))])
+@pytest.mark.parametrize("side, stride, dilation", [(3, 1, 1), (3, 2, 1), (5, 2, 1), (3, 1, 2), (3, 3, 2), (1, 2, 1)])
+def test_shifted_products_are_a_grouped_convolution(side, stride, dilation, padding):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], (2, 7, 10, 4)), jax.random.normal(keys[1], (side, side, 1, 4))
+    ways = dict(strides=stride, dilation=dilation, padding=padding)
+    (shifted, back), (grouped, expected) = (
+        jax.vjp(functools.partial(convolve.depthwise, strategy=strategy, **ways), x, kernel)
+        for strategy in ("shifted", "grouped")
+    )
+    slopes = jax.random.normal(keys[2], grouped.shape)
+    for found, wanted in zip((shifted, *back(slopes)), (grouped, *expected(slopes)), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_shifted_products_in_half_precision_and_under_vmap():
+    x = jnp.ones((2, 1, 40, 40, 2), jnp.bfloat16)
+    kernel = jnp.full((3, 3, 1, 2), 0.5, jnp.float32)
+
+    def total(x, kernel):
+        return convolve.depthwise(x, kernel.astype(x.dtype), strategy="shifted").astype(jnp.float32).sum()
+
+    slopes = jax.vmap(jax.grad(total, (0, 1)), (0, None))(x, kernel)
+    assert slopes[0].dtype == jnp.bfloat16 and float(slopes[0][0, 0, 1, 1, 0]) == 4.5
+    # 1,600 ones, of which bfloat16 would lose the last ones when it added them up; its nearest number.
+    assert slopes[1].shape == (2, 3, 3, 1, 2) and float(slopes[1][1, 1, 1, 0, 0]) == 1600
 
 
 def test_maps_halve_the_picture():

@@ -18,6 +18,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -27,11 +28,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from dynjax.core.geometry import Padding, Sides, geometry_of, pair, taps
+
 Strategy = Literal["auto", "loop", "grouped"]
 DepthwiseStrategy = Literal["auto", "shifted", "grouped"]
-Padding = str | int | Sequence[int | tuple[int, int]]
-Sides = int | Sequence[int]
-"""One number, or one for height and one for width."""
 
 
 def generated(
@@ -70,7 +70,7 @@ def generated(
     examples = {leaf.shape[0] for leaf in jax.tree.leaves(codes)}
     if examples != {x.shape[0]}:
         raise ValueError(f"there are {x.shape[0]} examples and kernels for {sorted(examples)}")
-    geometry = _geometry(x.shape[1:3], kernel.shape[:2], strides, padding, dilation, groups)
+    geometry = geometry_of(x.shape[1:3], kernel.shape[:2], strides, padding, dilation, groups)
     if strategy == "auto":
         # Not lax.platform_dependent, as in execute.py: it traces both ways.
         strategy = "loop" if jax.default_backend() == "cpu" else "grouped"
@@ -113,7 +113,7 @@ def per_pixel(
     batch, height, width, *sides, groups = kernels.shape
     channels = x.shape[3]
     # The padding of stride 1: with SAME for the stride, XLA would move the centres, and kernels belong to pixels.
-    geometry = _geometry(x.shape[1:3], sides, 1, "SAME", dilation, 1)
+    geometry = geometry_of(x.shape[1:3], sides, 1, "SAME", dilation, 1)
     geometry = dataclasses.replace(geometry, strides=pair(strides, "strides"))
     if (batch, height, width) != (x.shape[0], *geometry.out_size(x.shape[1:3], sides)):
         raise ValueError(
@@ -126,7 +126,7 @@ def per_pixel(
         raise ValueError(f"channel_kernels has shape {channel_kernels.shape}; it must be {(batch, *sides, channels)}")
     padded = jnp.pad(x, ((0, 0), *geometry.pads, (0, 0)))
     y = jnp.zeros((batch, height, width, groups, channels // groups), jnp.result_type(x, kernels))
-    for u, v in _taps(sides):
+    for u, v in taps(sides):
         shifted = geometry.tap(padded, u, v, (height, width))
         # Products written as einsum, which XLA turns into plain products, so that cost.macs counts them.
         if channel_kernels is not None:
@@ -153,7 +153,7 @@ def convolution(
     **ways: Any,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated`, on CPUs by shifted products where it is depthwise and by a matrix product where
-    its kernel has one pixel: the same numbers but for rounding."""
+    its kernel has one pixel: the same numbers but for rounding. `plain` has forward-mode derivatives too."""
     numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
     channels = numbers.lhs_spec == _LAST.lhs_spec and numbers.rhs_spec == _LAST.rhs_spec
     channels = channels and numbers.out_spec == _LAST.out_spec and set(lhs_dilation or (1,)) == {1}
@@ -203,7 +203,8 @@ def depthwise(
     strategy: DepthwiseStrategy = "auto",
 ) -> Float[Array, "B h w C"]:
     """A kernel for each channel. On CPUs, where XLA's grouped convolution takes many times as long, a sum of shifted
-    products, which is one loop. MACs: kh kw C for each output pixel.
+    products, which is one loop; its gradients are of reverse mode only (no `jax.jvp`), but inside of `plain`. MACs:
+    kh kw C for each output pixel.
 
     Args:
         padding: as in `generated`.
@@ -217,17 +218,53 @@ def depthwise(
     if strategy not in ("shifted", "grouped"):
         raise ValueError(f"strategy={strategy!r} must be 'auto', 'shifted' or 'grouped'")
     sides = kernel.shape[:2]
-    geometry = _geometry(x.shape[1:3], sides, strides, padding, dilation, x.shape[3])
+    geometry = geometry_of(x.shape[1:3], sides, strides, padding, dilation, x.shape[3])
     if strategy == "grouped":
         return geometry.convolve(x, kernel)
-    size = geometry.out_size(x.shape[1:3], sides)
+    dtype = jnp.result_type(x, kernel)
+    return _shifted(geometry, x.astype(dtype), kernel.astype(dtype))
+
+
+# Depthwise by shifted products
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _shifted(geometry, x, kernel):
     padded = jnp.pad(x, ((0, 0), *geometry.pads, (0, 0)))
-    # Plain products, which `cost.macs` does not see: it counts `plain` convolutions. An einsum's gradient would be a
-    # matrix product for each channel, for which XLA lays out the shifted maps anew, channels first.
-    y = jnp.zeros((len(x), *size, x.shape[3]), jnp.result_type(x, kernel))
-    for u, v in _taps(sides):
-        y = y + geometry.tap(padded, u, v, size) * kernel[None, None, u, v]
-    return y
+    return geometry.shifted(padded, kernel, geometry.out_size(x.shape[1:3], kernel.shape[:2]))
+
+
+def _shifted_backward(geometry, saved, slopes):
+    """Two loops of their own. Autodiff would keep, or make anew, a shifted map of each tap, and add up one at a time.
+
+    The barriers keep XLA from making the padded maps anew for each tap, with all that they are made of.
+    """
+    x, kernel = saved
+    sides, channels, (height, width) = kernel.shape[:2], x.shape[3], slopes.shape[1:3]
+    pads = geometry.transposed(sides, x.shape[1:3], (height, width))
+    spread = lax.pad(slopes, jnp.zeros((), slopes.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+    still = dataclasses.replace(geometry, strides=(1, 1))
+    to_x = still.shifted(lax.optimization_barrier(spread), kernel[::-1, ::-1], x.shape[1:3])
+    padded = lax.optimization_barrier(jnp.pad(x, ((0, 0), *geometry.pads, (0, 0))))
+    tall = (sides[0] - 1) * geometry.dilation[0] + 1
+
+    def row(sums, index):
+        """Adds a row of the output to what each tap has in each column."""
+        example, place = index // height, index % height
+        slope = lax.dynamic_slice(slopes, (example, place, 0, 0), (1, 1, width, channels))[0]
+        start = (example, place * geometry.strides[0], 0, 0)
+        window = lax.dynamic_slice(padded, start, (1, tall, padded.shape[2], channels))[0]
+        new = [geometry.tap(window, u, v, (1, width)) * slope for u, v in taps(sides)]
+        return [total + n.astype(total.dtype) for total, n in zip(sums, new, strict=True)], None
+
+    # Many rows are summed: not in half precision.
+    zeros = jnp.zeros((1, width, channels), jnp.promote_types(kernel.dtype, jnp.float32))
+    sums, _ = lax.scan(row, [zeros] * math.prod(sides), jnp.arange(len(x) * height))
+    to_kernel = jnp.stack([total.sum((0, 1)) for total in sums]).reshape(kernel.shape)
+    return to_x, to_kernel.astype(kernel.dtype)
+
+
+_shifted.defvjp(lambda geometry, x, kernel: (_shifted(geometry, x, kernel), (x, kernel)), _shifted_backward)
 
 
 # Both strategies
@@ -270,97 +307,3 @@ def _grouped(geometry, x, kernels):
     kernel = jnp.moveaxis(kernels, 0, 3).reshape(*sides, inputs, batch * outputs)
     y = dataclasses.replace(geometry, groups=batch * geometry.groups).convolve(side_by_side, kernel)
     return jnp.moveaxis(y.reshape(*y.shape[1:3], batch, outputs), 2, 0)
-
-
-# Geometry of one convolution
-
-
-@dataclasses.dataclass(frozen=True)
-class _Geometry:
-    strides: tuple[int, int]
-    pads: tuple[tuple[int, int], ...]
-    dilation: tuple[int, int]
-    groups: int
-
-    def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(
-            x,
-            kernel,
-            self.strides,
-            self.pads,
-            rhs_dilation=self.dilation,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-        )
-
-    def out_size(self, size: Sequence[int], sides: Sequence[int]) -> tuple[int, int]:
-        """Height and width of the output."""
-        axes = zip(size, sides, self.strides, self.pads, self.dilation, strict=True)
-        height, width = ((n + sum(pad) - (side - 1) * gap - 1) // stride + 1 for n, side, stride, pad, gap in axes)
-        return height, width
-
-    def tap(self, padded: jax.Array, u: int, v: int, size: Sequence[int]) -> jax.Array:
-        """What the tap (u, v) reads for every output pixel, from the padded map (..., H, W, C)."""
-        start, stop, step = [0] * padded.ndim, list(padded.shape), [1] * padded.ndim
-        for axis, place, n, stride, gap in zip((-3, -2), (u, v), size, self.strides, self.dilation, strict=True):
-            start[axis], stop[axis], step[axis] = place * gap, place * gap + (n - 1) * stride + 1, stride
-        return lax.slice(padded, start, stop, step)
-
-    def kernel_gradient(self, x: jax.Array, slope: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Of one example (H, W, C): for every tap a product of the shifted map with the slopes (h, w, D)."""
-        padded = lax.pad(x, jnp.zeros((), x.dtype), [(*pad, 0) for pad in self.pads] + [(0, 0, 0)])
-        flat = slope.reshape(-1, self.groups, shape[3] // self.groups)
-        maps = [self.tap(padded, u, v, slope.shape[:2]).reshape(-1, self.groups, shape[2]) for u, v in _taps(shape[:2])]
-        if self.groups == 1:
-            products = [a[:, 0].T @ flat[:, 0] for a in maps]
-        else:
-            products = [jnp.einsum("ngc,ngd->cgd", a, flat) for a in maps]
-        return jnp.stack(products).reshape(shape)
-
-    def input_gradient(self, kernel: jax.Array, slope: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Of one example: the slopes, spread to stride 1, convolved with the turned kernel."""
-        sides, (inputs, outputs) = kernel.shape[:2], kernel.shape[2:]
-        # The kernel is really turned: dimension numbers that say so take XLA's slow path on CPUs.
-        turned = kernel[::-1, ::-1].reshape(*sides, inputs, self.groups, outputs // self.groups)
-        turned = jnp.transpose(turned, (0, 1, 4, 3, 2)).reshape(*sides, outputs // self.groups, self.groups * inputs)
-        pads, crops = [], []
-        for side, gap, stride, (low, _), n, m in zip(
-            sides, self.dilation, self.strides, self.pads, shape[:2], slope.shape[:2], strict=True
-        ):
-            # Rows that no output reads, at the end of a strided map, get zeros.
-            start, end = (side - 1) * gap - low, n + low - (m - 1) * stride - 1
-            # Less than no padding is cut off before: XLA's convolution on CPUs reads past the map then.
-            pads.append((max(start, 0), max(end, 0)))
-            crops.append((min(start, 0), min(end, 0), stride - 1))
-        spread = lax.pad(slope, jnp.zeros((), slope.dtype), [*crops, (0, 0, 0)])
-        return dataclasses.replace(self, strides=(1, 1), pads=tuple(pads)).convolve(spread[None], turned)[0]
-
-
-def _geometry(size, sides, strides, padding, dilation, groups) -> _Geometry:
-    strides, pads, dilation = pair(strides, "strides"), pads_of(padding), pair(dilation, "dilation")
-    if isinstance(pads, str):
-        reach = [(side - 1) * gap + 1 for side, gap in zip(sides, dilation, strict=True)]
-        pads = tuple(lax.padtype_to_pads(size, reach, strides, pads))
-    return _Geometry(strides, pads, dilation, groups)
-
-
-def pads_of(padding: Padding) -> str | tuple[tuple[int, int], ...]:
-    """The padding as it is kept: SAME, VALID, or (low, high) for height and width. Raises ValueError."""
-    if isinstance(padding, str):
-        if padding not in ("SAME", "VALID"):
-            raise ValueError(f"padding={padding!r} must be 'SAME', 'VALID', or numbers of pixels")
-        return padding
-    sides = (padding, padding) if isinstance(padding, int) else padding
-    return tuple((side, side) if isinstance(side, int) else (int(side[0]), int(side[1])) for side in sides)
-
-
-def pair(value: Sides, name: str) -> tuple[int, int]:
-    """Numbers for height and width. Raises ValueError naming the option `name`."""
-    numbers = (value, value) if isinstance(value, int) else tuple(value)
-    if len(numbers) != 2 or min(numbers) < 1:
-        raise ValueError(f"{name}={value} must be one number from 1, or two, for height and width")
-    return numbers
-
-
-def _taps(sides: Sequence[int]) -> list[tuple[int, int]]:
-    return [(u, v) for u in range(sides[0]) for v in range(sides[1])]

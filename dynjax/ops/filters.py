@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.core import convolve
-from dynjax.core.convolve import Sides
+from dynjax.core import convolve, geometry
+from dynjax.core.geometry import Sides
 
 
 class _PixelFilter(nnx.Module):
@@ -26,9 +26,9 @@ class _PixelFilter(nnx.Module):
 
     def __init__(self, in_features: int, out_features: int, kernel_size: Sides, strides: Sides, kernel_dilation: Sides):
         self.in_features, self.out_features = in_features, out_features
-        self.kernel_size = convolve.pair(kernel_size, "kernel_size")
-        self.strides = convolve.pair(strides, "strides")
-        self.kernel_dilation = convolve.pair(kernel_dilation, "kernel_dilation")
+        self.kernel_size = geometry.pair(kernel_size, "kernel_size")
+        self.strides = geometry.pair(strides, "strides")
+        self.kernel_dilation = geometry.pair(kernel_dilation, "kernel_dilation")
 
     def _filtered(self, x: jax.Array, kernels: jax.Array, channel_kernels: jax.Array | None = None) -> jax.Array:
         """`x` under the kernels (B, h, w, taps * groups) of its pixels."""

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.core import convolve
-from dynjax.core.convolve import Sides
+from dynjax.core import convolve, geometry
 from dynjax.core.decision import MIXTURE, Decision, record
+from dynjax.core.geometry import Sides
 from dynjax.ops.attention import Activation, Attention
 from dynjax.ops.dynamize import dynamize
 
@@ -29,7 +29,7 @@ from dynjax.ops.dynamize import dynamize
 class ConvOptions(TypedDict, total=False):
     """Options of `nnx.Conv` that all of these have."""
 
-    padding: convolve.Padding
+    padding: geometry.Padding
     kernel_dilation: Sides
     feature_group_count: int
     use_bias: bool
@@ -50,7 +50,7 @@ class ExampleConv(nnx.Module):
         strides: Sides,
         *,
         biases: int | None = None,
-        padding: convolve.Padding = "SAME",
+        padding: geometry.Padding = "SAME",
         kernel_dilation: Sides = 1,
         feature_group_count: int = 1,
         use_bias: bool = True,
@@ -62,10 +62,10 @@ class ExampleConv(nnx.Module):
                 f"feature_group_count={feature_group_count}"
             )
         self.in_features, self.out_features = in_features, out_features
-        self.kernel_size = convolve.pair(kernel_size, "kernel_size")
-        self.strides = convolve.pair(strides, "strides")
-        self.padding = convolve.pads_of(padding)
-        self.kernel_dilation = convolve.pair(kernel_dilation, "kernel_dilation")
+        self.kernel_size = geometry.pair(kernel_size, "kernel_size")
+        self.strides = geometry.pair(strides, "strides")
+        self.padding = geometry.pads_of(padding)
+        self.kernel_dilation = geometry.pair(kernel_dilation, "kernel_dilation")
         self.feature_group_count = feature_group_count
         self.strategy: convolve.Strategy = "auto"
         bias = (out_features,) if biases is None else (biases, out_features)

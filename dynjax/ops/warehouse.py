@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.core.convolve import Sides
+from dynjax.core.geometry import Sides
 from dynjax.ops.attention import Attention
 from dynjax.ops.kernels import ConvOptions, ExampleConv, mean_of
 

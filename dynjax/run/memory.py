@@ -11,8 +11,8 @@ def keep() -> bool:
     """Keep what this process frees for itself; True where that can be asked for (glibc).
 
     glibc gives large buffers back to the system as soon as they are free, and the system fills every page of the next
-    ones with zeros: of a training step on CPUs that can be a third (benchmarks/results/memory.csv). To be called before
-    there are threads: theirs would be arenas of their own, which ask the system again.
+    ones with zeros (benchmarks/memory.py). For training, with its large steps: one arena is left for all threads, since
+    theirs would ask the system again, and small calls wait for each other there. To be called before there are threads.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
