@@ -66,7 +66,8 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BudgetConfig:
-    """How much compute the model may spend, as a share of the MACs of its static twin."""
+    """How much compute the model may spend, as a share of its MACs with everything kept, or with the largest of what is
+    chosen from everywhere: of most models those of the static twin."""
 
     target: float = 0.5
     """Share of the MACs, in (0, 1], that training steers to."""
