@@ -21,12 +21,16 @@ MY = dataclasses.replace(
     data=DataConfig(name="folder", path="data/my", crop=(192, 256), augment=AugmentConfig(crop=0.7)),
 )
 EM = dataclasses.replace(
-    MY, row="em_static", data=dataclasses.replace(MY.data, name="isbi_em", path="data/isbi_em", crop=(256, 256))
+    MY,
+    row="em_static",
+    data=dataclasses.replace(MY.data, name="isbi_em", path="data/isbi_em", crop=(256, 256)),
+    steps=750,
 )
 ROADS = dataclasses.replace(
     MY,
     row="roads_static",
     data=dataclasses.replace(MY.data, name="aerial_roads", path="data/aerial_roads", crop=(200, 200)),
+    steps=750,
 )
 
 
