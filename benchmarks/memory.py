@@ -1,4 +1,4 @@
-"""A training step on CPUs, with what a step frees kept for the next (`dynjax.run.memory`) and given back to the system.
+"""A training step on CPUs, with what it frees kept for the next (`experiments.memory`) and given back to the system.
 
     python -m benchmarks.memory [--out benchmarks/results/memory.csv] [--rounds 5] [--rows camvid_small_static ...]
 
@@ -10,7 +10,6 @@ import argparse
 import multiprocessing
 import resource
 import statistics
-import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,8 +17,7 @@ from pathlib import Path
 from benchmarks import tables
 from benchmarks.training import stepper
 from dynjax.config import UserError
-from dynjax.run import memory
-from experiments import cli, rows
+from experiments import cli, memory, rows
 
 ROWS = ("camvid_small_static", "camvid_lite0_static", "digits_unet_static")
 STEPS = 3
@@ -74,8 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", nargs="+", default=list(ROWS))
     given = parser.parse_args(arguments)
-    if sys.platform != "linux":
-        raise UserError("memory is kept with glibc's malloc, which is of Linux")
+    if not memory.is_glibc():
+        raise UserError("memory is kept with glibc's malloc, which this system has not")
     found = []
     for row in given.rows:
         found.append(compare(row, given.rounds))

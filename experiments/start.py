@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 
+from experiments import memory
+
 STOPPED, GONE = 130, 1
 CHILD = "DYNJAX_CHILD_OF"
 """Set for the process that is watched over: the end of a pipe that closes when the one that watches is no more."""
@@ -19,10 +21,13 @@ _FATAL = b"Terminating process because the JAX distributed service detected fata
 
 def begin() -> None:
     """To be called first in `python -m experiments.NAME`."""
+    trains = sys.orig_argv[-len(sys.argv)].endswith("experiments.train")
+    if trains:
+        memory.keep()  # while there is one thread
     stop_at_once()
     if CHILD in os.environ:
         _end_with(int(os.environ.pop(CHILD)))
-    elif sys.orig_argv[-len(sys.argv)].endswith("experiments.train") and is_distributed():
+    elif trains and is_distributed():
         sys.exit(watch([sys.executable, *sys.orig_argv[1:]]))
 
 

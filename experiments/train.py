@@ -13,7 +13,7 @@ import tyro
 
 from dynjax.config import Config, UserError
 from dynjax.models import registry
-from dynjax.run import log, memory, mesh, train
+from dynjax.run import log, mesh, train
 from experiments import cli, rows
 
 COMMAND = "experiments.train"
@@ -49,7 +49,6 @@ def main(arguments: list[str]) -> int | None:
         print(f"{__doc__.strip()}\n\nrows: {' '.join(rows.ROWS)}\npython -m {COMMAND} ROW --help lists its fields.")
         return None
     config, workdir = parse(arguments)
-    memory.keep()
     cli.use_all_cores(config.batch_size, config.optimizer.accumulate)
     mesh.initialize()
     try:

@@ -1,15 +1,15 @@
-import platform
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
-from dynjax.run import memory
+from experiments import memory, start
 
 TOUCHED = """
 import resource, threading
 import numpy as np
-from dynjax.run import memory
+from experiments import memory, start
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -37,14 +37,24 @@ def faults(kept: bool) -> list[int]:
     return found[1:3] + found[-2:]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="pages are counted on Linux")
+@pytest.mark.skipif(not memory.is_glibc(), reason="memory is kept with glibc's malloc only")
 def test_what_is_freed_is_not_asked_of_the_system_again():
-    if platform.libc_ver()[0] != "glibc":
-        pytest.skip("memory is kept with glibc's malloc only")
     assert min(faults(False)) > 16  # 64 MB in pages of up to 2 MB
     assert max(faults(True)) < 8
 
 
 def test_another_libc_is_left_alone(monkeypatch):
-    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(memory.os, "confstr", mock.Mock(side_effect=ValueError))
     assert not memory.keep()
+
+
+def test_training_keeps_it_before_there_is_a_second_thread(monkeypatch):
+    order: list[str] = []
+    monkeypatch.setattr(start.memory, "keep", lambda: order.append("kept"))
+    monkeypatch.setattr(start, "stop_at_once", lambda: order.append("threads"))
+    for command, wanted in (("train", ["kept", "threads"]), ("evaluate", ["threads"])):
+        order.clear()
+        monkeypatch.setattr(sys, "argv", ["-m", "row"])
+        monkeypatch.setattr(sys, "orig_argv", ["python", "-m", f"experiments.{command}", "row"])
+        start.begin()
+        assert order == wanted
