@@ -89,7 +89,7 @@ ABOUT: dict[str, tuple[DynamicsConfig, str]] = {
         DecoderExitsConfig(tile=4, gate="random"),
         "Control: camvid_lite0_exits that stops by chance",
     ),
-    "kernels": (KernelsConfig(tiles=(16, 15, 12)), "Kernels by content: each tile takes 1x1, 3x3, dilated or 5x5 ones"),
+    "kernels": (KernelsConfig(tiles=(8, 5, 3)), "Kernels by content: each tile takes 1x1, 3x3, dilated or 5x5 ones"),
 }
 OF_HEADS: dict[str, tuple[str, DynamicsConfig, str]] = {
     "scales": ("pspnet", ScalesConfig(), "Fusion: each picture selects its scales"),

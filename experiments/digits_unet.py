@@ -12,6 +12,7 @@ from dynjax.models.backbones.residual import ResidualConfig
 from dynjax.models.dense import DenseConfig, DynamicsConfig, StaticConfig
 from dynjax.models.dynamics.experts import ExpertsConfig
 from dynjax.models.dynamics.halt import HaltStepConfig
+from dynjax.models.dynamics.kernels import KernelsConfig
 from dynjax.models.dynamics.select import SelectConfig
 from dynjax.models.dynamics.skip import SkipConfig
 from dynjax.models.dynamics.tiles import TilesConfig
@@ -31,12 +32,13 @@ STATIC = Config(
 )
 
 
-def _dynamic(dynamics: DynamicsConfig, about: str, protocol: str = "as digits_unet_tiles.") -> Row:
+def _dynamic(dynamics: DynamicsConfig, about: str, protocol: str = "as digits_unet_tiles.", target: float = 0.5) -> Row:
     """The twin's row with dynamics, meant to start from the trained twin: gates learn as fast as the rest."""
     row = dataclasses.replace(
         STATIC,
         row=f"digits_unet_{dynamics.family}",
         model=dataclasses.replace(STATIC.model, dynamics=dynamics),
+        budget=BudgetConfig(target=target),
         optimizer=dataclasses.replace(STATIC.optimizer, gate_learning_rate=1.0),
         steps=STATIC.steps * 2 // 3,
     )
@@ -71,6 +73,12 @@ ROWS = (
     _dynamic(
         SelectConfig(),
         "Select: one of several blocks for each picture or tile (dynamic kernel selection); 96x96 digits.",
+    ),
+    _dynamic(
+        KernelsConfig(tiles=(6, 3)),
+        "Kernels by content: each tile takes 1x1, 3x3, dilated or 5x5 ones; 96x96 digits.",
+        "800 steps from digits_unet_static (--init-from); a budget from [0.25, 1] of 5x5 everywhere is drawn.",
+        target=0.25,
     ),
     _deep(
         ExpertsConfig(),

@@ -2,11 +2,13 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from dynjax.core.decision import EACH, ONE, PREFIX, Decision
 from dynjax.show import kernels
+from dynjax.tasks import segmentation
 from dynjax.tasks.borders import kept_at_borders
 
 
@@ -62,3 +64,13 @@ def test_the_picture_of_kinds(tmp_path):
     kernels.plot_kinds(tmp_path / "kinds.png", examples, 4, 3, title="kinds")
     with Image.open(tmp_path / "kinds.png") as picture:
         assert picture.width > 800
+
+
+def test_the_layer_that_chooses_most_evenly_is_shown():
+    def choosing(*kinds: int) -> Decision:
+        keep = jnp.eye(3)[jnp.asarray(kinds)].reshape(1, 1, len(kinds), 3)
+        return Decision(keep, keep, "tile", ONE)
+
+    one_kind, two, three = choosing(0, 0, 0, 0, 0, 0), choosing(0, 1, 1, 0), choosing(0, 1, 2)
+    assert max((one_kind, two, three), key=segmentation._evenness) is three
+    assert max((one_kind, two), key=segmentation._evenness) is two

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from dynjax.config import BudgetConfig, LossConfig
-from dynjax.core.decision import ONE
+from dynjax.core.decision import ONE, Decision
 from dynjax.data.source import Source, read
 from dynjax.show import kernels, report
 from dynjax.tasks.borders import boundary_counts, boundary_scores, boundary_weights, kept_at_borders
@@ -200,7 +200,7 @@ class SegmentationTask(Supervised):
 
     def _show_tiles(self, folder: Path, shown: Shown, chosen: dict[str, np.integer]) -> str:
         """borders.csv, what was kept of tiles with a border of classes and of the others, and where tiles take one of
-        several kinds of work, kinds.png of the layer with the most tiles."""
+        several kinds of work, kinds.png of the layer that chooses most evenly."""
         number = min(LOOKED_AT, len(shown.source))
         batch, decisions = shown.decided(np.linspace(0, len(shown.source) - 1, number).astype(int).tolist())
         found = kept_at_borders(batch["mask"], decisions)
@@ -211,13 +211,19 @@ class SegmentationTask(Supervised):
         several = {p: d for p, d in decisions.items() if d.place == "tile" and d.rule == ONE}
         if not several:
             return " borders.csv"
-        decision = max(several.values(), key=lambda each: each.keep.shape[1] * each.keep.shape[2])
+        layer, decision = max(several.items(), key=lambda each: _evenness(each[1]))
         pictures = zip(chosen, batch["image"], batch["mask"], decision.keep.argmax(-1), strict=True)
         assert decision.tile is not None
         examples = [kernels.Chosen(*each, decision.tile) for each in pictures]
         kinds, classes = decision.keep.shape[-1], len(self.class_names)
-        kernels.plot_kinds(folder / "kinds.png", examples, kinds, classes, title=shown.title)
+        kernels.plot_kinds(folder / "kinds.png", examples, kinds, classes, title=f"{shown.title}, {layer}")
         return " borders.csv kinds.png"
+
+
+def _evenness(decision: Decision) -> tuple[float, int]:
+    """Entropy of the kinds that were taken, in nats, and the number of tiles of a picture."""
+    shares = np.asarray(decision.units(decision.keep)).mean((0, 1))
+    return float(-(shares * np.log(np.maximum(shares, 1e-9))).sum()), decision.units(decision.keep).shape[1]
 
 
 def _pixel_accuracy(logits: Float[Array, "... H W C"], mask: Int[Array, "... H W"]) -> Float[Array, ""]:
