@@ -38,6 +38,7 @@ DRAWN = ("grid", "film", "calls", "compute")
 FIGURES = (
     "curve",
     "heatmaps",
+    "kinds",
     "compute_histogram",
     "compute_by_class",
     "extremes",
@@ -45,7 +46,7 @@ FIGURES = (
     "reconstructions",
 )
 """Pictures that experiments.evaluate makes, of one task or the other."""
-FEW = ("curve", "heatmaps", "extremes", "reconstructions")
+FEW = ("curve", "heatmaps", "kinds", "extremes", "reconstructions")
 """Those of rows of small data."""
 
 
