@@ -18,7 +18,6 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -237,10 +236,11 @@ def _shifted(geometry, x, kernel):
 def _shifted_backward(geometry, saved, slopes):
     """Two loops of their own. Autodiff would keep, or make anew, a shifted map of each tap, and add up one at a time.
 
-    The barriers keep XLA from making the padded maps anew for each tap, with all that they are made of.
+    Examples stay apart until the end, so that those of a mesh stay where they are. The barriers keep XLA from making
+    the padded maps anew for each tap, with all that they are made of.
     """
     x, kernel = saved
-    sides, channels, (height, width) = kernel.shape[:2], x.shape[3], slopes.shape[1:3]
+    sides, (height, width) = kernel.shape[:2], slopes.shape[1:3]
     pads = geometry.transposed(sides, x.shape[1:3], (height, width))
     spread = lax.pad(slopes, jnp.zeros((), slopes.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
     still = dataclasses.replace(geometry, strides=(1, 1))
@@ -248,19 +248,18 @@ def _shifted_backward(geometry, saved, slopes):
     padded = lax.optimization_barrier(jnp.pad(x, ((0, 0), *geometry.pads, (0, 0))))
     tall = (sides[0] - 1) * geometry.dilation[0] + 1
 
-    def row(sums, index):
-        """Adds a row of the output to what each tap has in each column."""
-        example, place = index // height, index % height
-        slope = lax.dynamic_slice(slopes, (example, place, 0, 0), (1, 1, width, channels))[0]
-        start = (example, place * geometry.strides[0], 0, 0)
-        window = lax.dynamic_slice(padded, start, (1, tall, padded.shape[2], channels))[0]
-        new = [geometry.tap(window, u, v, (1, width)) * slope for u, v in taps(sides)]
-        return [total + n.astype(total.dtype) for total, n in zip(sums, new, strict=True)], None
+    def products(place):
+        """Of a row of the output: what each tap has in each column. Many are summed: not in half precision."""
+        slope = lax.dynamic_slice_in_dim(slopes, place, 1, axis=1)
+        window = lax.dynamic_slice_in_dim(padded, place * geometry.strides[0], tall, axis=1)
+        found = [geometry.tap(window, u, v, (1, width)) * slope for u, v in taps(sides)]
+        return [each.astype(jnp.promote_types(each.dtype, jnp.float32)) for each in found]
 
-    # Many rows are summed: not in half precision.
-    zeros = jnp.zeros((1, width, channels), jnp.promote_types(kernel.dtype, jnp.float32))
-    sums, _ = lax.scan(row, [zeros] * math.prod(sides), jnp.arange(len(x) * height))
-    to_kernel = jnp.stack([total.sum((0, 1)) for total in sums]).reshape(kernel.shape)
+    def add(sums, place):
+        return [total + each for total, each in zip(sums, products(place), strict=True)], None
+
+    sums, _ = lax.scan(add, products(0), jnp.arange(1, height))
+    to_kernel = jnp.stack([total.sum((0, 1, 2)) for total in sums]).reshape(kernel.shape)
     return to_x, to_kernel.astype(kernel.dtype)
 
 
