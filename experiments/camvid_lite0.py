@@ -61,7 +61,7 @@ FULL = dataclasses.replace(
 TILES = TilesConfig(tiles=(16, 15, 12, 15, 8))
 HEADS: dict[str, HeadConfig] = {
     "fcn": FCNHeadConfig(),
-    "segnet": SegNetHeadConfig(blocks=(0, 1, 1, 0)),
+    "segnet": SegNetHeadConfig(blocks=(1, 1, 1, 1)),  # what is unpooled has holes, which blocks fill
     "unet": UNetHeadConfig(blocks=(0, 1, 1, 0)),
     "deeplab": DeepLabHeadConfig(features=64, rates=(1, 2, 3), stride=8),
     "pspnet": PSPNetHeadConfig(features=48),
