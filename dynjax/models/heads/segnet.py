@@ -27,7 +27,7 @@ class SegNetHeadConfig:
 
     family: Literal["segnet"] = "segnet"
     blocks: Counts = (1, 1, 1)
-    """Residual blocks of each level but the coarsest, finest first."""
+    """Residual blocks of each level but the coarsest, finest first. Without one a map keeps the holes of unpooling."""
 
 
 def pooling_indices(x: Float[Array, "B H W C"]) -> Int[Array, "B h w C"]:
