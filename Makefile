@@ -54,6 +54,7 @@ bench: venv
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.platform
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.many_classes
 
 # Models that others wrote, made dynamic, in an environment of its own: 10 minutes. PYTHON=python3.12 has more of them.
