@@ -53,6 +53,8 @@ def compare(row: str, rounds: int) -> dict[str, float | str]:
         for kept, pipe in pipes.items():
             pipe.send(True)
             found[kept] += pipe.recv()
+    for pipe in pipes.values():
+        pipe.send(False)
     (before, pages), (after, pages_kept) = (
         [statistics.median(column) for column in zip(*found[kept], strict=True)] for kept in (False, True)
     )
