@@ -17,6 +17,8 @@ Sides = int | Sequence[int]
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
+    """Strides, padding, dilation and groups of a convolution of maps, channels last."""
+
     strides: tuple[int, int]
     pads: tuple[tuple[int, int], ...]
     dilation: tuple[int, int]
