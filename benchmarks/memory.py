@@ -14,11 +14,10 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from benchmarks import tables
-from benchmarks.training import stepper
-from dynjax.config import UserError
-from experiments import cli, memory, rows
+from experiments import memory
 
+# All else is imported where it is used: what this module imports each process imports first, and there must be one
+# thread when memory is kept.
 ROWS = ("camvid_small_static", "camvid_lite0_static")
 STEPS = 3
 
@@ -27,6 +26,9 @@ def _serve(row: str, kept: bool, pipe: Connection) -> None:
     """Each time that it is asked for them: a few steps, answered by the milliseconds and pages of each."""
     if kept:
         memory.keep()
+    from benchmarks.training import stepper
+    from experiments import cli, rows
+
     cli.use_compilation_cache()
     step = stepper(rows.get_row(row))
     step().block_until_ready()
@@ -68,7 +70,10 @@ def compare(row: str, rounds: int) -> dict[str, float | str]:
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str]) -> None:
+    from benchmarks import tables
+    from dynjax.config import UserError
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory.csv"))
     parser.add_argument("--rounds", type=int, default=4)
@@ -84,4 +89,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from experiments import cli
+
+    cli.run(main)

@@ -8,16 +8,17 @@ from experiments import memory, start
 
 TOUCHED = """
 import resource, threading
-import numpy as np
-from experiments import memory, start
+from experiments import memory
+
+if {kept}:
+    memory.keep()
+import numpy as np  # which has threads
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     np.ones(1 << 23).fill(0)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
-if {kept}:
-    memory.keep()
 def three():
     for _ in range(3):
         faults()

@@ -12,7 +12,7 @@ from jax import lax
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 Sides = int | Sequence[int]
-"""One number, or one for height and width."""
+"""One number, or one for height and one for width."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +71,11 @@ class Geometry:
 
         Rows that no output reads, at the end of a strided map, get zeros. Less than none is cut off.
         """
-        pads = []
-        for side, gap, stride, (low, _), n, m in zip(
-            sides, self.dilation, self.strides, self.pads, size, out, strict=True
-        ):
-            pads.append(((side - 1) * gap - low, n + low - (m - 1) * stride - 1, stride - 1))
-        return pads
+        axes = zip(sides, self.dilation, self.strides, self.pads, size, out, strict=True)
+        return [
+            ((side - 1) * gap - low, n + low - (m - 1) * stride - 1, stride - 1)
+            for side, gap, stride, (low, _), n, m in axes
+        ]
 
     def input_gradient(self, kernel: jax.Array, slope: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Of one example: the slopes, spread to stride 1, convolved with the turned kernel."""

@@ -222,8 +222,9 @@ class SegmentationTask(Supervised):
 
 def _evenness(decision: Decision) -> tuple[float, int]:
     """Entropy of the kinds that were taken, in nats, and the number of tiles of a picture."""
-    shares = np.asarray(decision.units(decision.keep)).mean((0, 1))
-    return float(-(shares * np.log(np.maximum(shares, 1e-9))).sum()), decision.units(decision.keep).shape[1]
+    chosen = np.asarray(decision.units(decision.keep))
+    shares = chosen.mean((0, 1))
+    return float(-(shares * np.log(np.maximum(shares, 1e-9))).sum()), chosen.shape[1]
 
 
 def _pixel_accuracy(logits: Float[Array, "... H W C"], mask: Int[Array, "... H W"]) -> Float[Array, ""]:
