@@ -216,6 +216,9 @@ LAYERS = {
     "one pixel, padded": dict(kernel_size=(1, 1), padding=1),
     "groups": dict(kernel_size=(3, 3), feature_group_count=2),
     "plain": dict(kernel_size=(3, 3), strides=2),
+    "few numbers, strides": dict(kernel_size=(3, 2), strides=(2, 1)),
+    "few numbers, dilated": dict(kernel_size=(2, 3), strides=(1, 3), kernel_dilation=(1, 2), padding=((0, 3), (2, 1))),
+    "few numbers, valid": dict(kernel_size=(2, 2), strides=2, padding="VALID"),
     "circular": dict(kernel_size=(3, 3), feature_group_count=6, padding="CIRCULAR"),
     "transposed": dict(kernel_size=(3, 3), feature_group_count=6, input_dilation=2, padding=1),
     "precise": dict(kernel_size=(1, 1), precision="highest"),
@@ -247,12 +250,12 @@ def operations(conv, x):
 
 
 def test_what_a_cpu_runs():
-    depthwise, pointwise = (
-        nnx.Conv(4, features, (side, side), feature_group_count=groups, rngs=nnx.Rngs(0))
-        for features, side, groups in ((4, 3, 4), (6, 1, 1))
+    depthwise, pointwise, first = (
+        nnx.Conv(4, features, (side, side), stride, feature_group_count=groups, rngs=nnx.Rngs(0))
+        for features, side, groups, stride in ((4, 3, 4, 1), (6, 1, 1, 1), (6, 3, 1, 2))
     )
     x = image(1, 5, 5, 4)
-    for conv in (depthwise, pointwise):
+    for conv in (depthwise, pointwise, first):
         assert "conv_general_dilated" in operations(conv, x)
         convolve.by_platform(conv)
         assert "conv_general_dilated" not in operations(conv, x)
@@ -260,6 +263,7 @@ def test_what_a_cpu_runs():
             assert "conv_general_dilated" in operations(conv, x)
     # Of a 3x3 kernel the taps inside of the map, as before.
     assert cost.macs(depthwise, x) == 13 * 13 * 4 and cost.macs(pointwise, x) == 25 * 4 * 6
+    assert cost.macs(first, x) == 7 * 7 * 4 * 6
 
 
 def test_a_choice_of_ones_own_stays():

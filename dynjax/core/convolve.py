@@ -1,7 +1,8 @@
 """Convolutions as the platform wants them, and with kernels of the input: one for each example, or for each pixel.
 
-XLA's grouped convolutions take many times as long on CPUs as a sum of shifted products, and a convolution of single
-pixels is a matrix product, with a faster gradient; `convolution` is `jax.lax.conv_general_dilated` that chooses, and
+XLA's grouped convolutions take many times as long on CPUs as a sum of shifted products, a convolution of single
+pixels is a matrix product, with a faster gradient, and so is one with strides of few channels, as a network begins
+with, once what each kernel sees lies side by side; `convolution` is `jax.lax.conv_general_dilated` that chooses, and
 `by_platform` puts it into the layers of a model.
 
 `vmap` of a convolution over kernels becomes one with as many groups as there are examples, which a CPU runs many times
@@ -137,6 +138,9 @@ def per_pixel(
 Model = TypeVar("Model", bound=nnx.Module)
 _LAST = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 """Channels last, as `nnx.Conv` has them."""
+FEW = 36
+"""Numbers that a kernel sees, up to which they are laid side by side: 3x3 pixels of four channels. 7x7 of three are
+faster as they are."""
 _plain = contextvars.ContextVar("_plain", default=False)
 
 
@@ -152,7 +156,8 @@ def convolution(
     **ways: Any,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated`, on CPUs by shifted products where it is depthwise and by a matrix product where
-    its kernel has one pixel: the same numbers but for rounding. `plain` has forward-mode derivatives too."""
+    its kernel has one pixel, or few numbers of few channels and strides: the same numbers but for rounding. `plain`
+    has forward-mode derivatives too."""
     numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
     channels = numbers.lhs_spec == _LAST.lhs_spec and numbers.rhs_spec == _LAST.rhs_spec
     channels = channels and numbers.out_spec == _LAST.out_spec and set(lhs_dilation or (1,)) == {1}
@@ -165,6 +170,9 @@ def convolution(
         bare = isinstance(padding, str) or not any(map(any, padding))
         if groups == 1 and kernel.shape[:2] == (1, 1) and bare:
             return x[:, :: window_strides[0], :: window_strides[1]] @ kernel[0, 0]
+        if groups == 1 and max(window_strides) > 1 and kernel[..., 0].size <= FEW:
+            geometry = geometry_of(x.shape[1:3], kernel.shape[:2], window_strides, padding, rhs_dilation or 1, 1)
+            return geometry.side_by_side(x, kernel.shape[:2]) @ kernel.reshape(-1, kernel.shape[3])
     return lax.conv_general_dilated(
         x, kernel, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, groups, **ways
     )

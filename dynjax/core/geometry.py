@@ -48,6 +48,11 @@ class Geometry:
             start[axis], stop[axis], step[axis] = place * gap, place * gap + (n - 1) * stride + 1, stride
         return lax.slice(padded, start, stop, step)
 
+    def side_by_side(self, x: jax.Array, sides: Sequence[int]) -> jax.Array:
+        """(B, h, w, kh kw C): what the kernel sees for every output pixel."""
+        padded, size = jnp.pad(x, ((0, 0), *self.pads, (0, 0))), self.out_size(x.shape[1:3], sides)
+        return jnp.concatenate([self.tap(padded, u, v, size) for u, v in taps(sides)], axis=-1)
+
     def kernel_gradient(self, x: jax.Array, slope: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Of one example (H, W, C): for every tap a product of the shifted map with the slopes (h, w, D)."""
         padded = lax.pad(x, jnp.zeros((), x.dtype), [(*pad, 0) for pad in self.pads] + [(0, 0, 0)])
