@@ -238,6 +238,40 @@ def test_convolution_is_the_one_of_lax(name):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_a_linear_layer_is_the_one_of_lax(dtype):
+    theirs = nnx.Linear(6, 5, dtype=dtype, rngs=nnx.Rngs(0))
+    ours = convolve.by_platform(nnx.clone(theirs))
+    assert ours.dot_general is convolve.dot_general and theirs.dot_general is lax.dot_general
+    for x in (image(2, 9, 8, 6), image(7, 6), image(6)):
+        for function in (
+            lambda layer, x: layer(x),
+            lambda layer, x: nnx.grad(lambda c, x: (c(x) ** 2).sum())(layer, x),
+        ):
+            found, expected = (jax.tree.leaves(jax.jit(function)(layer, x)) for layer in (ours, theirs))
+            for one, other in zip(found, expected, strict=True):
+                assert one.dtype == other.dtype
+                rough = 0.03 if dtype else 1e-4
+                np.testing.assert_allclose(one, other, rtol=rough, atol=rough * np.abs(other).max())
+
+
+def test_second_derivatives_of_layers_are_those_of_lax():
+    """As the penalty of a discriminator has them."""
+    for kernel, strides in ((image(3, 3, 1, 6), 1), (image(1, 1, 6, 4), 1), (image(2, 2, 6, 4), 2)):
+        groups = 6 if kernel.shape[2] == 1 else 1
+        ways = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups)
+
+        def penalty(kernel, convolution):
+            of = lambda x: jnp.sin(convolution(x, kernel, (strides, strides), "VALID", **ways)).sum()  # noqa: E731, B023
+            return (jax.grad(of)(image(2, 5, 4, 6)) ** 2).sum()
+
+        found, wanted = (
+            jax.jit(jax.grad(penalty), static_argnums=1)(kernel, c)
+            for c in (convolve.convolution, lax.conv_general_dilated)
+        )
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_one_axis_and_three_are_left_to_lax():
     for x, sides in ((image(2, 9, 4), (3,)), (image(1, 5, 4, 6, 4), (3, 1, 3))):
         conv = nnx.Conv(4, 4, sides, feature_group_count=4, rngs=nnx.Rngs(0))

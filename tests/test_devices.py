@@ -161,27 +161,38 @@ def of_depthwise(x, kernel):
     return jax.grad(lambda x, k: (convolve.depthwise(x, k, strategy="shifted") ** 2).sum(), (0, 1))(x, kernel)
 
 
+def of_product(x, kernel):
+    return jax.grad(lambda x, k: (convolve.product(x, k) ** 2).sum(), (0, 1))(x, kernel)
+
+
+GRADIENTS = {"depthwise": (of_depthwise, (3, 3, 1, CHANNELS)), "product": (of_product, (CHANNELS, 5))}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_depthwise_convolutions_gather_no_examples(kind):
-    kernel = jax.random.normal(jax.random.key(0), (3, 3, 1, CHANNELS))
-    wanted = jax.jit(of_depthwise)(X, kernel)
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_as_a_cpu_wants_them_gather_no_examples(name, kind):
+    gradients, shape = GRADIENTS[name]
+    kernel = jax.random.normal(jax.random.key(0), shape)
+    wanted = jax.jit(gradients)(X, kernel)
     mesh = mesh_of(kind)
     x, kernel = jax.device_put(X, NamedSharding(mesh, P("data"))), jax.device_put(kernel, NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
-        found = jax.jit(of_depthwise)(x, kernel)
-        text = jax.jit(of_depthwise).lower(x, kernel).compile().as_text()
+        found = jax.jit(gradients)(x, kernel)
+        text = jax.jit(gradients).lower(x, kernel).compile().as_text()
     assert found[0].sharding.spec[0] == "data" and "all-gather" not in text and "all-to-all" not in text
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(np.asarray(jax.device_get(one)), other, rtol=1e-4, atol=1e-3)
 
 
-def test_gradients_of_depthwise_convolutions_in_a_shard_map_of_the_users():
-    kernel, mesh = jax.random.normal(jax.random.key(0), (3, 3, 1, CHANNELS)), mesh_of("auto", (2,))
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_as_a_cpu_wants_them_in_a_shard_map_of_the_users(name):
+    gradients, shape = GRADIENTS[name]
+    kernel, mesh = jax.random.normal(jax.random.key(0), shape), mesh_of("auto", (2,))
 
     def summed(x, kernel):
-        to_x, to_kernel = of_depthwise(x, jax.lax.pcast(kernel, "data", to="varying"))
+        to_x, to_kernel = gradients(x, jax.lax.pcast(kernel, "data", to="varying"))
         return to_x, jax.lax.psum(to_kernel, "data")
 
     run = jax.shard_map(summed, mesh=mesh, in_specs=(P("data"), P()), out_specs=(P("data"), P()))
-    for one, other in zip(jax.jit(run)(X, kernel), jax.jit(of_depthwise)(X, kernel), strict=True):
+    for one, other in zip(jax.jit(run)(X, kernel), jax.jit(gradients)(X, kernel), strict=True):
         np.testing.assert_allclose(np.asarray(jax.device_get(one)), other, rtol=1e-4, atol=1e-3)

@@ -169,13 +169,29 @@ def convolution(
             return depthwise(x, kernel, strides=window_strides, padding=padding, dilation=dilation, strategy="shifted")
         bare = isinstance(padding, str) or not any(map(any, padding))
         if groups == 1 and kernel.shape[:2] == (1, 1) and bare:
-            return x[:, :: window_strides[0], :: window_strides[1]] @ kernel[0, 0]
+            return product(x[:, :: window_strides[0], :: window_strides[1]], kernel[0, 0])
         if groups == 1 and max(window_strides) > 1 and kernel[..., 0].size <= FEW:
             geometry = geometry_of(x.shape[1:3], kernel.shape[:2], window_strides, padding, rhs_dilation or 1, 1)
-            return geometry.side_by_side(x, kernel.shape[:2]) @ kernel.reshape(-1, kernel.shape[3])
+            return product(geometry.side_by_side(x, kernel.shape[:2]), kernel.reshape(-1, kernel.shape[3]))
     return lax.conv_general_dilated(
         x, kernel, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, groups, **ways
     )
+
+
+def dot_general(x: Float[Array, "..."], kernel: Float[Array, "..."], dimension_numbers: Any, **ways: Any) -> jax.Array:
+    """`jax.lax.dot_general`, by `product` where it is a `nnx.Linear`'s: the same numbers but for rounding."""
+    asked = any(value is not None for value in ways.values())
+    if asked or kernel.ndim != 2 or dimension_numbers != (((x.ndim - 1,), (0,)), ((), ())):
+        return lax.dot_general(x, kernel, dimension_numbers, **ways)
+    return product(x, kernel)
+
+
+def product(x: Float[Array, "*pixels C"], kernel: Float[Array, "C D"]) -> Float[Array, "*pixels D"]:
+    """`x @ kernel`, on CPUs with all pixels as one axis: of several, XLA lays the slopes out anew for the kernel's
+    gradient, pixels last."""
+    if not _here() or x.ndim < 3:
+        return x @ kernel
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def _here() -> bool:
@@ -193,10 +209,13 @@ def plain() -> Iterator[None]:
 
 
 def by_platform(model: Model) -> Model:
-    """`model` itself, in whose `nnx.Conv`s `convolution` convolves, unless they have something else of their own."""
+    """`model` itself, with `convolution` in its `nnx.Conv`s and `dot_general` in its `nnx.Linear`s, unless they have
+    something else of their own."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Conv) and module.conv_general_dilated is lax.conv_general_dilated:
             module.conv_general_dilated = convolution
+        if isinstance(module, nnx.Linear) and module.dot_general is lax.dot_general:
+            module.dot_general = dot_general
     return model
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
+from dynjax.core import convolve
 from dynjax.core.arguments import Size, name_of
 from dynjax.core.cost import jaxprs_in, open_jaxpr
 from dynjax.core.views import fresh
@@ -35,7 +36,8 @@ def shape_apart(block: Callable[[Any], Any], x: Any) -> Any:
     if examples == 1:
         return out
     try:
-        closed = jax.make_jaxpr(call)(specs(_EXAMPLES))
+        with convolve.plain():
+            closed = jax.make_jaxpr(call)(specs(_EXAMPLES))
     except (TypeError, ValueError):
         return out  # for one number of examples only, as over several devices
     mixing = _mixing(closed.jaxpr)

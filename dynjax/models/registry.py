@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from flax import nnx
 
 from dynjax.config import ModelConfig, UserError
+from dynjax.core import convolve
 from dynjax.models import rules
 from dynjax.models.frozen import TRAINED
 from dynjax.models.rules import Range, Rule
@@ -89,7 +90,7 @@ def build(config: ModelConfig, classes: int, *, rngs: nnx.Rngs, twin_params: nnx
     Raises UserError for a configuration that makes no sense.
     """
     check(config)
-    return family_of(config).build(config, classes, rngs=rngs, twin_params=twin_params)
+    return convolve.by_platform(family_of(config).build(config, classes, rngs=rngs, twin_params=twin_params))
 
 
 def pretrained(config: ModelConfig) -> bool:

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from dynjax.config import UserError
+from dynjax.core import convolve
 from dynjax.data.tensors import read_tensors
 from dynjax.models import rules
 from dynjax.models.backbones.inverted import STAGES_OF, Init, InvertedBlock, Ways, maps_of, sites_of_stages
@@ -124,7 +125,7 @@ def pretrained(*, top: bool = False) -> EfficientNetLite0:
     """With the weights of ImageNet. Raises UserError where the extra `pretrained` is not installed."""
     net = EfficientNetLite0(top=top, init=blank, rngs=nnx.Rngs(0))
     load(net, IMAGENET)
-    return net
+    return convolve.by_platform(net)
 
 
 def load(net: EfficientNetLite0, weights: str) -> None:

@@ -10,7 +10,6 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.core import convolve
 from dynjax.models.dense import Site
 
 Init = Callable[..., Any] | None
@@ -31,8 +30,9 @@ class Ways:
         return nnx.Linear(before, after, use_bias=False, rngs=self.rngs, **self.init)
 
     def conv(self, before: int, after: int, side: int, stride: int, groups: int = 1) -> nnx.Conv:
-        ways: dict[str, Any] = dict(feature_group_count=groups, conv_general_dilated=convolve.convolution)
-        ways |= dict(padding=self.padding(side), use_bias=False, rngs=self.rngs)
+        ways: dict[str, Any] = dict(
+            padding=self.padding(side), use_bias=False, feature_group_count=groups, rngs=self.rngs
+        )
         return nnx.Conv(before, after, (side, side), (stride, stride), **ways, **self.init)
 
 

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from dynjax.core import convolve
 from dynjax.data.tensors import read_tensors
 from dynjax.models import rules
 from dynjax.models.dense import BackboneConfig, Site
@@ -59,7 +58,7 @@ class ResNetBackboneConfig:
 
 
 def _conv(before: int, after: int, side: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
-    ways: dict[str, Any] = dict(use_bias=False, conv_general_dilated=convolve.convolution, rngs=rngs)
+    ways: dict[str, Any] = dict(use_bias=False, rngs=rngs)
     return nnx.Conv(before, after, (side, side), (stride, stride), padding=side // 2, **ways)
 
 

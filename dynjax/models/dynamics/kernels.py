@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.core import convolve, modules
+from dynjax.core import modules
 from dynjax.models.blocks import make_gate
 from dynjax.models.dense import BackboneConfig, Dense, DynamicsConfig
 from dynjax.models.dynamics.tiles import TiledConfig, tiled
@@ -56,7 +56,6 @@ def _resized(conv: nnx.Conv, side: int, dilation: int, rngs: nnx.Rngs) -> nnx.Co
         kernel_dilation=(dilation, dilation),
         feature_group_count=conv.feature_group_count,
         use_bias=conv.bias is not None,
-        conv_general_dilated=convolve.convolution,
         rngs=rngs,
     )
     made.kernel[...] = recut(conv.kernel[...], side)

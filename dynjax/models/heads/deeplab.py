@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dynjax.core import convolve
 from dynjax.models.blocks import Block, Classify, ClassifyingHead, Mix, batch_norm, enlarge
 from dynjax.models.dense import Backbone, HeadConfig, Site
 from dynjax.models.registry import Family, register
@@ -47,7 +46,6 @@ class Separable(nnx.Module):
             kernel_dilation=(rate, rate),
             feature_group_count=before,
             use_bias=False,
-            conv_general_dilated=convolve.convolution,
             rngs=rngs,
         )
         self.norm = batch_norm(before, rngs=rngs)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dynjax.core import convolve
 from dynjax.models.blocks import repeat_pixels
 from dynjax.models.dense import Backbone, BackboneConfig, HeadConfig
 from dynjax.models.heads.decoder import Decoder, of_levels
@@ -39,7 +40,8 @@ class Merge(nnx.Module):
 
     def __call__(self, fine: Float[Array, "B H W C"], coarse: Float[Array, "B h w D"]) -> Float[Array, "B H W C"]:
         own, other = jnp.split(self.linear.kernel[...], [fine.shape[-1]])
-        y = fine @ own + repeat_pixels(coarse @ other)[:, : fine.shape[1], : fine.shape[2]]
+        coarse = repeat_pixels(convolve.product(coarse, other))
+        y = convolve.product(fine, own) + coarse[:, : fine.shape[1], : fine.shape[2]]
         return nnx.relu(self.norm(y))
 
 
