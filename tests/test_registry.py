@@ -10,6 +10,7 @@ from test_commands import last_scores
 
 from dynjax import models
 from dynjax.config import Config, DataConfig, UserError
+from dynjax.core import convolve
 from dynjax.models.backbones.residual import ResidualConfig
 from dynjax.models.blocks import pixels
 from dynjax.models.dense import DenseConfig, StaticConfig
@@ -64,6 +65,14 @@ def test_a_model_of_parts(tmp_path):
     assert models.difference(models.static_twin(model), model) == ""
     wider = dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, widths=(6,)))
     assert models.difference(model, wider) == "model.backbone.widths is (4,) there and (6,) here"
+
+
+def test_layers_run_as_the_platform_wants_them_also_in_a_family_of_ones_own():
+    flat = models.build(FlatConfig(), 3, rngs=nnx.Rngs(0))
+    assert flat.linear.dot_general is convolve.dot_general
+    parts = DenseConfig(ResidualConfig(widths=(4,), blocks=(2,)), UNetHeadConfig(blocks=()), SkipConfig())
+    layers = [m for _, m in nnx.iter_modules(models.build(parts, 3, rngs=nnx.Rngs(0))) if isinstance(m, nnx.Conv)]
+    assert layers and all(layer.conv_general_dilated is convolve.convolution for layer in layers)
 
 
 def test_a_name_is_taken_once():
