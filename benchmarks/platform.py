@@ -4,7 +4,8 @@
     ...] [--batches 1 8]
 
 Of every layer, forward alone and with the gradient: median milliseconds of XLA's own convolution and of the same one
-as shifted products (depthwise) or as a matrix product (of a single pixel, or of few channels), and their ratio.
+as shifted products (depthwise) or as a matrix product (of a single pixel, or of few channels), and their ratio. Of a
+single pixel also as the map times the matrix, with as many axes as the map has.
 """
 
 import argparse
@@ -62,7 +63,8 @@ def ways(case: Case) -> dict[str, Callable]:
         shifted = lambda x, k: convolve.depthwise(x, k, strides=strides, strategy="shifted")  # noqa: E731
         return {"xla": xla, "shifted": shifted}
     product = lambda x, kernel: convolve.convolution(x, kernel, dimension_numbers=numbers, **arguments)  # noqa: E731
-    return {"xla": xla, "product": product}
+    whole = {"x @ kernel": lambda x, kernel: x @ kernel[0, 0]} if case.side == 1 else {}
+    return {"xla": xla, **whole, "product": product}
 
 
 def run(name: str, case: Case, batch: int, repeats: int) -> list[dict]:
@@ -78,7 +80,7 @@ def run(name: str, case: Case, batch: int, repeats: int) -> list[dict]:
             rows.append(
                 dict(case=name, batch=batch, part=part, way=way, ms=round(ms, 3), times_as_fast=round(ratio, 2))
             )
-            print(f"{name:22} batch {batch}  {part:8}  {way:8} {ms:8.3f} ms  {ratio:6.2f}x as fast", flush=True)
+            print(f"{name:22} batch {batch}  {part:8}  {way:10} {ms:8.3f} ms  {ratio:6.2f}x as fast", flush=True)
     return rows
 
 
