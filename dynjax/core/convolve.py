@@ -200,7 +200,7 @@ def _here() -> bool:
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """Inside this all convolutions are XLA's own, for what reads them in a jaxpr."""
+    """Inside this all convolutions and products are XLA's own, for what reads them in a jaxpr."""
     token = _plain.set(True)
     try:
         yield
