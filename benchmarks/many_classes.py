@@ -59,8 +59,7 @@ def inference(classes: int, side: int, repeats: int) -> list[dict]:
     layer, order = head(classes), np.random.default_rng(0).permutation(classes)
     dense, argmax = (compiled(f, x) for f in (lambda x: layer(x, size), lambda x: layer(x, size).argmax(-1)))
     blocks, rows = compiled(lambda x: layer.largest(x, size), x), []
-    for share in KEPT:
-        kept = max(1, round(share * classes))
+    for kept in dict.fromkeys(max(1, round(share * classes)) for share in KEPT):
         graphdef, state = nnx.split(views.compact(listed(classes, FixedGate([order < kept], rule=EACH))))
         merged = views.masked(nnx.merge(graphdef, state))
         few = compiled(lambda state, x, g=graphdef: nnx.merge(g, state)(x, size), state, x)
