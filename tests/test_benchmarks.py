@@ -70,10 +70,8 @@ def test_what_many_classes_cost(tmp_path):
     many_classes.main(["--classes", "11", "40", "--side", "4", "--repeats", "1", "--out", str(out)])
     with out.open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [(line["classes"], line["kept"]) for line in lines] == [
-        *(("11", kept) for kept in ("1", "1", "11")),
-        *(("40", kept) for kept in ("2", "4", "40")),
-    ]
+    found = [(line["classes"], line["kept"]) for line in lines]
+    assert found == [("11", "1"), ("11", "11"), ("40", "2"), ("40", "4"), ("40", "40")]  # 5% and 10% of 11 are one
     for line in lines:
         assert float(line["max_error"]) < 1e-5 and float(line["list_ms"]) > 0 and float(line["step_dense_ms"]) > 0
 
