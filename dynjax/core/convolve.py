@@ -139,8 +139,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 _LAST = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 """Channels last, as `nnx.Conv` has them."""
 FEW = 36
-"""Numbers that a kernel sees, up to which they are laid side by side: 3x3 pixels of four channels. 7x7 of three are
-faster as they are."""
+"""Numbers that a kernel sees, up to which they are laid side by side: 3x3 pixels of four channels."""
 _plain = contextvars.ContextVar("_plain", default=False)
 
 

@@ -36,7 +36,7 @@ def shape_apart(block: Callable[[Any], Any], x: Any) -> Any:
     if examples == 1:
         return out
     try:
-        with convolve.plain():
+        with convolve.plain():  # of a product with all pixels as one axis the examples are no axis
             closed = jax.make_jaxpr(call)(specs(_EXAMPLES))
     except (TypeError, ValueError):
         return out  # for one number of examples only, as over several devices

@@ -30,10 +30,8 @@ class Ways:
         return nnx.Linear(before, after, use_bias=False, rngs=self.rngs, **self.init)
 
     def conv(self, before: int, after: int, side: int, stride: int, groups: int = 1) -> nnx.Conv:
-        ways: dict[str, Any] = dict(
-            padding=self.padding(side), use_bias=False, feature_group_count=groups, rngs=self.rngs
-        )
-        return nnx.Conv(before, after, (side, side), (stride, stride), **ways, **self.init)
+        ways = dict(self.init, padding=self.padding(side), feature_group_count=groups)
+        return nnx.Conv(before, after, (side, side), (stride, stride), use_bias=False, rngs=self.rngs, **ways)
 
 
 class InvertedBlock(nnx.Module):

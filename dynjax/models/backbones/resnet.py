@@ -58,8 +58,7 @@ class ResNetBackboneConfig:
 
 
 def _conv(before: int, after: int, side: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
-    ways: dict[str, Any] = dict(use_bias=False, rngs=rngs)
-    return nnx.Conv(before, after, (side, side), (stride, stride), padding=side // 2, **ways)
+    return nnx.Conv(before, after, (side, side), (stride, stride), padding=side // 2, use_bias=False, rngs=rngs)
 
 
 def _norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
