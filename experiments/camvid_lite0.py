@@ -17,6 +17,7 @@ from dynjax.models.backbones.efficientnet import EfficientNetLite0Config
 from dynjax.models.dense import DenseConfig, DynamicsConfig, HeadConfig, StaticConfig
 from dynjax.models.dynamics.exits import DecoderExitsConfig
 from dynjax.models.dynamics.kernels import KernelsConfig
+from dynjax.models.dynamics.levels import LevelsConfig
 from dynjax.models.dynamics.recursion import RecursionConfig
 from dynjax.models.dynamics.scales import ScalesConfig
 from dynjax.models.dynamics.skip import SkipConfig
@@ -89,10 +90,11 @@ ABOUT: dict[str, tuple[DynamicsConfig, str]] = {
         DecoderExitsConfig(tile=4, gate="random"),
         "Control: camvid_lite0_exits that stops by chance",
     ),
+    "levels": (LevelsConfig(), "Scales: each picture has as many levels of the backbone as it needs"),
+    "levels_random": (LevelsConfig(gate="random"), "Control: camvid_lite0_levels that selects by chance"),
     "kernels": (KernelsConfig(tiles=(8, 5, 3)), "Kernels by content: each tile takes 1x1, 3x3, dilated or 5x5 ones"),
 }
 OF_HEADS: dict[str, tuple[str, DynamicsConfig, str]] = {
-    "scales": ("pspnet", ScalesConfig(), "Fusion: each picture selects its scales"),
     "scales_tiles": ("pspnet", ScalesConfig(tile=6), "Fusion: each tile selects its scales"),
     "recursion": ("recursive", RecursionConfig(), "Recursion: each picture stops by itself"),
     "recursion_tiles": ("recursive", RecursionConfig(tile=6), "Recursion: each tile stops by itself"),

@@ -12,13 +12,17 @@ from dynjax import models
 from dynjax.config import UserError
 from dynjax.models.backbones.efficientnet import EfficientNetLite0Config
 from dynjax.models.backbones.inverted import InvertedBlock, Ways
+from dynjax.models.backbones.mobilenet import MobileNetConfig
 from dynjax.models.backbones.residual import ResidualConfig
+from dynjax.models.backbones.resnet import ResNetBackboneConfig
 from dynjax.models.blocks import Block
 from dynjax.models.dense import DenseConfig, StaticConfig
 from dynjax.models.dynamics.kernels import KernelsConfig, recut, with_kernel
+from dynjax.models.dynamics.levels import LevelsConfig
 from dynjax.models.dynamics.scales import ScalesConfig
 from dynjax.models.heads.attention import AttentionHeadConfig
 from dynjax.models.heads.deeplab import DeepLabHeadConfig
+from dynjax.models.heads.fcn import FCNHeadConfig
 from dynjax.models.heads.pspnet import PSPNetHeadConfig
 from dynjax.models.heads.unet import UNetHeadConfig
 
@@ -92,6 +96,45 @@ def test_scales_masked_is_compact(head, tile):
     assert len(kept[0]) == (2 if head == "deeplab" else 1)
 
 
+@pytest.mark.parametrize("gate", ["learned", "random"])
+def test_levels_masked_is_compact(gate):
+    config = DenseConfig(RESIDUAL, HEADS["unet"], LevelsConfig(gate=gate))
+    all_, some, none = compare(config, [(3, 37, 30)])
+    fraction = [float(trace.macs().mean() / trace.full_macs) for trace in (all_, some, none)]
+    assert fraction[0] == 1 > fraction[2] and fraction[0] >= fraction[1] >= fraction[2]
+    assert len(all_.decisions) == 2
+
+
+BACKBONES = {
+    "residual": RESIDUAL,
+    "resnet": ResNetBackboneConfig(levels=3, width=4),
+    "mobilenet": MobileNetConfig(levels=3, width=0.25),
+    "efficientnet": EfficientNetLite0Config(levels=3),
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_levels_are_peeled_off_any_backbone(name):
+    """With all levels it is the twin; without the two coarsest these cost nothing, and the head sees zeros."""
+    config = DenseConfig(BACKBONES[name], FCNHeadConfig(), LevelsConfig())
+    static = make(lambda rngs: models.build(models.static_twin(config), 5, rngs=rngs))
+    model = models.build(config, 5, rngs=nnx.Rngs(1), twin_params=nnx.state(static, (nnx.Param, nnx.BatchStat)))
+    x = pictures(2, 41, 36)
+    maps = jax.jit(lambda m, x: m.maps(x))
+    dj.budget.set_threshold(model, -1000.0)
+    expected = maps(still(static), x)
+    for found, each in zip(maps(still(model), x), expected, strict=True):
+        np.testing.assert_allclose(found, each, rtol=1e-4, atol=1e-4)
+    dj.budget.set_threshold(model, 1000.0)
+    both = jax.jit(lambda m, x: (m.maps(x), dj.traced(m)(x)[1]))
+    (finest, *others), trace = both(still(model, "compact"), x)
+    np.testing.assert_allclose(finest, expected[0], rtol=1e-4, atol=1e-4)
+    assert [each.shape for each in others] == [each.shape for each in expected[1:]]
+    assert not any(each.any() for each in others)
+    kept = dj.cost.macs(model.backbone, x[:1]) + dj.cost.macs(model.head, [each[:1] for each in expected], x.shape[1:3])
+    assert kept <= trace.macs()[0] < kept * 1.01  # a gate
+
+
 def test_with_all_scales_it_is_the_twin():
     static = make(lambda rngs: models.build(DenseConfig(RESIDUAL, HEADS["deeplab"], StaticConfig()), 5, rngs=rngs))
     twin = nnx.state(static, (nnx.Param, nnx.BatchStat))
@@ -105,6 +148,12 @@ def test_with_all_scales_it_is_the_twin():
 def test_mistakes():
     for head, dynamics, error, message in [
         ("unet", ScalesConfig(), ValueError, "dynamics scales need a head that fuses scales"),
+        (
+            "unet",
+            LevelsConfig(levels=3),
+            UserError,
+            "levels is 3: it must be fewer than the backbone's levels, which are",
+        ),
         ("unet", KernelsConfig(tiles=(4,), kinds=("3x3",)), UserError, "--model.dynamics.kinds is 3x3: it must be two"),
         ("unet", KernelsConfig(tiles=(4,), kinds=("5x5", "1x1")), UserError, "each once and in this order"),
     ]:

@@ -82,6 +82,14 @@ class Backbone(Protocol):
 
 
 @runtime_checkable
+class Peels(Protocol):
+    """A backbone whose coarsest level can be taken from it."""
+
+    def peel(self) -> nnx.Module:
+        """Take the coarsest level away and return it: from the map before it to its map. At least one stays."""
+
+
+@runtime_checkable
 class Head(Protocol):
     """Logits (B, H, W, K), float32, of every pixel of a picture of `size`, from the maps of a backbone."""
 
@@ -124,13 +132,20 @@ class Dense(nnx.Module):
 
     def __init__(self, backbone: Backbone, head: Head):
         self.backbone, self.head = backbone, head
+        self.coarser: Callable[[Array], list[jax.Array]] | None = nnx.data(None)
+        """The maps that come after the backbone's, from the last of these."""
+
+    def maps(self, image: UInt8[Array, "B H W 3"]) -> list[Float[Array, "B _ _ _"]]:
+        """What the head is given, the finest first."""
+        maps = self.backbone(image)
+        return maps if self.coarser is None else [*maps, *self.coarser(maps[-1])]
 
     def __call__(self, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W K"]:
-        return self.head(self.backbone(image), (image.shape[1], image.shape[2]))
+        return self.head(self.maps(image), (image.shape[1], image.shape[2]))
 
     def largest(self, image: UInt8[Array, "B H W 3"]) -> Int[Array, "B H W"]:
         """The class of each pixel's largest logit, where the head can without an array of all logits."""
-        maps, size = self.backbone(image), (image.shape[1], image.shape[2])
+        maps, size = self.maps(image), (image.shape[1], image.shape[2])
         if isinstance(self.head, ClassifyingHead):
             return self.head.largest(maps, size)
         return self.head(maps, size).argmax(-1)

@@ -21,7 +21,7 @@ from dynjax.config import UserError
 from dynjax.core import convolve
 from dynjax.data.tensors import read_tensors
 from dynjax.models import rules
-from dynjax.models.backbones.inverted import STAGES_OF, Init, InvertedBlock, Ways, maps_of, sites_of_stages
+from dynjax.models.backbones.inverted import STAGES_OF, Init, InvertedBlock, Ways, maps_of, peeled, sites_of_stages
 from dynjax.models.dense import BackboneConfig, Site
 from dynjax.models.from_torch import blank, fill
 from dynjax.models.frozen import FrozenNorm, freeze_whole
@@ -96,6 +96,11 @@ class EfficientNetLite0(nnx.Module):
     @property
     def tail(self) -> nnx.List:
         return self.stages[-1]
+
+    def peel(self) -> nnx.Module:
+        coarsest = peeled(self.stages, self.widths)
+        self.widths, self.strides = self.widths[:-1], self.strides[:-1]
+        return coarsest
 
     def features(self, image: UInt8[Array, "B H W 3"] | Float[Array, "B H W 3"]) -> Float[Array, "B 1280"]:
         """The mean over the last map, after the layer that widens it. Raises ValueError without `top`."""

@@ -76,6 +76,15 @@ def maps_of(stages: Sequence[nnx.List], x: Float[Array, "B H W C"]) -> list[jax.
     return maps
 
 
+def peeled(stages: nnx.List, widths: Sequence[int]) -> nnx.Sequential:
+    """The blocks of the coarsest of so many levels, which `stages` has no more."""
+    kept = STAGES_OF[len(widths) - 2]
+    blocks = [block for stage in stages[kept:] for block in stage]
+    while len(stages) > kept:
+        stages.pop()
+    return nnx.Sequential(*blocks)
+
+
 def sites_of_stages(stages: Sequence[nnx.List], channels: Sequence[int]) -> Iterator[Site]:
     """All blocks but the first of every stage, which changes the shape."""
     for number, (blocks, width) in enumerate(zip(stages, channels, strict=False), 1):

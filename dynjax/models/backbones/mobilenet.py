@@ -16,7 +16,7 @@ from jaxtyping import Array, UInt8
 
 from dynjax.data.tensors import read_tensors
 from dynjax.models import rules
-from dynjax.models.backbones.inverted import STAGES_OF, InvertedBlock, Ways, maps_of, sites_of_stages
+from dynjax.models.backbones.inverted import STAGES_OF, InvertedBlock, Ways, maps_of, peeled, sites_of_stages
 from dynjax.models.backbones.resnet import Stem
 from dynjax.models.dense import BackboneConfig, Site
 from dynjax.models.from_torch import fill
@@ -87,6 +87,11 @@ class MobileNet(nnx.Module):
     @property
     def tail(self) -> nnx.List:
         return self.stages[-1]
+
+    def peel(self) -> nnx.Module:
+        coarsest = peeled(self.stages, self.widths)
+        self.widths, self.strides = self.widths[:-1], self.strides[:-1]
+        return coarsest
 
     def layers(self) -> dict[str, nnx.Module]:
         """By torchvision's names."""

@@ -63,6 +63,10 @@ class Residual(nnx.Module):
     def tail(self) -> nnx.List:
         return self.blocks[-1]
 
+    def peel(self) -> nnx.Module:
+        self.widths, self.strides = self.widths[:-1], self.strides[:-1]
+        return nnx.Sequential(gather_pixels, self.down.pop(), *self.blocks.pop())
+
 
 def _rules(config: ResidualConfig) -> Iterator[Rule]:
     yield from rules.levels(config.widths, config.blocks, "level")

@@ -65,6 +65,10 @@ def _norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
     return nnx.BatchNorm(channels, momentum=0.95, rngs=rngs)
 
 
+def _pool(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+    return nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+
 class Stem(nnx.Module):
     """Half the resolution: normalised colours through a convolution, a norm and a rectifier."""
 
@@ -125,7 +129,7 @@ class ResNetBackbone(nnx.Module):
         x: jax.Array = self.stem(image)
         maps = [x]
         for number, blocks in enumerate(self.stages):
-            x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if not number else x
+            x = x if number else _pool(x)
             for block in blocks:
                 x = block(x)
             maps.append(x)
@@ -140,6 +144,11 @@ class ResNetBackbone(nnx.Module):
     @property
     def tail(self) -> nnx.List:
         return self.stages[-1]
+
+    def peel(self) -> nnx.Module:
+        self.widths, self.strides = self.widths[:-1], self.strides[:-1]
+        blocks = self.stages.pop()
+        return nnx.Sequential(*blocks) if len(self.stages) else nnx.Sequential(_pool, *blocks)
 
     def layers(self) -> dict[str, nnx.Module]:
         """By torchvision's names."""

@@ -1,3 +1,15 @@
 """Dynamics of dense prediction, one a file; see `dynjax.models.dense`."""
 
-from dynjax.models.dynamics import exits, experts, halt, kernels, recursion, scales, select, shortlist, skip, tiles
+from dynjax.models.dynamics import (
+    exits,
+    experts,
+    halt,
+    kernels,
+    levels,
+    recursion,
+    scales,
+    select,
+    shortlist,
+    skip,
+    tiles,
+)
