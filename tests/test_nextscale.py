@@ -41,8 +41,14 @@ def test_probabilities_of_all_pictures_sum_to_one(threshold):
     assert found == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["loop", "buckets"])
-@pytest.mark.parametrize("examples", [1, 3])
+EITHER = [
+    (1, "loop"),
+    (3, "buckets"),
+    *(pytest.param(*other, marks=pytest.mark.slow) for other in ((1, "buckets"), (3, "loop"))),
+]
+
+
+@pytest.mark.parametrize(("examples", "strategy"), EITHER)
 def test_compact_draws_what_masked_draws(examples, strategy):
     model = make((7, 6, 1), values=4)
     noise = sampling.make_noise(model, jax.random.key(0), examples)

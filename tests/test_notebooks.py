@@ -81,7 +81,12 @@ def test_the_same_text_gives_the_same_file(tmp_path, monkeypatch):
     assert found[0] == found[1] and '"None\\n"' in found[0]
 
 
-@texts
+OFTEN = ("01", "04")
+"""Of a model and of generation; the other two, of the same with other parts, run in `make test-slow`."""
+runs = [pytest.param(text, marks=() if text.stem[:2] in OFTEN else pytest.mark.slow) for text in TEXTS]
+
+
+@pytest.mark.parametrize("text", runs, ids=[text.stem for text in TEXTS])
 def test_runs(text, monkeypatch):
     monkeypatch.setenv("DYNJAX_FAST", "1")
     notebook = jupytext.read(text)
