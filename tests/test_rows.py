@@ -56,8 +56,8 @@ ONE_OF_A_KIND = (
     "digits_codes digits_codes_exits digits_transformer_exits digits_vae_groups cifar10_vae_random "
     "digits_gan_steps digits_gan_dynamicd"
 ).split()
-"""Rows whose tiny form is trained in every run of the tests; the others' in `make test-slow`. What only goes into blocks
-of segmentation has tests of its own, as have generated kernels."""
+"""Rows whose tiny form is trained in every run of the tests; the others' in `make test-slow`. What only goes into
+blocks of segmentation has tests of its own, as have generated kernels."""
 
 
 def in_tiny_form():
