@@ -1,5 +1,7 @@
 import dataclasses
+import re
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -72,6 +74,17 @@ def test_classes_are_told_with_their_means():
     assert lines[0] == ["class", "IoU", "%", "Dice", "%", "boundary", "F1", "%"]
     assert lines[2:] == [["sky", "50.0", "66.7", "25.0"], ["car", "-", "-", "-"], ["mean", "50.0", "66.7", "25.0"]]
     assert curve.class_table(["sky", "car"], {"accuracy": 0.5, "recall": [0.5, 0.5]}) == ""
+
+
+def test_budgets_that_end_at_the_same_point_have_one_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")  # text as text
+    spent = {0.42: 0.5, 0.5: 0.505, 0.6: 0.51, 0.75: 0.9}
+    points = [(point(budget, share), share) for budget, share in spent.items()]
+    own = [dataclasses.replace(each, macs_fraction=share, latency_ms_p50=10 * share) for each, share in points]
+    plot_curve(tmp_path / "curve.svg", {"own": own}, twin=None)
+    drawn = re.findall(r">([^<>]+)</text>", (tmp_path / "curve.svg").read_text())
+    names = [name for name in drawn if name in ("0.42", "0.5", "0.6", "0.75", "0.42 to 0.6")]
+    assert names == ["0.42 to 0.6", "0.75"] * 2  # over MACs, and over milliseconds
 
 
 def test_calibration_table_is_in_millions():

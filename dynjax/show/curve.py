@@ -197,10 +197,20 @@ def plot_curve(
 
 
 def _name_budgets(axes: Axes, at: Sequence[float], scores: Sequence[float], points: Sequence[Point]) -> None:
-    for x, y, point in zip(at, scores, points, strict=True):
+    """Names points by their budgets; those that lie on each other have one name."""
+    near = 0.04 * max(at), 0.08 * (max(scores) - min(scores))
+    groups: list[list[int]] = []
+    for number, (x, y) in enumerate(zip(at, scores, strict=True)):
+        first = groups[-1][0] if groups else number
+        if groups and abs(x - at[first]) <= near[0] and abs(y - scores[first]) <= near[1]:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    for group in groups:
+        budgets = sorted({points[number].budget for number in group})
         axes.annotate(
-            f"{point.budget:g}",
-            (x, y),
+            f"{budgets[0]:g}" if len(budgets) == 1 else f"{budgets[0]:g} to {budgets[-1]:g}",
+            (at[group[0]], scores[group[0]]),
             xytext=(6, -12),
             textcoords="offset points",
             fontsize=9,
