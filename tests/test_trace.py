@@ -71,11 +71,11 @@ def test_shares_by_hand(trace):
 def test_heat_map_by_hand(trace):
     heat = np.asarray(trace.heatmap((8, 10)))
     np.testing.assert_allclose(heat.sum((1, 2)), trace.macs(), rtol=1e-5)
-    # A tile lies on 4x4 pixels of the picture, and the last column of tiles is cut to 2.
-    even = np.asarray(trace.macs() - jnp.asarray([8 * LINEAR, 0])) / 80
+    # A tile lies on 4x4 pixels of the picture, of which the last column of tiles has half: the other is spread evenly.
+    even = np.asarray(trace.macs() - jnp.asarray([6 * LINEAR, 0])) / 80
     expected = np.zeros((2, 8, 10))
     expected[0, :4, :4] = 4 * LINEAR / 16
-    expected[0, 4:, 8:] = 4 * LINEAR / 8
+    expected[0, 4:, 8:] = 4 * LINEAR / 16
     np.testing.assert_allclose(heat, expected + even[:, None, None], rtol=1e-5)
     for size in ((16, 20), (7, 9), (2, 1)):
         np.testing.assert_allclose(trace.heatmap(size).sum((1, 2)), trace.macs(), rtol=1e-5)

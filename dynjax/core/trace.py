@@ -50,7 +50,8 @@ class Trace:
     def heatmap(self, size: tuple[int, int]) -> Float[Array, "B H W"]:
         """Where the MACs went: MACs per pixel of a picture of `size` (H, W), which sum to that example's `macs`.
 
-        A tile's MACs lie on its pixels; what has no place (the static part, decisions per example) is spread evenly.
+        A tile's MACs lie on its pixels, those of a tile that overhangs as thin as of any other. What has no place is
+        spread evenly: the rest of these, the static part, decisions per example.
         """
         height, width = size
         even = jnp.full((self.examples,), self.static_macs, jnp.float32)
@@ -62,11 +63,10 @@ class Trace:
                 continue
             unit = decision.cost.unit if isinstance(decision.cost, Linear) else (1.0,)
             units = (decision.units(decision.keep) * jnp.asarray(unit, jnp.float32)[None, None]).sum(-1)
-            fine = decision.of_model(_pixels(units.reshape(decision.keep.shape[:3]), decision.tile, size))
-            whole = fine.sum((1, 2), keepdims=True)
-            # A picture smaller than the grid of tiles may miss those that were kept.
-            share = jnp.where(whole > 0, fine / jnp.where(whole > 0, whole, 1), 1 / (height * width))
-            total = total + share * spent[:, None, None]
+            units = units.reshape(decision.keep.shape[:3])
+            fine, whole = (decision.of_model(each) for each in (_pixels(units, decision.tile, size), units.sum((1, 2))))
+            placed = fine * (spent / jnp.where(whole > 0, whole, 1))[:, None, None]
+            total, even = total + placed, even + spent - placed.sum((1, 2))
         return total + even[:, None, None] / (height * width)
 
     def shares(self) -> dict[str, dict[str, Float[Array, ""]]]:
@@ -76,14 +76,18 @@ class Trace:
 
 
 def _pixels(units: jax.Array, tile: tuple[float, float] | None, size: tuple[int, int]) -> jax.Array:
-    """Values of tiles (B, h, w) shared out evenly to the pixels (B, H, W) whose centres lie in them."""
+    """Values of tiles (B, h, w) shared out evenly to the pixels (B, H, W) whose centres lie in them, and to those that
+    they would have where they overhang."""
     tile = tile or (1 / units.shape[1], 1 / units.shape[2])
     rows, columns = (
         np.minimum((np.arange(pixels) + 0.5) / pixels / side, tiles - 1).astype(int)
         for pixels, side, tiles in zip(size, tile, units.shape[1:], strict=True)
     )
-    pixels = np.bincount(rows)[rows][:, None] * np.bincount(columns)[columns][None]
-    return units[:, rows[:, None], columns[None]] / pixels[None]
+    tall, wide = (
+        np.maximum(np.bincount(places)[places], pixels * side)
+        for places, pixels, side in zip((rows, columns), size, tile, strict=True)
+    )
+    return units[:, rows[:, None], columns[None]] / jnp.asarray((tall[:, None] * wide)[None], jnp.float32)
 
 
 def traced(fn: Callable, *, examples: int | None = None) -> Callable:
