@@ -13,7 +13,7 @@ from dynjax.config import UserError
 from dynjax.models.backbones.efficientnet import EfficientNetLite0Config
 from dynjax.models.backbones.inverted import InvertedBlock, Ways
 from dynjax.models.backbones.mobilenet import MobileNetConfig
-from dynjax.models.backbones.residual import ResidualConfig
+from dynjax.models.backbones.residual import Residual, ResidualConfig
 from dynjax.models.backbones.resnet import ResNetBackboneConfig
 from dynjax.models.blocks import Block
 from dynjax.models.dense import DenseConfig, StaticConfig
@@ -99,7 +99,8 @@ def test_scales_masked_is_compact(head, tile):
 @pytest.mark.parametrize("gate", ["learned", "random"])
 def test_levels_masked_is_compact(gate):
     config = DenseConfig(RESIDUAL, HEADS["unet"], LevelsConfig(gate=gate))
-    all_, some, none = compare(config, [(3, 37, 30)])
+    all_, some, none, *alone = compare(config, [(3, 37, 30), (1, 24, 32)])
+    assert float(alone[0].fraction()[0]) == 1 > float(alone[2].fraction()[0])
     fraction = [float(trace.macs().mean() / trace.full_macs) for trace in (all_, some, none)]
     assert fraction[0] == 1 > fraction[2] and fraction[0] >= fraction[1] >= fraction[2]
     assert len(all_.decisions) == 2
@@ -143,6 +144,13 @@ def test_with_all_scales_it_is_the_twin():
     dj.budget.set_threshold(model, -1000.0)
     x = pictures(2, 21, 30)
     np.testing.assert_allclose(*jax.jit(lambda x: (still(static)(x), still(model)(x)))(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_backbone_without_levels_to_peel_is_refused(monkeypatch):
+    monkeypatch.delattr(Residual, "peel")
+    config = DenseConfig(RESIDUAL, HEADS["unet"], LevelsConfig())
+    with pytest.raises(ValueError, match="dynamics levels need a backbone with `peel`, and Residual has none"):
+        jax.eval_shape(lambda: nnx.state(models.build(config, 3, rngs=nnx.Rngs(0))))
 
 
 def test_mistakes():
