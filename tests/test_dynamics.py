@@ -13,10 +13,11 @@ from dynjax.config import UserError
 from dynjax.models.backbones.efficientnet import EfficientNetLite0Config
 from dynjax.models.backbones.inverted import InvertedBlock, Ways
 from dynjax.models.backbones.mobilenet import MobileNetConfig
-from dynjax.models.backbones.residual import Residual, ResidualConfig
+from dynjax.models.backbones.residual import ResidualConfig
 from dynjax.models.backbones.resnet import ResNetBackboneConfig
 from dynjax.models.blocks import Block
-from dynjax.models.dense import DenseConfig, StaticConfig
+from dynjax.models.dense import Dense, DenseConfig, StaticConfig
+from dynjax.models.dynamics import levels
 from dynjax.models.dynamics.kernels import KernelsConfig, recut, with_kernel
 from dynjax.models.dynamics.levels import LevelsConfig
 from dynjax.models.dynamics.scales import ScalesConfig
@@ -146,11 +147,23 @@ def test_with_all_scales_it_is_the_twin():
     np.testing.assert_allclose(*jax.jit(lambda x: (still(static)(x), still(model)(x)))(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_backbone_without_levels_to_peel_is_refused(monkeypatch):
-    monkeypatch.delattr(Residual, "peel")
-    config = DenseConfig(RESIDUAL, HEADS["unet"], LevelsConfig())
-    with pytest.raises(ValueError, match="dynamics levels need a backbone with `peel`, and Residual has none"):
-        jax.eval_shape(lambda: nnx.state(models.build(config, 3, rngs=nnx.Rngs(0))))
+class Whole(nnx.Module):
+    """A backbone that has what is asked of all, and no more."""
+
+    widths, strides = (4, 6, 8), (2, 4, 8)
+    tail = property(lambda self: nnx.List([]))
+
+    def __call__(self, image):
+        return []
+
+    def sites(self):
+        return []
+
+
+def test_a_backbone_without_levels_to_peel_is_refused():
+    head = make(lambda rngs: models.build(DenseConfig(RESIDUAL, FCNHeadConfig(), StaticConfig()), 5, rngs=rngs)).head
+    with pytest.raises(ValueError, match="dynamics levels need a backbone with `peel`, and Whole has none"):
+        levels.build(LevelsConfig(), Dense(Whole(), head), rngs=nnx.Rngs(0))
 
 
 def test_mistakes():
