@@ -26,6 +26,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_refinement_spends_less_at_a_lower_budget(workdir, tmp_path):
     out = tmp_path / "refinement.csv"
     arguments = ["--budgets", "0.8", "--batches", "2", "--repeats", "1", "--pictures", "16"]
@@ -47,6 +48,7 @@ def test_refinement_of_a_row_without_a_dial(tmp_path):
         refinement.main(["--workdir", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_samplers_draw_the_same(workdir, tmp_path):
     out = tmp_path / "sampling.csv"
     sampling.main(["--workdir", str(workdir), "--out", str(out), "--batches", "2", "--repeats", "1", "--windows"])
@@ -55,6 +57,7 @@ def test_samplers_draw_the_same(workdir, tmp_path):
     assert {line["pixels_that_differ"] for line in lines} == {"0"} and {line["pixels"] for line in lines} == {"128"}
 
 
+@pytest.mark.slow
 def test_what_tiles_cost_on_thin_maps(tmp_path):
     out = tmp_path / "thin.csv"
     thin.main(["--widths", "3", "4", "--size", "16", "24", "--tile", "4", "--repeats", "1", "--out", str(out)])
@@ -98,6 +101,7 @@ def test_models_that_others_wrote(tmp_path, capsys):
     assert "| flax_cnn | Flax docs | Tiles | 4 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_heads_are_compared_on_one_backbone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(heads, "HEADS", {name: heads.HEADS[name] for name in ("fcn", "unet")})
     out = tmp_path / "heads.csv"

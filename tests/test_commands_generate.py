@@ -123,6 +123,7 @@ def test_evaluation_shows_what_stops_when(steps):
     assert line["features"] == "classifier" and 0 <= float(line["precision"]) <= 1
 
 
+@pytest.mark.slow
 def test_evaluation_of_sizes(scales):
     said = test_commands.run_evaluate(scales)
     assert "evaluated once" in said
@@ -132,6 +133,7 @@ def test_evaluation_of_sizes(scales):
     assert float(lines[1]["macs"]) < float(lines[0]["macs"]) and float(lines[0]["off"]) == 0
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_dynamic_discriminator(tmp_path):
     folder = test_commands.make(tmp_path / "w", "digits_gan_dynamicd")
     assert "evaluated once" in test_commands.run_evaluate(folder)

@@ -64,7 +64,11 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("name", GIVEN)
+BY_HAND_TOO = "Select around Slimmable"
+given = [pytest.param(name, marks=pytest.mark.slow if name == BY_HAND_TOO else ()) for name in GIVEN]
+
+
+@pytest.mark.parametrize("name", given)
 def test_masked_equals_compact_whatever_is_decided(name):
     shape, wrap = GIVEN[name]
 

@@ -81,8 +81,8 @@ def test_the_same_text_gives_the_same_file(tmp_path, monkeypatch):
     assert found[0] == found[1] and '"None\\n"' in found[0]
 
 
-OFTEN = ("01", "04")
-"""Of a model and of generation; the other two, of the same with other parts, run in `make test-slow`."""
+OFTEN = ("01",)
+"""The others run in `make test-slow`: their parts have tests of their own."""
 runs = [pytest.param(text, marks=() if text.stem[:2] in OFTEN else pytest.mark.slow) for text in TEXTS]
 
 
