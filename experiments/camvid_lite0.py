@@ -5,7 +5,8 @@ python -m experiments.train camvid_lite0_tiles --workdir W --data.path data/camv
 python -m experiments.evaluate --workdir W
 
 SegNet's split (train 367, val 101, test 233; 11 classes, void ignored) at 180x240; camvid_lite0_*_full is 360x480 and
-wants a GPU. Exits and kernels move about a tenth of the MACs: evaluate them with --budgets 0.9 0.95 1.0.
+wants a GPU. Exits and kernels move about a tenth of the MACs: evaluate them with --budgets 0.9 0.95 1.0; recursion
+with 0.85 0.9 1.0, levels with 0.42 0.5 0.75 1.0.
 camvid_lite0_{fcn,segnet,unet,deeplab,pspnet,attention,recursive} are heads on one backbone, of which only the two
 coarsest levels learn.
 """
